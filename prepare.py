@@ -1,0 +1,1457 @@
+"""
+Everything between text and tokens, and everything that is fetched.
+
+    python prepare.py                                # what can be prepared by name, and how large it is
+    python prepare.py tinystories                    # one of those names
+    python prepare.py input.txt --tokenizer=char     # a file of your own: .txt .jsonl .jsonl.zst .parquet
+    python prepare.py texts/ --name=mine             # or a folder of them
+    python prepare.py hub:owner/name --field=text --max_tokens=1e9
+    python prepare.py chats.jsonl --as=chat          # chat, prefs or verify, where a source could be several
+    python prepare.py tokenizer texts/ --vocab_size=49152 --name=mine
+
+Each makes data/<name>/: train.bin and val.bin (headerless little-endian token ids, each document ended by
+the end-of-text token), meta.json, and the tokenizer's own files. Chat adds train.mask and val.mask (1 where
+the loss counts); preferences and verifiable problems are train.jsonl and val.jsonl instead of bins.
+"""
+import collections
+import concurrent.futures
+import difflib
+import fnmatch
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+
+import numpy as np
+
+from configurator import UserError, configure
+
+# what to make, and where
+tokenizer = ''           # char, byte, gpt2, bpe:4096 (trained on the text), a directory, tokenizer.json or Hub id
+name = ''                # the data set becomes data/<name>/; '' follows the source
+data_dir = 'data'        # where data sets live
+max_tokens = 0           # stop after about this many training tokens; 0 takes everything
+# how to read the source
+field = ''               # the key or column that holds the text; '' tries text, content
+config = ''              # hub: a folder or subset of the repository, such as sample/10BT
+split = ''               # hub: take this split only, such as train
+as_ = ''                 # text, chat, prefs or verify; '' follows the first record (--as= does too)
+val_fraction = 0.005     # share of the documents, by a hash of their text, that is held out
+block_size = 0           # chat: leave out, and count, conversations longer than this many tokens; 0 keeps all
+# how to work
+workers = 0              # threads; 0 takes one for each core. The bytes do not depend on it
+seed = 1337              # of the toy world
+vocab_size = 49152       # of `prepare.py tokenizer PATH...`
+min_frequency = 2        # of `prepare.py tokenizer`: rarer pairs are not merged
+# -----------------------------------------------------------------------------
+
+EOT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+BLOCK = 1 << 20          # bytes of text that a worker gets at a time: 40 ms of work, so that few are in memory
+LONGEST = 64 << 20       # a document longer than this is taken as several: nothing larger is held in memory
+
+KNOWN = {  # name -> where it comes from; `get` is a URL and the SHA-256 of its content, `files` are of the Hub
+    "toy": dict(size="made here, no download", toy="stories", tokenizer="bpe:4096"),
+    "toy_chat": dict(size="made here, no download", toy="chat", as_="chat", tokenizer="toy"),
+    "toy_prefs": dict(size="made here, no download", toy="prefs", as_="prefs", tokenizer="toy"),
+    "toy_sums": dict(size="made here, no download", toy="sums", as_="verify", tokenizer="toy"),
+    "shakespeare": dict(size="1.1 MB", tokenizer="gpt2", get=(
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")),
+    "tinystories": dict(size="2.3 GB", tokenizer="gpt2", hub="roneneldan/TinyStories",
+                        files="TinyStoriesV2-GPT4-*.txt"),
+    # already tokens: its bins and tokenizer are taken as they are
+    "fineweb_6b": dict(size="12 GB", hub="weights-and-wires/fineweb-6b", bins="tokenized"),
+    "fineweb_edu": dict(size="28 GB, 10B tokens", hub="HuggingFaceFW/fineweb-edu", config="sample/10BT"),
+    # a hundredth of DCLM's four trillion tokens, which is more than anyone trains on here
+    "dclm": dict(size="60 GB, 40B tokens", hub="mlfoundations/dclm-baseline-1.0",
+                 config="global-shard_01_of_10/local-shard_0_of_10"),
+    "openwebmath": dict(size="27 GB, 14B tokens", hub="open-web-math/open-web-math", config="data"),
+    # permissively licensed source files filtered for quality; The Stack itself wants a signature
+    "code": dict(size="about 70 GB", hub="common-pile/stackv2_edu_filtered"),
+    "cosmopedia": dict(size="122 GB, 28B tokens", hub="HuggingFaceTB/smollm-corpus", config="cosmopedia-v2"),
+    "smoltalk": dict(size="2.1 GB, 1.1M conversations", hub="HuggingFaceTB/smoltalk", config="data/all",
+                     as_="chat", tokenizer="HuggingFaceTB/SmolLM2-135M"),
+    "ultrafeedback": dict(size="230 MB, 61K pairs", hub="HuggingFaceH4/ultrafeedback_binarized",
+                          files="data/*_prefs-*.parquet", as_="prefs"),
+    "gsm8k": dict(size="3 MB, 7.5K problems", hub="openai/gsm8k", config="main", as_="verify",
+                  tokenizer="HuggingFaceTB/SmolLM2-135M"),
+}
+KNOWN["shakespeare_char"] = dict(KNOWN["shakespeare"], tokenizer="char")
+
+
+def describe(name):
+    """What preparing the known data set `name` takes, in words; None if no set has that name."""
+    return f"{name}: {KNOWN[name]['size']}" if name in KNOWN else None
+
+
+# -----------------------------------------------------------------------------
+# Tokenizers. Whatever it was made from, a tokenizer is a tokenizer.json, so transformers reads it too.
+
+class Tokenizer:
+    """Text to ids and back. Special tokens never come out of ordinary text: `encode` of "<|im_end|>" gives
+    its letters. `name` is the spec that it was made from, `vocab_size` counts all ids, `eos_id` ends a
+    document."""
+
+    def __init__(self, spec, name, settings=None):
+        """`spec`: the content of a tokenizer.json; `settings`: of its tokenizer_config.json, if there is one."""
+        from tokenizers import Tokenizer as Engine
+        self.name, self.spec = name, dict(spec, truncation=None, padding=None)
+        self.engine = Engine.from_str(json.dumps(self.spec))
+        self.engine.encode_special_tokens = True  # which means: as the ordinary text that they are
+        vocab = self.engine.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values()) + 1
+        named = (settings or {}).get("eos_token")
+        named = named["content"] if isinstance(named, dict) else named
+        # <|endoftext|> goes first: an instruct model's config calls <|im_end|> its eos, which ends a turn only
+        self.eos = next((t for t in (EOT, named, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
+                         if t in vocab), None)
+        if self.eos is None:
+            raise UserError(f"{name}: this tokenizer has no end-of-text token ({EOT}, </s>, ...); add one")
+        self.eos_id = vocab[self.eos]
+        self.bos = next((t for t in ("<s>", "<|begin_of_text|>", "<bos>") if t in vocab), None)
+        model, before = self.spec["model"], self.spec.get("pre_tokenizer") or {}
+        self.table, self.tik = None, None
+        if model["type"] == "WordLevel" and before.get("type") == "Split":  # one character, one token
+            self.table = np.full(0x110000, -1, np.int32)
+            for char, i in model["vocab"].items():
+                if len(char) == 1:
+                    self.table[ord(char)] = i
+        self.bytes = model["type"] == "BPE" and not model["merges"] and before.get("type") == "ByteLevel"
+
+    def encode(self, text):
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text):
+        """encode() as a numpy array. A character that a char tokenizer does not know raises UserError."""
+        if self.table is not None:
+            ids = self.table[np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)]
+            if len(ids) and ids.min() < 0:
+                raise UserError(f"the character {text[int(ids.argmin())]!r} is not in the vocabulary of {self.name}")
+            return ids
+        if self.bytes:
+            return np.frombuffer(text.encode("utf-8", "replace"), np.uint8)
+        if self.tik:
+            ids = self.tik.encode_to_numpy(text, disallowed_special=())
+            if not len(ids) or ids.max() < self.vocab_size:
+                return ids  # else there is a byte in it that the vocabulary lacks, see _tiktoken
+        return np.array(self.engine.encode(text, add_special_tokens=False).ids, np.uint32)
+
+    def encode_documents(self, texts):
+        """All texts one after the other, each ended by eos_id, as a numpy array."""
+        if self.tik:
+            joined = "".join([part for text in texts for part in (text, EOT)])
+            if joined.count(EOT) == len(texts):  # always, unless a text speaks of <|endoftext|> itself
+                ids = self.tik.encode_to_numpy(joined, allowed_special={EOT}, disallowed_special=())
+                if not len(ids) or ids.max() < self.vocab_size:
+                    return ids
+        if self.tik or self.bytes or self.table is not None:
+            ids = [self.encode_array(text) for text in texts]
+        else:
+            ids = [e.ids for e in self.engine.encode_batch_fast(texts, add_special_tokens=False)]
+        end = np.array([self.eos_id], np.uint32)
+        return np.concatenate([np.asarray(part, np.uint32) for i in ids for part in (i, end)] or [end[:0]])
+
+    def encode_piece(self, text, first):
+        """The ids of a piece of a long text, cut where `_cut` does; the first piece is like any text."""
+        if first or self.tik or self.bytes or self.table is not None:
+            return self.encode_array(text)
+        # SentencePiece puts a space before whatever begins: let it begin with a line break, and drop both
+        ids, lead = self.encode_array("\n" + text), self.encode_array("\n")
+        return ids[len(lead):] if np.array_equal(ids[:len(lead)], lead) else self.encode_array(text)
+
+    def encode_special(self, token):
+        """The id of a special token such as <|im_end|>; None if this tokenizer has no such token."""
+        return self.engine.token_to_id(token)
+
+    def decode(self, ids):
+        return self.engine.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def fast(self):
+        """Makes encode use tiktoken's engine, 3 times as fast, where it can be proved to give the same ids."""
+        if not self.tik and not self.bytes and self.table is None:
+            self.tik = _tiktoken(self.spec, self.vocab_size, self.eos_id)
+            for text in (SAMPLE, *SAMPLE.split(" ")) if self.tik else ():
+                if self.encode(text) != self.engine.encode(text, add_special_tokens=False).ids:
+                    self.tik = None
+                    break
+        return self
+
+    def save(self, directory):
+        """Writes tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer takes them."""
+        settings = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=self.eos, pad_token=self.eos,
+                        clean_up_tokenization_spaces=False, nanosmol_name=self.name)
+        settings.update(bos_token=self.bos or self.eos)
+        if self.encode_special(IM_START) is not None and self.encode_special(IM_END) is not None:
+            settings.update(chat_template=CHAT_TEMPLATE)
+        os.makedirs(directory, exist_ok=True)
+        write_json(os.path.join(directory, "tokenizer.json"), self.spec, indent=None)
+        write_json(os.path.join(directory, "tokenizer_config.json"), settings)
+
+
+def load_tokenizer(spec):
+    """The tokenizer that `spec` names: a directory with a tokenizer.json (a data set, a checkpoint), a path to
+    one, 'gpt2', 'byte', or a Hub id (owner/name). Raises UserError if it is none of these."""
+    if spec == "gpt2":
+        return _gpt2()
+    if spec == "byte":
+        return _byte()
+    path = os.path.join(spec, "tokenizer.json") if os.path.isdir(spec) else spec
+    if os.path.isfile(path):
+        try:
+            with open(path, encoding="utf-8") as f:
+                content = json.load(f)
+            settings = {}
+            beside = os.path.join(os.path.dirname(path), "tokenizer_config.json")
+            if os.path.basename(path) == "tokenizer.json" and os.path.exists(beside):
+                with open(beside, encoding="utf-8") as f:
+                    settings = json.load(f)
+            return Tokenizer(content, settings.get("nanosmol_name", spec), settings)
+        except UserError:
+            raise
+        except Exception as e:  # tokenizers raises the bare Exception
+            raise UserError(f"{path}: not a tokenizer.json that `tokenizers` can read: {e}") from None
+    if os.path.isdir(spec):
+        raise UserError(f"{spec}: this directory has no tokenizer.json")
+    if spec == "char" or spec.startswith("bpe"):
+        raise UserError(f"the tokenizer {spec!r} is made from a text: `python prepare.py TEXT --tokenizer={spec}`, "
+                        f"then name that data set's directory")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not spec.endswith(".json"):
+        directory = hub_snapshot(spec, ["tokenizer.json", "tokenizer_config.json"])
+        if not os.path.exists(os.path.join(directory, "tokenizer.json")):
+            raise UserError(f"{spec}: this Hub repository has no tokenizer.json; name one that has")
+        loaded = load_tokenizer(directory)
+        loaded.name = spec
+        return loaded
+    raise UserError(f"--tokenizer={spec}: neither char, byte, gpt2, bpe:SIZE, a directory or file that exists, "
+                    f"nor a Hub id (owner/name)")
+
+
+def make_tokenizer(spec, texts, vocab_size=0):
+    """A tokenizer made from `texts` (an iterable of strings): spec 'char' or 'bpe:SIZE'; else load_tokenizer."""
+    if spec == "char":
+        chars = set()
+        for text in texts:
+            chars.update(text)
+        return _char(sorted(chars))
+    size = re.fullmatch(r"bpe:(\d+)", spec)
+    if size:
+        return train_bpe(texts, int(size[1]), spec)
+    if spec.startswith("bpe"):
+        raise UserError(f"--tokenizer={spec}: a BPE to be trained is written bpe:SIZE, such as bpe:4096")
+    return load_tokenizer(spec)
+
+
+def train_bpe(texts, size, name, min_frequency=2):
+    """A byte-level BPE of `size` ids trained on `texts`; the end-of-text and chat tokens are its ids 0, 1, 2."""
+    if size < 256 + 3:
+        raise UserError(f"a byte-level BPE needs at least {256 + 3} ids (the bytes and 3 special tokens), not {size}")
+    from tokenizers import Tokenizer as Engine, decoders, models, pre_tokenizers, trainers
+    engine = Engine(models.BPE())
+    # digits one by one, as SmolLM does: 3-digit numbers that share no token with their neighbours teach no sums
+    engine.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    engine.decoder = decoders.ByteLevel()
+    engine.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=size, min_frequency=min_frequency, special_tokens=[EOT, IM_START, IM_END], show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    return Tokenizer(json.loads(engine.to_str()), name)
+
+
+def with_chat_tokens(tok):
+    """`tok` itself if it has the ChatML tokens, else a copy that got them as its next ids."""
+    missing = [t for t in (IM_START, IM_END) if tok.encode_special(t) is None]
+    if not missing:
+        return tok
+    added = [_special(t, tok.vocab_size + i) for i, t in enumerate(missing)]
+    spec = dict(tok.spec, added_tokens=tok.spec.get("added_tokens", []) + added)
+    return Tokenizer(spec, tok.name, dict(eos_token=tok.eos))
+
+
+def _special(token, i):
+    return dict(id=i, content=token, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+
+
+def _plain(model, before, decoder, specials):
+    return dict(version="1.0", truncation=None, padding=None, normalizer=None, post_processor=None,
+                added_tokens=specials, model=model, pre_tokenizer=before, decoder=decoder)
+
+
+def _char(chars):
+    vocab = {c: i for i, c in enumerate(chars)}
+    before = dict(type="Split", pattern=dict(Regex=r"[\s\S]"), behavior="Isolated", invert=False)
+    vocab[EOT] = len(chars)
+    model = dict(type="WordLevel", vocab=vocab, unk_token=EOT)  # it wants one; encode_array refuses before that
+    return Tokenizer(_plain(model, before, dict(type="Fuse"), [_special(EOT, len(chars))]), "char")
+
+
+def _byte_level(use_regex):
+    return dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=use_regex)
+
+
+def _bpe(vocab, merges):
+    return dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+                fuse_unk=False, byte_fallback=False, ignore_merges=False, vocab=vocab, merges=merges)
+
+
+def _byte():
+    vocab = {c: b for b, c in enumerate(_alphabet())}
+    return Tokenizer(_plain(_bpe(vocab, []), _byte_level(False), _byte_level(False), [_special(EOT, 256)]), "byte")
+
+
+@functools.cache
+def _alphabet():
+    """The character that a byte-level tokenizer.json writes for each of the 256 bytes (GPT-2's own choice:
+    printable bytes stand for themselves, the others for the characters from U+0100 on)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
+
+
+def _gpt2():
+    """tiktoken's GPT-2 as a tokenizer.json. Its ranks are ids; the merge behind a token is the last step of
+    the BPE of its bytes. Kept in the cache, since the 50,000 take a second."""
+    path = os.path.join(cache_dir(), "gpt2.tokenizer.json")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            return Tokenizer(json.load(f), "gpt2")
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", os.path.join(cache_dir(), "tiktoken"))
+    import requests
+    import tiktoken
+    try:
+        ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+    except requests.RequestException as e:
+        raise UserError(f"the GPT-2 tokenizer could not be fetched ({type(e).__name__}): connect to the network, "
+                        f"or set TIKTOKEN_CACHE_DIR to a directory that holds it") from None
+    text = {token: "".join(_alphabet()[b] for b in token) for token in ranks}
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) > 1:
+            parts = _merge([token[i:i + 1] for i in range(len(token))], lambda a, b: ranks.get(a + b, rank))
+            merges.append([text[p] for p in parts])
+    vocab = {text[token]: rank for token, rank in ranks.items()}
+    made = Tokenizer(_plain(_bpe(vocab, merges), _byte_level(True), _byte_level(True), [_special(EOT, 50256)]), "gpt2")
+    os.makedirs(cache_dir(), exist_ok=True)
+    write_json(path, made.spec, indent=None)
+    return made
+
+
+def _merge(parts, rank):
+    """BPE by hand until two parts are left: `rank(a, b)` of a pair, the lowest and leftmost goes first."""
+    while len(parts) > 2:
+        i = min(range(len(parts) - 1), key=lambda i: rank(parts[i], parts[i + 1]))
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+# How a text falls into words before BPE, in tiktoken's terms: GPT-2's rule, and the same with every digit alone,
+# where the space before a digit stays alone too. (tokenizers applies Digits first and GPT-2's rule to what is left.)
+GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+DIGIT_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N}|$)|\s+(?!\S)|\s"
+
+SAMPLE = ("It's 3:45pm, isn't it?  We'll\t\tpay $1,234.50!\n\n  def f(x):\n        return x**2 \r\n\r\n   \n x"
+          "naïve café Über straße e\u0301 ﬁ Ⅷ½²٣४ 12 34  5 \u00a0\u2003\u3000全角１２３　日本語、テスト。한국어 русский "
+          "العربية हिन्दी ไทย 👍🏽👨‍👩‍👧 \U0001d54f\x00\x07\x1c\x85\ufeff\u200b\u200d <|endoftext|><|im_end|> "
+          "'s 'S I'LL 'll''re  's1's aaaaaaaaaaaaaaaaaaaaa ........ ---- \n\n\n\n\t \n7 \n 8")
+
+
+def _tiktoken(spec, vocab_size, eos_id):
+    """A tiktoken Encoding that gives the ids of this tokenizer.json, or None where that is not certain.
+
+    tiktoken merges two neighbours whenever their union is a token, lowest id first; a tokenizer.json lists the
+    pairs that may merge, in order. Both agree if (1) the ids of the tokens rise in the order of their merges and
+    (2) BPE of each token's own letters ends in that token: two neighbours inside a word have merged as they
+    would alone, so if their union is a token, (2) says that they are the pair of its merge. Both are checked
+    for the whole vocabulary here, the rule for words by the caller on SAMPLE. A byte that the vocabulary lacks
+    (SmolLM2's has 235) gets an id beyond it: who sees one asks `tokenizers`, which leaves such bytes out.
+    """
+    import tiktoken
+    from tokenizers import models
+    model, before = spec["model"], spec.get("pre_tokenizer") or {}
+    steps = before.get("pretokenizers", [before])
+    last = steps[-1]
+    if model["type"] != "BPE" or spec.get("normalizer") or last.get("type") != "ByteLevel" \
+            or last.get("add_prefix_space") or any(not t["special"] for t in spec["added_tokens"]):
+        return None
+    if len(steps) == 1 and last["use_regex"]:
+        words = GPT2_WORDS
+    elif len(steps) == 2 and last["use_regex"] and steps[0] == dict(type="Digits", individual_digits=True):
+        words = DIGIT_WORDS
+    elif len(steps) == 2 and not last["use_regex"] and steps[0].get("type") == "Split" \
+            and "Regex" in steps[0]["pattern"] and steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]:
+        words = steps[0]["pattern"]["Regex"]
+    else:
+        return None
+    specials = {t["content"] for t in spec["added_tokens"]}
+    byte = {c: b for b, c in enumerate(_alphabet())}
+    vocab = {t: i for t, i in model["vocab"].items() if t not in specials}
+    pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    order = {}
+    for i, (a, b) in enumerate(pairs):
+        order.setdefault(a + b, []).append(i)
+    rank = {pair: i for i, pair in enumerate(pairs)}
+    for token, found in order.items():
+        if len(found) > 1:  # a token with several merges: which of them does BPE of its letters come to?
+            found[:] = [rank.get(tuple(_merge(list(token), lambda a, b: rank.get((a, b), len(pairs)))), -1)]
+    ids = [vocab.get(token, -1) for token, _ in sorted(order.items(), key=lambda item: item[1])]
+    alone = models.BPE(vocab=model["vocab"], merges=pairs)
+    try:
+        if ids != sorted(set(ids)) or ids[:1] == [-1] or not vocab.keys() <= byte.keys() | order.keys() \
+                or any([t.id for t in alone.tokenize(token)] != [i] for token, i in vocab.items()):
+            return None
+        ranks = {bytes([b]): vocab_size + b for b in range(256)}
+        ranks.update((bytes(byte[c] for c in token), i) for token, i in vocab.items())
+        return tiktoken.Encoding("nanosmol", pat_str=words, special_tokens={EOT: eos_id}, mergeable_ranks=ranks)
+    except (KeyError, ValueError):  # a letter that stands for no byte; a regex that tiktoken does not take
+        return None
+
+
+# -----------------------------------------------------------------------------
+# Chat: ChatML, one conversation after the other, each closed by the end-of-text token.
+
+# what render_chat does, as transformers' apply_chat_template reads it from tokenizer_config.json
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}")
+
+
+def render_chat(messages, tokenizer, add_generation_prompt=False):
+    """A conversation, a list of {"role", "content"}, as (ids, mask): two lists of the same length.
+
+    mask is 1 on what a model is to say itself, the assistant's words and its <|im_end|>, else 0.
+    `add_generation_prompt` ends with the assistant's opening, ready for its answer, in place of the end of text.
+    """
+    start, end = tokenizer.encode_special(IM_START), tokenizer.encode_special(IM_END)
+    if start is None or end is None:
+        raise UserError(f"the tokenizer {tokenizer.name} has no {IM_START} and {IM_END}: with_chat_tokens() adds them")
+    line_break, ids, mask = tokenizer.encode("\n"), [], []
+    for message in messages:
+        head = tokenizer.encode(message["role"] + "\n")
+        body = tokenizer.encode(f"{message['role']}\n{message['content'].strip()}")
+        # where the opening ends inside them: it is what generation will start from
+        cut = len(head) if body[:len(head)] == head else len(tokenizer.encode(message["role"]))
+        told = int(message["role"] == "assistant")
+        ids += [start, *body, end, *line_break]
+        mask += [0] * (1 + cut) + [told] * (len(body) - cut + 1) + [0] * len(line_break)
+    last = [start, *tokenizer.encode("assistant\n")] if add_generation_prompt else [tokenizer.eos_id]
+    return ids + last, mask + [0] * len(last)
+
+
+def _messages(value, what="messages"):
+    """A list of {"role", "content"} from any usual shape of a conversation; ValueError says what is wrong."""
+    if isinstance(value, str):
+        value = [dict(role="user", content=value)]
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{what!r} is not a list of messages")
+    roles = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+    said = []
+    for m in value:
+        role = m.get("role", m.get("from")) if isinstance(m, dict) else None
+        content = m.get("content", m.get("value")) if isinstance(m, dict) else None
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise ValueError(f'a message of {what!r} is not {{"role": ..., "content": ...}}')
+        said.append(dict(role=roles.get(role, role), content=content))
+    if said[0]["role"] == "assistant":
+        raise ValueError("the conversation begins with the assistant")
+    return said
+
+
+def _reply(value, prompt, what):
+    """The assistant's last words in `value`, a text or a message list that may repeat the prompt."""
+    if isinstance(value, str):
+        return value
+    said = _messages(value if value and value[0].get("role") != "assistant" else prompt + value, what)
+    if said[-1]["role"] != "assistant":
+        raise ValueError(f"{what!r} does not end with the assistant")
+    return said[-1]["content"]
+
+
+def as_chat(record):
+    """The messages of a record: of its conversation, or of its prompt and its (chosen) answer."""
+    for key in ("messages", "conversations"):
+        if key in record:
+            messages = _messages(record[key], key)
+            break
+    else:
+        prompt, answer = _first(record, "prompt", "question"), _first(record, "answer", "chosen")
+        prompt = _messages(prompt, "prompt")
+        messages = prompt + [dict(role="assistant", content=_reply(answer, prompt, "answer"))]
+    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
+        raise ValueError("the assistant says nothing in it")
+    return messages
+
+
+def as_prefs(record):
+    """{"prompt": messages, "chosen": text, "rejected": text}"""
+    prompt, chosen, rejected = _first(record, "prompt", "question"), record["chosen"], record["rejected"]
+    prompt = _messages(prompt, "prompt")
+    made = dict(prompt=prompt, chosen=_reply(chosen, prompt, "chosen"), rejected=_reply(rejected, prompt, "rejected"))
+    if made["chosen"] == made["rejected"]:
+        raise ValueError("chosen and rejected are the same")
+    return made
+
+
+def as_verify(record):
+    """{"prompt": messages, "answer": text}"""
+    answer = record["answer"]
+    if not isinstance(answer, (str, int, float)) or not str(answer).strip():
+        raise ValueError("'answer' is not a text")
+    return dict(prompt=_messages(_first(record, "prompt", "question"), "prompt"), answer=str(answer))
+
+
+def _first(record, *keys):
+    for key in keys:
+        if record.get(key) is not None:
+            return record[key]
+    raise KeyError(keys[0])
+
+
+# -----------------------------------------------------------------------------
+# Verifiers: is the completion right? verify(prompt, completion, answer) -> float, 1.0 for right
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+LISTING = re.compile(r"(?:-?\d[\d.]*[\s,;]+){7,}-?\d")  # eight numbers and nothing between them: fishing
+
+
+def verifier(spec):
+    """verify(prompt, completion, answer) -> float for 'number' (the last number, or the one after ####), 'exact',
+    'regex:PATTERN' (its first group, or all that it matches, is the answer), 'toy', or a Python file that
+    defines verify. UserError if there is no such verifier."""
+    if spec in ("number", "exact"):
+        return {"number": _same_number, "exact": lambda prompt, said, answer: float(said.strip() == answer.strip())}[spec]
+    if spec == "toy" and "toy_verify" in globals():
+        return globals()["toy_verify"]
+    if spec.startswith("regex:"):
+        try:
+            pattern = re.compile(spec[6:], re.DOTALL)
+        except re.error as e:
+            raise UserError(f"--verifier={spec}: not a regular expression: {e}") from None
+        def matches(prompt, completion, answer):
+            found = [m[1] if pattern.groups else m[0] for m in pattern.finditer(completion)]
+            return float(bool(found) and (found[-1] or "").strip() == answer.strip())
+        return matches
+    if spec.endswith(".py"):
+        if not os.path.isfile(spec):
+            raise UserError(f"--verifier={spec}: no such file")
+        space = dict(__name__="verifier", __file__=spec)
+        try:
+            with open(spec, encoding="utf-8") as f:
+                exec(compile(f.read(), spec, "exec"), space)
+        except Exception as e:
+            raise UserError(f"--verifier={spec}: {type(e).__name__}: {e}") from None
+        if not callable(space.get("verify")):
+            raise UserError(f"--verifier={spec}: it must define verify(prompt, completion, answer) -> float")
+        return lambda prompt, completion, answer: float(space["verify"](prompt, completion, answer))
+    raise UserError(f"--verifier={spec}: there is no such verifier; number, exact, regex:PATTERN, toy or a .py file")
+
+
+def final_number(text):
+    """The number that a text comes to, after its only #### or else its last one, as a Fraction; or None."""
+    from fractions import Fraction
+    before, mark, after = text.partition("####")
+    if "####" in after or LISTING.search(text):
+        return None
+    found = NUMBER.findall(after if mark else text)
+    return Fraction(found[0 if mark else -1].replace(",", "")) if found else None
+
+
+def _same_number(prompt, completion, answer):
+    said, right = final_number(completion), final_number(answer)
+    return float(said is not None and said == right)
+
+
+# -----------------------------------------------------------------------------
+# Files, and what is fetched
+
+def cache_dir():
+    """Where downloads are kept: NANOSMOL_CACHE, or ~/.cache/nanosmol."""
+    return os.environ.get("NANOSMOL_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "nanosmol")
+
+
+def write_json(path, value, indent=2):
+    """Writes a JSON file that is whole whenever it is there."""
+    with open(f"{path}.tmp{os.getpid()}", "w", encoding="utf-8") as f:
+        json.dump(value, f, ensure_ascii=False, indent=indent)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f.name, path)
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def progress(**options):
+    from tqdm import tqdm
+    return tqdm(disable=None, unit_scale=True, dynamic_ncols=True, **options)  # None: silent unless on a terminal
+
+
+def download(url, digest, tries=5):
+    """The local path of what `url` holds, checked against its SHA-256; resumed where an earlier try was cut."""
+    import requests
+    mirror = os.environ.get("NANOSMOL_MIRROR")  # another server that holds the same path
+    fetched = re.sub(r"^https?://[^/]+", mirror.rstrip("/"), url) if mirror else url
+    path = os.path.join(cache_dir(), digest[:16] + "-" + url.rsplit("/", 1)[1])
+    if os.path.exists(path):
+        return path
+    os.makedirs(cache_dir(), exist_ok=True)
+    part, trouble = path + ".part", None
+    for attempt in range(tries):
+        if attempt:
+            time.sleep(min(2 ** attempt, 30) if not mirror else 0.05)
+        have = os.path.getsize(part) if os.path.exists(part) else 0
+        try:
+            with requests.get(fetched, stream=True, timeout=30, headers={"Range": f"bytes={have}-"} if have else {}) as r:
+                if r.status_code == 416:  # the part is longer than the file is
+                    os.remove(part)
+                    continue
+                if r.status_code in (404, 410):
+                    raise UserError(f"{fetched}: not there any more ({r.status_code}); download it by other means and "
+                                    f"give prepare.py its path")
+                r.raise_for_status()
+                have = have if r.status_code == 206 else 0
+                size = have + int(r.headers.get("Content-Length", 0))
+                with open(part, "ab" if have else "wb") as f, progress(
+                        desc=os.path.basename(url), total=size or None, initial=have, unit="B") as bar:
+                    for chunk in r.iter_content(1 << 16):
+                        f.write(chunk)
+                        bar.update(len(chunk))
+                    f.flush()
+                    os.fsync(f.fileno())
+            if sha256(part) == digest:
+                os.replace(part, path)
+                return path
+            trouble = "its content is not what it was when this was written (SHA-256 differs)"
+            if not size or os.path.getsize(part) >= size:
+                os.remove(part)  # whole, and wrong
+        except requests.RequestException as e:
+            trouble = f"{type(e).__name__}: {getattr(getattr(e, 'response', None), 'status_code', '') or e}"
+    raise UserError(f"{fetched}: could not be fetched in {tries} tries: {trouble}; run the same command to go on")
+
+
+def _hub(call, repo, **options):
+    """Calls a function of huggingface_hub, which retries by itself; what a user can mend becomes a UserError."""
+    import httpx
+    from huggingface_hub import errors
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    site = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    for attempt in range(5):
+        try:
+            return call(repo, **options)
+        except errors.GatedRepoError:
+            raise UserError(f"{repo}: its owner asks for consent: accept the terms on {site}/{repo}, make a token on "
+                            f"{site}/settings/tokens, then run `hf auth login` or set HF_TOKEN") from None
+        except errors.RepositoryNotFoundError:
+            raise UserError(f"{repo}: the Hub has no such repository, or it is private: check the name; for a private "
+                            f"one run `hf auth login` or set HF_TOKEN to a token that may read it") from None
+        except errors.EntryNotFoundError as e:
+            raise UserError(f"{repo}: {options.get('filename') or options.get('path_in_repo') or 'a file'} is not "
+                            f"in this repository (revision {options.get('revision') or 'main'})") from None
+        except errors.HfHubHTTPError as e:
+            status = e.response.status_code if e.response is not None else 0
+            if status not in (408, 429) and status < 500 or attempt == 4:
+                raise UserError(f"{repo}: the Hub answered {status}; try again later, the same command goes on") from None
+            wait = (e.response.headers.get("Retry-After") or "") if e.response is not None else ""
+            time.sleep(float(wait) if wait.replace(".", "").isdigit() else 2 ** attempt)
+        except (OSError, httpx.HTTPError, errors.HFValidationError) as e:
+            if isinstance(e, errors.HFValidationError) or attempt == 4:
+                raise UserError(f"{repo}: not fetched from {site}: {str(e).splitlines()[0]}; run the same command "
+                                f"to go on") from None
+            time.sleep(1)
+
+
+def hub_snapshot(repo, patterns, repo_type="model"):
+    """A local directory with the files of a Hub repository that match the patterns."""
+    from huggingface_hub import snapshot_download
+    return _hub(snapshot_download, repo, repo_type=repo_type, allow_patterns=patterns)
+
+
+def fetch_model(hub_id):
+    """A local directory with a Hub model: config, safetensors and tokenizer files, as from_pretrained takes them."""
+    directory = hub_snapshot(hub_id, ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
+                                      "tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.json",
+                                      "merges.txt"])
+    if not any(f.endswith(".safetensors") for f in os.listdir(directory)):
+        raise UserError(f"{hub_id}: this Hub repository has no *.safetensors; name one that has")
+    return directory
+
+
+File = collections.namedtuple("File", "path size split repo digest revision")  # `repo` is None for a local file
+
+
+def local_path(file):
+    """Where a File lies on this machine: fetched if need be, and checked if the Hub says its SHA-256."""
+    if file.repo is None:
+        return file.path
+    from huggingface_hub import hf_hub_download
+    for attempt in range(2):
+        path = _hub(hf_hub_download, file.repo, filename=file.path, repo_type="dataset", revision=file.revision)
+        if os.path.getsize(path) == file.size and file.digest in (None, sha256(path)):
+            return path
+        os.remove(os.path.realpath(path))  # the blob that the path links to
+    raise UserError(f"{file.repo}: {file.path} arrives damaged (its size or SHA-256 differs); try again later")
+
+
+# -----------------------------------------------------------------------------
+# Reading: a source is a list of files, a file a run of blocks, a block what a worker turns into tokens
+
+TEXT, LINES = (".txt", ".md", ".text"), (".jsonl", ".ndjson", ".json")
+PACKED = {".zst": "zstd", ".zstd": "zstd", ".gz": "gzip"}
+OWN_SPLIT = re.compile(r"(?:^|[-_./])(train|valid|validation|val|dev|eval|test)(?=[-_.0-9/]|$)")
+
+# kind: 'documents' (text, separated by <|endoftext|>), 'train' or 'val' (a piece of one document), 'lines' (JSON)
+# or 'rows' (parquet); data: bytes, or a pyarrow batch; at: the offset or line where it begins, or the row;
+# first, last: of its document; read: how many bytes of the file are behind us
+Block = collections.namedtuple("Block", "kind data at first last read")
+
+
+def _kind_of(path):
+    """'text', 'lines' or 'parquet' by a file's name, and its compression; (None, None) for what is no data."""
+    stem, ending = os.path.splitext(path.lower())
+    packing = PACKED.get(ending)
+    ending = os.path.splitext(stem)[1] if packing else ending
+    kind = "text" if ending in TEXT else "lines" if ending in LINES else "parquet" if ending == ".parquet" else None
+    return kind, packing if kind else None
+
+
+def _with_splits(files):
+    """Files with their own split, if their names tell train from validation; what is for testing stands in for a
+    validation split where there is none, and is left out where there is one."""
+    marks = [(OWN_SPLIT.findall(f.path.lower()) or [None])[-1] for f in files]
+    held_out = next((m for m in (("valid", "validation", "val", "dev", "eval"), ("test",)) if set(m) & set(marks)), None)
+    if "train" not in marks or not held_out:
+        return files
+    kept = [f._replace(split="val" if m in held_out else "train")
+            for f, m in zip(files, marks) if m in held_out or m not in ("test",)]
+    # the validation split goes first, so that --max_tokens can stop in the training data and be done
+    return sorted(kept, key=lambda f: f.split == "train")
+
+
+def local_files(path):
+    """The files of a local source: one file of any name, or those of a folder that hold data."""
+    if os.path.isfile(path):
+        return [File(path, os.path.getsize(path), None, None, None, None)]
+    found = sorted(os.path.join(folder, f) for folder, _, names in os.walk(path) for f in names
+                   if not f.startswith(".") and _kind_of(f)[0])
+    if not found:
+        raise UserError(f"{path}: this folder holds no .txt, .md, .jsonl, .jsonl.zst, .jsonl.gz or .parquet file")
+    inside = _with_splits([File(os.path.relpath(f, path), os.path.getsize(f), None, None, None, None) for f in found])
+    return [f._replace(path=os.path.join(path, f.path)) for f in inside]
+
+
+def hub_files(repo, config="", split="", pattern="*"):
+    """The data files of a data set on the Hub: under the folder `config`, matching `pattern`, of one `split`."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+    api = HfApi()
+    revision = _hub(api.dataset_info, repo).sha  # every file of one run is of one commit
+    listed = [f for f in _hub(lambda repo, **o: list(api.list_repo_tree(repo, **o)), repo, path_in_repo=config or None,
+                              recursive=True, repo_type="dataset", revision=revision) if isinstance(f, RepoFile)]
+    files = [File(f.path, f.size, None, repo, f.lfs.sha256 if f.lfs else None, revision)
+             for f in sorted(listed, key=lambda f: f.path) if fnmatch.fnmatch(f.path, pattern)
+             and (pattern != "*" or _kind_of(f.path)[0] and not re.match(r"readme|license", os.path.basename(f.path.lower())))]
+    if split:
+        files = [f for f in files if split in re.split(r"[-_./]", f.path)]
+    if not files:
+        folders = sorted({f.path.rpartition("/")[0] for f in listed})
+        raise UserError(f"hub:{repo}: no data files here{' under ' + config if config else ''}"
+                        f"{' of the split ' + split if split else ''}; folders to name with --config=: "
+                        f"{', '.join(f for f in folders if f)[:300] or 'none'}")
+    return _with_splits(files) if not split else files
+
+
+def _open(path, packing):
+    """A readable binary stream of the file's content, and a function that says how many of its bytes are read."""
+    raw = open(path, "rb")
+    if not packing:
+        return raw, raw.tell
+    import pyarrow
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), packing), raw.tell
+
+
+def read_blocks(file, only, column=None):
+    """The Blocks of a File, in order, always the same. `only`: the file is the whole source, so that a text without
+    <|endoftext|> is one document, whose last tenth is held out. `column`: the one to read of a parquet file."""
+    path, (kind, packing) = local_path(file), _kind_of(file.path)
+    if kind == "parquet":
+        yield from _read_parquet(path, file, column)
+        return
+    try:
+        if kind != "lines":
+            with open(path, "rb") as f:
+                head = f.read(1 << 16)
+            if not packing and (head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head):
+                raise UserError(f"{file.path}: not UTF-8 text (a zero byte or a UTF-16 mark within its first 64 kB); "
+                                f"convert it first, e.g. iconv -f utf-16 -t utf-8")
+            if only and not packing:
+                length = _single_document(path)
+                if length is not None:
+                    yield from _read_single(path, length)
+                    return
+        stream, told = _open(path, packing)
+        with stream:
+            yield from _read_separated(stream, told, *(("lines", b"\n") if kind == "lines" else ("documents", EOT.encode())))
+    except (OSError, EOFError) as e:
+        raise UserError(f"{file.path}: cannot be read to its end: {e}; is it cut short?") from None
+
+
+def _read_separated(stream, told, kind, separator):
+    rest, at = b"", 0
+    while True:
+        more = stream.read(BLOCK)
+        if not at and not rest:
+            more = more.removeprefix(b"\xef\xbb\xbf")  # a byte order mark is not text
+        buffer, cut = rest + more, len(rest + more)
+        if more:
+            found = buffer.rfind(separator)
+            if found < 0 and len(buffer) < LONGEST:
+                rest = buffer
+                continue
+            cut = found + len(separator) if found >= 0 else _cut(buffer)
+        if cut:
+            yield Block(kind, buffer[:cut], at, True, True, told())
+            at += buffer.count(b"\n", 0, cut) if kind == "lines" else cut
+        if not more:
+            return
+        rest = buffer[cut:]
+
+
+def _single_document(path):
+    """How many bytes of a text are one document: all of them, if <|endoftext|> comes nowhere or only at its end;
+    else None."""
+    import mmap
+    size = os.path.getsize(path)
+    if size == 0:
+        return 0
+    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        found = content.find(EOT.encode())
+        if found < 0:
+            return size
+        after = found + len(EOT)
+        return found if size - after < 1024 and not content[after:].strip() else None
+
+
+def _read_single(path, length):
+    """One document: its last 10% of characters as 'val' and what comes before as 'train', which is nanoGPT's split.
+    Validation goes first, see _with_splits."""
+    with open(path, "rb") as f:
+        begin = 3 if f.read(3) == b"\xef\xbb\xbf" else 0
+        f.seek(begin)
+        chars, left, middle, counts = 0, length - begin, begin, []
+        while left > 0:
+            data = f.read(min(BLOCK, left))
+            left -= len(data)
+            counts.append(len(data) - _continuations(data))
+            chars += counts[-1]
+        wanted = int(0.9 * chars)
+        for i, count in enumerate(counts):  # the block in which that character lies, then its place in the block
+            if wanted < count or i == len(counts) - 1:
+                f.seek(begin + i * BLOCK)
+                data = np.frombuffer(f.read(min(BLOCK, length - f.tell())), np.uint8)
+                starts = np.flatnonzero((data & 0xC0) != 0x80)
+                middle = begin + i * BLOCK + (int(starts[wanted]) if wanted < len(starts) else len(data))
+                break
+            wanted -= count
+        done = 0
+        for kind, at, end in (("val", middle, length), ("train", begin, middle)):
+            f.seek(at)
+            rest, first = b"", True
+            while at < end:
+                more = f.read(min(BLOCK, end - at - len(rest)))
+                buffer = rest + more
+                last = at + len(buffer) >= end
+                cut = len(buffer) if last else _cut(buffer)
+                done += cut
+                yield Block(kind, buffer[:cut], at, first, last and kind == "val", done)
+                at, rest, first = at + cut, buffer[cut:], False
+
+
+def _continuations(data):
+    return int(((np.frombuffer(data, np.uint8) & 0xC0) == 0x80).sum())
+
+
+# Between these two characters every pre-tokenizer begins a new word, and looks neither back nor ahead
+BETWEEN_WORDS = re.compile(r"(?<=\S)\n(?=\S)|(?<=\w)(?= \w)")
+
+
+def _cut(data):
+    """Where, near the end of these bytes, a long text can be cut so that its tokens stay what they are."""
+    tail = data[-(1 << 16):].decode("utf-8", "surrogateescape")
+    places = [m.end() for m in BETWEEN_WORDS.finditer(tail, 8, len(tail) - 8)]
+    if places:
+        return len(data) - len(tail[places[-1]:].encode("utf-8", "surrogateescape"))
+    cut = len(data)  # 64 kB without a space: at least between two characters
+    while cut > len(data) - 4 and data[cut - 1] & 0xC0 == 0x80:
+        cut -= 1
+    return cut - 1 if cut > 1 and data[cut - 1] >= 0xC0 else cut
+
+
+def _read_parquet(path, file, column):
+    import pyarrow
+    import pyarrow.parquet
+    try:
+        with pyarrow.parquet.ParquetFile(path) as f:
+            rows, total = 0, max(f.metadata.num_rows, 1)
+            if column and column not in f.schema_arrow.names:
+                raise UserError(f"{file.path}: no column {column!r} in {', '.join(f.schema_arrow.names)[:200]}; name it "
+                                f"with --field=")
+            for group in range(f.metadata.num_row_groups):
+                for batch in f.iter_batches(256, row_groups=[group], columns=[column] if column else None):
+                    rows += len(batch)
+                    yield Block("rows", batch, rows - len(batch), True, True, file.size * rows // total)
+    except (pyarrow.ArrowException, OSError) as e:
+        raise UserError(f"{file.path}: not a parquet file that can be read: {str(e).splitlines()[0]}") from None
+
+
+# -----------------------------------------------------------------------------
+# From blocks to what is written
+
+class Job:
+    """What a worker knows: the tokenizer, the shape of the records, and how to split. Called with a File and a
+    Block, it returns a dict: the bytes to append to each output file, under 'out'; counts; and what was wrong."""
+
+    def __init__(self, tok, shape, field, val_fraction, block_size):
+        self.tok, self.shape, self.field = tok, shape, field
+        self.val_fraction, self.block_size = val_fraction, block_size
+        self.dtype = np.dtype("<u2" if tok and tok.vocab_size <= 1 << 16 else "<u4")
+
+    def __call__(self, file, block):
+        result = dict(out=collections.defaultdict(bytes), count=collections.Counter(), wrong=[])
+        if block.kind in ("train", "val"):
+            text = _decoded(block.data, block.at, result)
+            ids = self.tok.encode_piece(text, block.first)
+            ids = np.append(ids, self.tok.eos_id) if block.last else ids
+            result["out"][block.kind + ".bin"] = ids.astype(self.dtype).tobytes()
+            result["count"].update({"bytes": len(block.data), block.kind + "_tokens": len(ids), "documents": int(block.last)})
+            return result
+        parts = {"train": [], "val": []}
+        for at, content, size in self.contents(block, result):
+            split = file.split or self.split(content)
+            parts[split].append((at, content))
+            result["count"]["bytes"] += size
+        for split, found in parts.items():
+            if found:
+                getattr(self, "write_" + ("text" if self.shape == "text" else "chat" if self.shape == "chat" else "json"))(
+                    split, found, result)
+        return result
+
+    def split(self, content):
+        """By a hash of the text itself, so that more data never moves a document across."""
+        text = content if isinstance(content, str) else json.dumps(content, sort_keys=True)
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        return "val" if int.from_bytes(digest, "little") < self.val_fraction * 2 ** 64 else "train"
+
+    def contents(self, block, result):
+        """(where, text or record, bytes) of each document of a block; what is wrong is counted instead."""
+        if block.kind == "documents":
+            at = block.at
+            for raw in block.data.split(EOT.encode()):
+                text = _decoded(raw, at, result).strip()
+                at += len(raw) + len(EOT)
+                if text:
+                    yield at, text, len(raw)
+            return
+        for at, record, size in self.records(block, result):
+            try:
+                if not isinstance(record, dict):
+                    raise ValueError("not a JSON object")
+                if self.shape == "text":
+                    made = record[self.field]
+                    if not isinstance(made, str):
+                        raise ValueError(f"{self.field!r} is not a text")
+                    made = made.encode("utf-8", "replace").decode()  # a lone surrogate is legal in JSON only
+                    if not made:
+                        raise ValueError(f"{self.field!r} is empty")
+                else:
+                    made = dict(chat=as_chat, prefs=as_prefs, verify=as_verify)[self.shape](record)
+                yield at, made, len(made.encode()) if isinstance(made, str) else size
+            except KeyError as e:
+                result["wrong"].append((at, f"no field {e}"))
+            except (ValueError, AttributeError, TypeError) as e:
+                result["wrong"].append((at, str(e)))
+
+    def records(self, block, result):
+        if block.kind == "rows":
+            for i, row in enumerate(block.data.to_pylist()):
+                yield block.at + i + 1, row, block.data.nbytes // len(block.data)
+            return
+        for i, line in enumerate(block.data.split(b"\n")):
+            if line.strip():
+                try:
+                    yield block.at + i + 1, json.loads(_decoded(line, None, result)), len(line)
+                except ValueError as e:
+                    result["wrong"].append((block.at + i + 1, f"not JSON: {e}"))
+
+    def write_text(self, split, found, result):
+        ids = self.tok.encode_documents([text for _, text in found])
+        result["out"][split + ".bin"] = ids.astype(self.dtype).tobytes()
+        result["count"].update({split + "_tokens": len(ids), split + "_documents": len(found), "documents": len(found)})
+
+    def write_chat(self, split, found, result):
+        ids, mask, kept = [], [], 0
+        for at, messages in found:
+            one, told = render_chat(messages, self.tok)
+            if self.block_size and len(one) > self.block_size:
+                result["wrong"].append((at, f"the conversation has {len(one)} tokens, --block_size={self.block_size}"))
+                continue
+            ids, mask, kept = ids + one, mask + told, kept + 1
+        result["out"][split + ".bin"] = np.array(ids, self.dtype).tobytes()
+        result["out"][split + ".mask"] = bytes(mask)
+        result["count"].update({split + "_tokens": len(ids), split + "_documents": kept, "documents": kept})
+
+    def write_json(self, split, found, result):
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for _, record in found]
+        result["out"][split + ".jsonl"] = "".join(lines).encode()
+        result["count"].update({split + "_documents": len(found), "documents": len(found)})
+
+
+def _decoded(raw, at, result):
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as e:
+        text = raw.decode("utf-8", "replace")
+        result["count"]["broken"] += text.count("\ufffd") - raw.count("\ufffd".encode())
+        result.setdefault("broken_at", e.start + at if at is not None else None)
+        return text
+
+
+def _shape_of(file, block, wanted, field):
+    """(shape, field) of the records, by the first one: what the user wants, or what it looks like."""
+    if block.kind in ("documents", "train", "val"):
+        if wanted not in ("", "text"):
+            raise UserError(f"{file.path}: --as={wanted} wants records (.jsonl or .parquet), and this is plain text")
+        return "text", ""
+    if block.kind == "rows":
+        keys, where = block.data.schema.names, ""
+    else:
+        for i, line in enumerate(block.data.split(b"\n")):
+            if line.strip():
+                break
+        try:
+            record = json.loads(line)
+            keys = list(record) if isinstance(record, dict) else None
+        except ValueError:
+            keys = None
+        where = f", line {i + 1}"
+        if keys is None:
+            raise UserError(f"{file.path}{where}: not a JSON object; a .jsonl file has one object in every line")
+    has = lambda *names: any(n in keys for n in names)
+    asked = has("prompt", "question")
+    text = next((f for f in ([field] if field else ["text", "content"]) if f in keys), None)
+    fits = [s for s, ok in dict(text=bool(text), chat=has("messages", "conversations") or asked and has("answer", "chosen"),
+                                prefs=asked and "chosen" in keys and "rejected" in keys,
+                                verify=asked and "answer" in keys).items() if ok]
+    shape = wanted or ("text" if field else next((s for s in ("prefs", "verify", "chat", "text") if s in fits), "text"))
+    if has("messages") and not wanted and not field and "prefs" not in fits:
+        shape = "chat"
+    if shape not in fits:
+        what = dict(text=f"no field {field or 'text'!r}", chat="no 'messages', nor 'prompt' and 'answer'",
+                    prefs="no 'prompt', 'chosen' and 'rejected'", verify="no 'prompt' (or 'question') and 'answer'")[shape]
+        close = difflib.get_close_matches(field or "text", keys, n=1)
+        raise UserError(f"{file.path}{where}: {what} in {', '.join(keys)[:200]}; name the text with --field="
+                        f"{close[0] if close else 'NAME'}, or its shape with --as=")
+    return shape, text if shape == "text" else ""
+
+
+# -----------------------------------------------------------------------------
+# Bins, read back (training's side)
+
+
+# -----------------------------------------------------------------------------
+# The toy world
+
+
+# -----------------------------------------------------------------------------
+# One data set
+
+def prepare(source, tokenizer="", name="", data_dir="data", max_tokens=0, field="", config="", split="", as_="",
+            val_fraction=0.005, block_size=0, workers=0, seed=1337):
+    """Makes data/<name>/ from a known name, a file, a folder or hub:owner/name, and returns that directory.
+
+    Killed at any moment and started again, it goes on where it was; what lay there before is replaced only when
+    the new data is whole. Raises UserError for whatever the user can mend.
+    """
+    known = KNOWN.get(source, {})
+    is_path = os.path.exists(source)
+    if not known and not is_path and not source.startswith("hub:"):
+        if re.search(r"[/\\]|\.(txt|jsonl|parquet|md|zst|gz)$", source):
+            raise UserError(f"{source}: no such file or folder")
+        close = difflib.get_close_matches(source, KNOWN, n=3, cutoff=0.5)
+        raise UserError(f"{source}: neither a file or folder nor a known data set"
+                        f"{'; did you mean ' + ' or '.join(close) + '?' if close else ''} (python prepare.py lists them)")
+    name = name or (source if known else os.path.splitext(os.path.basename(os.path.abspath(source)))[0] if is_path
+                    else source.rpartition("/")[2])
+    if not re.fullmatch(r"[\w.+-]+", name):
+        raise UserError(f"--name={name}: letters, digits, '-', '_', '.' only, since it becomes a directory")
+    if not 0 < val_fraction < 1:
+        raise UserError(f"--val_fraction={val_fraction}: a share of the documents between 0 and 1, such as 0.005")
+    if as_ not in ("", "text", "chat", "prefs", "verify"):
+        raise UserError(f"--as={as_}: one of text, chat, prefs, verify")
+    as_ = as_ or known.get("as_", "")
+    tokenizer = tokenizer or known.get("tokenizer", "") or "bpe:4096"
+    target, partial = os.path.join(data_dir, name), os.path.join(data_dir, name + ".partial")
+    os.makedirs(partial, exist_ok=True)
+    try:
+        made = _make(source, known, tokenizer, partial, target, dict(
+            version=1, name=name, source=source, max_tokens=int(max_tokens), field=field, shape=as_,
+            val_fraction=val_fraction, block_size=block_size), config, split, workers, seed)
+    except BaseException:
+        if not os.path.exists(os.path.join(partial, "journal.json")):
+            shutil.rmtree(partial, ignore_errors=True)  # nothing in it that another try could go on from
+        raise
+    if made:
+        _swap(partial, target)
+        _report(target)
+    return target
+
+
+def _make(source, known, tokenizer, partial, target, settings, config, split, workers, seed):
+    """Fills `partial`, from wherever the source is; False if `target` holds the same already."""
+    if "bins" in known:
+        return _take_bins(known, partial, target)
+    if "toy" in known:
+        files, data_dir = _toy_files(known, partial, seed), os.path.dirname(target)
+        if tokenizer == "toy":  # every toy set speaks the tokenizer of the toy text
+            tokenizer = os.path.join(data_dir, "toy")
+            if not os.path.exists(os.path.join(tokenizer, "tokenizer.json")):
+                prepare("toy", data_dir=data_dir, workers=workers, seed=seed)
+    elif "get" in known:
+        files = local_files(download(*known["get"]))
+    elif known or not os.path.exists(source):
+        files = hub_files(known.get("hub") or source[4:], config or known.get("config", ""), split,
+                          known.get("files", "*"))
+    else:
+        files = local_files(source)
+    if not sum(f.size for f in files):
+        raise UserError(f"{source}: empty, there is no text in it")
+    return _pack(files, dict(settings, tokenizer=tokenizer), partial, target, workers)
+
+
+def _toy_files(known, partial, seed):
+    make = globals().get("toy_" + known["toy"])
+    if make is None:
+        raise UserError("the toy world is not in this copy of prepare.py")
+    path = os.path.join(partial, "toy.txt" if known["toy"] == "stories" else "toy.jsonl")
+    with open(path, "w", encoding="utf-8") as f:  # made anew each time: it is the same for the same seed
+        for made in make(seed):
+            if isinstance(made, str):
+                f.write(made + "\n" + EOT + "\n")
+            else:
+                f.write(json.dumps(dict(messages=made) if isinstance(made, list) else made, ensure_ascii=False) + "\n")
+    return local_files(path)
+
+
+def _take_bins(known, partial, target):
+    """A data set that is tokens already: train.bin, val.bin and the tokenizer of a Hub repository, as they are."""
+    files = {f.path: f for f in hub_files(known["hub"], pattern="*[nr]")}  # .bin and tokenizer.json end so
+    where = known["bins"] + "/"
+    found = next((p for p in sorted(files, key=len) if os.path.basename(p) == "tokenizer.json"), None)
+    if where + "train.bin" not in files or where + "val.bin" not in files or not found:
+        raise UserError(f"{known['hub']}: no {where}train.bin, {where}val.bin and tokenizer.json in it any more")
+    need = sum(files[where + f].size for f in ("train.bin", "val.bin"))
+    _check_space(partial, 2 * need)
+    tok = load_tokenizer(local_path(files[found]))
+    tok.name = known["hub"]
+    meta = dict(name=os.path.basename(target), source=known["hub"], kind="text", tokenizer=tok.name,
+                vocab_size=tok.vocab_size, eos_id=tok.eos_id, dtype="uint16" if tok.vocab_size <= 1 << 16 else "uint32")
+    for part in ("train", "val"):
+        fetched = local_path(files[f"{where}{part}.bin"])
+        shutil.copyfile(fetched, os.path.join(partial, part + ".bin"))
+        ids = np.memmap(fetched, meta["dtype"], "r")
+        if len(ids[:1 << 24]) == 0 or int(ids[:1 << 24].max()) >= tok.vocab_size:
+            raise UserError(f"{known['hub']}: {part}.bin holds ids beyond its tokenizer's {tok.vocab_size}")
+        meta[part + "_tokens"] = len(ids)
+    tok.save(partial)
+    write_json(os.path.join(partial, "meta.json"), meta)
+    return True
+
+
+def _pack(files, settings, partial, target, workers):
+    """Tokenizes files into `partial`, journal and all; False if `target` holds exactly this already."""
+    name, wanted = settings["name"], settings["tokenizer"]
+    first = next(read_blocks(files[0], len(files) == 1), None)
+    if first is None:
+        raise UserError(f"{files[0].path}: empty, there is no text in it")
+    shape, field = _shape_of(files[0], first, settings["shape"], settings["field"])
+    settings.update(shape=shape, field=field)
+    stamp = [settings] + [[f.path, f.size, f.digest or f.revision or os.stat(f.path).st_mtime_ns, f.split]
+                          if not f.path.startswith(partial) else [f.size, sha256(f.path)] for f in files]
+    local = os.path.join(wanted, "tokenizer.json") if os.path.isdir(wanted) else wanted
+    stamp.append(sha256(local) if os.path.isfile(local) else "")
+    stamp = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()
+    if _done(target, stamp):
+        print(f"{target} holds this already")
+        shutil.rmtree(partial)
+        return False
+
+    journal = os.path.join(partial, "journal.json")
+    state = dict(stamp=stamp, file=0, block=0, line=0, sizes={}, count={}, wrong=[])
+    if os.path.exists(journal):
+        with open(journal, encoding="utf-8") as f:
+            old = json.load(f)
+        if old["stamp"] == stamp:
+            state = old
+            print(f"going on after {sum(state['sizes'].values()) / 1e6:.1f} MB that were written before")
+    if shape in ("prefs", "verify"):
+        tok = None  # they stay text until a model's own tokenizer meets them
+    elif os.path.exists(os.path.join(partial, "tokenizer.json")) and state["sizes"]:
+        tok = load_tokenizer(partial)
+    else:
+        blank = Job(None, shape, field, 0, 0)
+        tok = make_tokenizer(wanted, _texts(files, blank))
+        if shape == "chat":
+            tok = with_chat_tokens(tok)
+        tok.save(partial)
+    job = Job(tok.fast() if tok else None, shape, field, settings["val_fraction"], settings["block_size"])
+    _check_space(partial, _estimate(files, job, settings["max_tokens"]))
+    _run(files, job, state, journal, partial, settings["max_tokens"], workers)
+
+    count = collections.Counter(state["count"])
+    os.remove(journal)
+    if not count["documents"]:
+        raise UserError(f"{settings['source']}: nothing in it could be used{_examples(state['wrong'])}")
+    for part, other in (("train", "val"), ("val", "train")):
+        key = part + ("_documents" if tok is None else "_tokens")
+        if not count[key]:
+            if first.kind in ("train", "val"):
+                raise UserError(f"{settings['source']}: too short: {count['bytes']} bytes leave nothing for "
+                                f"{'training' if part == 'train' else 'validation'}")
+            raise UserError(f"{settings['source']}: of {count['documents']} documents none fell into {part}; set "
+                            f"--val_fraction={min(0.5, round(5 / count['documents'], 4)) if part == 'val' else 0.005}")
+    meta = dict(name=name, kind=shape, source=settings["source"], stamp=stamp, documents=count["documents"],
+                bytes=count["bytes"], val_fraction=settings["val_fraction"], left_out=count["wrong"],
+                replaced_characters=count["broken"])
+    if tok:
+        meta.update(tokenizer=tok.name, vocab_size=tok.vocab_size, dtype=job.dtype.name, eos_id=tok.eos_id,
+                    train_tokens=count["train_tokens"], val_tokens=count["val_tokens"])
+    else:
+        meta.update(train_records=count["train_documents"], val_records=count["val_documents"])
+    write_json(os.path.join(partial, "meta.json"), meta)
+    for left in ("toy.txt", "toy.jsonl"):
+        if os.path.exists(os.path.join(partial, left)):
+            os.remove(os.path.join(partial, left))
+    _tell_wrong(state, count)
+    return True
+
+
+def _texts(files, job):
+    """Every text of a source, for a tokenizer to be made from."""
+    result = dict(out={}, count=collections.Counter(), wrong=[])
+    for file in files:
+        for block in read_blocks(file, len(files) == 1, job.field or None):
+            if block.kind in ("train", "val"):
+                yield _decoded(block.data, None, result)
+            else:
+                for _, content, _ in job.contents(block, result):
+                    if isinstance(content, str):
+                        yield content
+                    else:
+                        yield from (m["content"] for m in content)
+
+
+def _run(files, job, state, journal, partial, max_tokens, workers):
+    """Blocks in, tokens out. This thread reads and writes, in order; the others tokenize: tiktoken, tokenizers and
+    numpy let go of Python's lock while they work, so threads use every core and share one vocabulary. What is under
+    way is bounded, and so is memory. The journal says from time to time how much of the output is sure."""
+    workers = workers or os.cpu_count() or 1
+    outs, width = {}, job.dtype.itemsize
+    for out in sorted(os.listdir(partial)):
+        if re.fullmatch(r"(train|val)\.(bin|mask|jsonl)", out):
+            os.truncate(os.path.join(partial, out), state["sizes"].get(out, 0))
+    count, saved, under_way = collections.Counter(state["count"]), time.time(), collections.deque()
+    full = lambda: max_tokens and count["train_tokens"] >= max_tokens
+
+    def append(out, data):
+        if out not in outs:
+            outs[out] = open(os.path.join(partial, out), "ab")
+        outs[out].write(data)
+        state["sizes"][out] = state["sizes"].get(out, 0) + len(data)
+
+    def save():
+        for f in outs.values():
+            f.flush()
+            os.fsync(f.fileno())
+        write_json(journal, dict(state, count=dict(count)))
+
+    def finish():
+        """Writes the oldest result that is under way."""
+        i, j, block, future = under_way.popleft()
+        result = future.result()
+        if result["out"].get("train.bin") and full():
+            return
+        if max_tokens and count["train_tokens"] + result["count"]["train_tokens"] > max_tokens:
+            ids = np.frombuffer(result["out"]["train.bin"], job.dtype)
+            ends = np.flatnonzero(ids == job.tok.eos_id) + 1 if block.kind not in ("train", "val") else []
+            enough = max_tokens - count["train_tokens"]
+            cut = int(next((e for e in ends if e >= enough), len(ids) if len(ends) else enough))
+            result["out"]["train.bin"] = ids[:cut].tobytes()
+            if "train.mask" in result["out"]:
+                result["out"]["train.mask"] = result["out"]["train.mask"][:cut]
+            dropped = int(sum(e > cut for e in ends))
+            result["count"].update(train_tokens=cut - len(ids), train_documents=-dropped, documents=-dropped,
+                                   bytes=-int(result["count"]["bytes"] * (len(ids) - cut) / max(len(ids), 1)))
+        for out, data in result["out"].items():
+            append(out, data)
+        count.update(result["count"])
+        count["wrong"] += len(result["wrong"])
+        where = "line" if block.kind == "lines" else "row" if block.kind == "rows" else "byte"
+        state["wrong"] = (state["wrong"] + [f"{files[i].path}, {where} {at}: {why}" for at, why in result["wrong"]])[:3]
+        if result.get("broken_at") is not None and len(state["wrong"]) < 3:
+            state["wrong"].append(f"{files[i].path}, byte {result['broken_at']}: not UTF-8")
+        if count["wrong"] > 20 + 0.05 * count["documents"]:
+            raise UserError(f"{count['wrong']} of the first {count['wrong'] + count['documents']} records are unusable"
+                            f"{_examples(state['wrong'])}")
+        state.update(file=i, block=j + 1)
+
+    before = sum(f.size for f in files[:state["file"]])
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool, concurrent.futures.ThreadPoolExecutor(1) as fetcher, \
+            progress(desc=os.path.basename(partial)[:-8], total=sum(f.size for f in files), unit="B", initial=before) as bar:
+        try:
+            for i in range(state["file"], len(files)):
+                if full() and files[i].split != "val":
+                    break
+                ahead = files[i + 1] if i + 1 < len(files) else None
+                if ahead and ahead.repo and (not max_tokens or i and count["train_tokens"] * (i + 1) / i < max_tokens):
+                    fetcher.submit(_quietly, local_path, ahead)  # the next shard comes while this one is worked on
+                skip = state["block"] if i == state["file"] else 0
+                for j, block in enumerate(read_blocks(files[i], len(files) == 1, job.field or None)):
+                    bar.n = before + block.read
+                    if j < skip:
+                        continue
+                    if full() and block.kind != "val" and files[i].split != "val":
+                        break
+                    under_way.append((i, j, block, pool.submit(job, files[i], block)))
+                    while len(under_way) > 2 * workers:
+                        finish()
+                    bar.set_postfix_str(f"{count['train_tokens'] / 1e6:.1f}M tokens" if job.tok else "", refresh=False)
+                    bar.update(0)
+                    if time.time() - saved > 5:
+                        save()
+                        saved = time.time()
+                before += files[i].size
+            while under_way:
+                finish()
+            save()
+        finally:
+            for *_, future in under_way:
+                future.cancel()
+            for f in outs.values():
+                f.close()
+    state["count"] = dict(count)
+
+
+def _quietly(call, *args):
+    try:
+        call(*args)
+    except Exception:  # the same call is made again when its turn comes, and then it is told
+        pass
+
+
+def _estimate(files, job, max_tokens):
+    """About how many bytes the output will take."""
+    growth = {"parquet": 2.5, "lines": 1}
+    text = sum(f.size * (3.5 if packing else growth.get(kind, 1)) for f in files for kind, packing in [_kind_of(f.path)])
+    if job.tok is None:
+        return text
+    tokens = text if job.tok.table is not None or job.tok.bytes else text / 3.5
+    return (min(tokens, max_tokens * 1.02) if max_tokens else tokens) * (job.dtype.itemsize + (job.shape == "chat"))
+
+
+def _check_space(directory, need):
+    free = shutil.disk_usage(directory).free + sum(os.path.getsize(os.path.join(directory, f)) for f in os.listdir(directory))
+    if need > free:
+        raise UserError(f"{directory}: about {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; free some, "
+                        f"set --data_dir= elsewhere, or take less with --max_tokens=")
+
+
+def _examples(wrong):
+    return f" (for example {'; '.join(wrong)})" if wrong else ""
+
+
+def _tell_wrong(state, count):
+    if count["wrong"]:
+        print(f"left out: {count['wrong']} records{_examples(state['wrong'])}")
+    if count["broken"]:
+        print(f"not UTF-8: {count['broken']} characters replaced by U+FFFD{_examples(state['wrong'])}")
+
+
+def _done(directory, stamp):
+    try:
+        with open(os.path.join(directory, "meta.json"), encoding="utf-8") as f:
+            meta = json.load(f)
+        width = np.dtype(meta.get("dtype", "uint8")).itemsize
+        return meta.get("stamp") == stamp and all(os.path.getsize(os.path.join(directory, p + ".bin")) == width * n for p, n in
+                                                  (("train", meta.get("train_tokens")), ("val", meta.get("val_tokens"))) if n)
+    except (OSError, ValueError):
+        return False
+
+
+def _swap(partial, target):
+    """The finished directory takes its name; the one that had it goes only then."""
+    old = target + ".old"
+    if os.path.exists(old):
+        shutil.rmtree(old) if os.path.exists(target) else os.rename(old, target)
+    if os.path.exists(target):
+        os.rename(target, old)
+    os.rename(partial, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _report(target):
+    with open(os.path.join(target, "meta.json"), encoding="utf-8") as f:
+        meta = json.load(f)
+    print(f"{target}: {meta['kind']} from {meta['source']}")
+    if "documents" in meta:
+        print(f"  {meta['documents']:,} documents, {meta['bytes']:,} bytes")
+    if "tokenizer" in meta:
+        tokens = meta["train_tokens"] + meta["val_tokens"]
+        each = f", {meta['bytes'] / tokens:.2f} bytes a token" if meta.get("bytes") else ""
+        print(f"  {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens{each}")
+        print(f"  tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} ids, {meta['dtype']}")
+        ids = np.fromfile(os.path.join(target, "train.bin"), meta["dtype"], 60)
+        print(f"  begins: {load_tokenizer(target).decode(ids)!r}")
+    else:
+        print(f"  {meta['train_records']:,} training and {meta['val_records']:,} validation records")
+        with open(os.path.join(target, "train.jsonl"), encoding="utf-8") as f:
+            print(f"  begins: {f.readline()[:300].rstrip()}")
+    config = {"chat": " config/toy_sft.py", "prefs": " config/toy_dpo.py", "verify": " config/toy_rlvr.py"}.get(meta["kind"], "")
+    print(f"next: python train.py{config} --dataset={os.path.basename(target)}")
+
+
+def main(words):
+    if not words:
+        print("python prepare.py NAME, for one of these, or PATH of your own, or hub:owner/name; --help tells the rest\n")
+        for known in KNOWN:
+            print(f"  {known:<18}{KNOWN[known]['size']}")
+        return
+    if words[0] == "tokenizer":
+        paths = words[1:]
+        if not paths:
+            raise UserError("python prepare.py tokenizer PATH...: name the texts to train it on")
+        missing = [p for p in paths if not os.path.exists(p)]
+        if missing:
+            raise UserError(f"{missing[0]}: no such file or folder")
+        target = os.path.join(data_dir, name or "tokenizer")
+        texts = (text for path in paths for files in [local_files(path)] for text in
+                 _texts(files, Job(None, *_shape_of(files[0], next(read_blocks(files[0], len(files) == 1)), as_, field), 0, 0)))
+        tok = train_bpe(texts, int(vocab_size), f"bpe:{vocab_size}", min_frequency)
+        tok.save(target)
+        print(f"{target}: a byte-level BPE of {tok.vocab_size:,} ids\nnext: python prepare.py TEXT --tokenizer={target}")
+        return
+    for word in words:
+        if len(words) > 1 and name:
+            raise UserError(f"--name={name} is for one data set, and {len(words)} are asked for: {', '.join(words)}")
+        prepare(word, tokenizer, name, data_dir, max_tokens, field, config, split, as_, val_fraction, block_size,
+                workers, seed)
+
+
+if __name__ == "__main__":
+    setup = configure(globals(), words=True, argv=[re.sub("^--as=", "--as_=", a) for a in sys.argv[1:]])
+    try:
+        main(setup.words)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on from here")
