@@ -40,7 +40,7 @@ field = ''               # the key or column that holds the text; '' tries text,
 config = ''              # hub: a folder or subset of the repository, such as sample/10BT
 split = ''               # hub: take this split only, such as train
 as_ = ''                 # text, chat, prefs or verify; '' follows the first record (--as= does too)
-val_fraction = 0.005     # share of the documents, by a hash of their text, that is held out
+val_fraction = 0.005     # share of the documents, by a hash of their text, that is held out (small sets: more)
 block_size = 0           # chat: leave out, and count, conversations longer than this many tokens; 0 keeps all
 # how to work
 workers = 0              # threads; 0 takes one for each core. The bytes do not depend on it
@@ -52,12 +52,13 @@ min_frequency = 2        # of `prepare.py tokenizer`: rarer pairs are not merged
 EOT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 BLOCK = 1 << 20          # bytes of text that a worker gets at a time: 40 ms of work, so that few are in memory
 LONGEST = 64 << 20       # a document longer than this is taken as several: nothing larger is held in memory
+SAVE = 5                 # seconds between two entries in the journal, from which a killed run goes on
 
 KNOWN = {  # name -> where it comes from; `get` is a URL and the SHA-256 of its content, `files` are of the Hub
     "toy": dict(size="made here, no download", toy="stories", tokenizer="bpe:4096"),
-    "toy_chat": dict(size="made here, no download", toy="chat", as_="chat", tokenizer="toy"),
-    "toy_prefs": dict(size="made here, no download", toy="prefs", as_="prefs", tokenizer="toy"),
-    "toy_sums": dict(size="made here, no download", toy="sums", as_="verify", tokenizer="toy"),
+    "toy_chat": dict(size="made here, no download", toy="chat", val_fraction=0.05, as_="chat", tokenizer="toy"),
+    "toy_prefs": dict(size="made here, no download", toy="prefs", val_fraction=0.1, as_="prefs", tokenizer="toy"),
+    "toy_sums": dict(size="made here, no download", toy="sums", val_fraction=0.1, as_="verify", tokenizer="toy"),
     "shakespeare": dict(size="1.1 MB", tokenizer="gpt2", get=(
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")),
@@ -442,7 +443,7 @@ def render_chat(messages, tokenizer, add_generation_prompt=False):
 
 def _messages(value, what="messages"):
     """A list of {"role", "content"} from any usual shape of a conversation; ValueError says what is wrong."""
-    if isinstance(value, str):
+    if isinstance(value, str) and what == "prompt":
         value = [dict(role="user", content=value)]
     if not isinstance(value, list) or not value:
         raise ValueError(f"{what!r} is not a list of messages")
@@ -634,34 +635,39 @@ def download(url, digest, tries=5):
 
 
 def _hub(call, repo, **options):
-    """Calls a function of huggingface_hub, which retries by itself; what a user can mend becomes a UserError."""
-    import httpx
+    """Calls a function of huggingface_hub, again if the network fails; what a user can mend becomes a UserError."""
     from huggingface_hub import errors
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     site = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    page = f"{site}/datasets/{repo}" if options.get("repo_type") == "dataset" else f"{site}/{repo}"
     for attempt in range(5):
+        wait = 2 ** attempt
         try:
             return call(repo, **options)
         except errors.GatedRepoError:
-            raise UserError(f"{repo}: its owner asks for consent: accept the terms on {site}/{repo}, make a token on "
+            raise UserError(f"{repo}: its owner asks for consent: accept the terms on {page}, make a token on "
                             f"{site}/settings/tokens, then run `hf auth login` or set HF_TOKEN") from None
         except errors.RepositoryNotFoundError:
             raise UserError(f"{repo}: the Hub has no such repository, or it is private: check the name; for a private "
                             f"one run `hf auth login` or set HF_TOKEN to a token that may read it") from None
-        except errors.EntryNotFoundError as e:
-            raise UserError(f"{repo}: {options.get('filename') or options.get('path_in_repo') or 'a file'} is not "
-                            f"in this repository (revision {options.get('revision') or 'main'})") from None
         except errors.HfHubHTTPError as e:
             status = e.response.status_code if e.response is not None else 0
-            if status not in (408, 429) and status < 500 or attempt == 4:
-                raise UserError(f"{repo}: the Hub answered {status}; try again later, the same command goes on") from None
-            wait = (e.response.headers.get("Retry-After") or "") if e.response is not None else ""
-            time.sleep(float(wait) if wait.replace(".", "").isdigit() else 2 ** attempt)
-        except (OSError, httpx.HTTPError, errors.HFValidationError) as e:
-            if isinstance(e, errors.HFValidationError) or attempt == 4:
-                raise UserError(f"{repo}: not fetched from {site}: {str(e).splitlines()[0]}; run the same command "
-                                f"to go on") from None
-            time.sleep(1)
+            trouble = f"the Hub answered {status}"
+            if status == 404:
+                raise UserError(f"{repo}: nothing of the name {options.get('filename') or options.get('path_in_repo')} in "
+                                f"this repository; --config= names a folder of it") from None
+            if status in (400, 401, 403):
+                raise UserError(f"{repo}: {trouble}: check the token that HF_TOKEN or `hf auth login` holds") from None
+            after = e.response.headers.get("Retry-After", "") if e.response is not None else ""
+            wait = int(after) if after.isdigit() else wait
+        except errors.HFValidationError:
+            raise UserError(f"{repo}: not a Hub id, which is written owner/name") from None
+        except Exception as e:  # no network, in whatever words this version of the client has for it
+            if not isinstance(e, OSError) and not type(e).__module__.startswith(("httpx", "requests")):
+                raise
+            trouble = str(e.__cause__ or e).splitlines()[0]
+        if attempt < 4:
+            time.sleep(min(wait, 60))
+    raise UserError(f"{repo}: could not be fetched from {site}: {trouble}; run the same command to go on")
 
 
 def hub_snapshot(repo, patterns, repo_type="model"):
@@ -675,7 +681,7 @@ def fetch_model(hub_id):
     directory = hub_snapshot(hub_id, ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
                                       "tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.json",
                                       "merges.txt"])
-    if not any(f.endswith(".safetensors") for f in os.listdir(directory)):
+    if not os.path.isdir(directory) or not any(f.endswith(".safetensors") for f in os.listdir(directory)):
         raise UserError(f"{hub_id}: this Hub repository has no *.safetensors; name one that has")
     return directory
 
@@ -748,7 +754,7 @@ def hub_files(repo, config="", split="", pattern="*"):
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
     api = HfApi()
-    revision = _hub(api.dataset_info, repo).sha  # every file of one run is of one commit
+    revision = _hub(api.repo_info, repo, repo_type="dataset").sha  # every file of one run is of one commit
     listed = [f for f in _hub(lambda repo, **o: list(api.list_repo_tree(repo, **o)), repo, path_in_repo=config or None,
                               recursive=True, repo_type="dataset", revision=revision) if isinstance(f, RepoFile)]
     files = [File(f.path, f.size, None, repo, f.lfs.sha256 if f.lfs else None, revision)
@@ -998,7 +1004,9 @@ class Job:
             if self.block_size and len(one) > self.block_size:
                 result["wrong"].append((at, f"the conversation has {len(one)} tokens, --block_size={self.block_size}"))
                 continue
-            ids, mask, kept = ids + one, mask + told, kept + 1
+            ids += one
+            mask += told
+            kept += 1
         result["out"][split + ".bin"] = np.array(ids, self.dtype).tobytes()
         result["out"][split + ".mask"] = bytes(mask)
         result["count"].update({split + "_tokens": len(ids), split + "_documents": kept, "documents": kept})
@@ -1069,7 +1077,7 @@ def _shape_of(file, block, wanted, field):
 # One data set
 
 def prepare(source, tokenizer="", name="", data_dir="data", max_tokens=0, field="", config="", split="", as_="",
-            val_fraction=0.005, block_size=0, workers=0, seed=1337):
+            val_fraction=None, block_size=0, workers=0, seed=1337):
     """Makes data/<name>/ from a known name, a file, a folder or hub:owner/name, and returns that directory.
 
     Killed at any moment and started again, it goes on where it was; what lay there before is replaced only when
@@ -1087,6 +1095,7 @@ def prepare(source, tokenizer="", name="", data_dir="data", max_tokens=0, field=
                     else source.rpartition("/")[2])
     if not re.fullmatch(r"[\w.+-]+", name):
         raise UserError(f"--name={name}: letters, digits, '-', '_', '.' only, since it becomes a directory")
+    val_fraction = known.get("val_fraction", 0.005) if val_fraction is None else val_fraction
     if not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction={val_fraction}: a share of the documents between 0 and 1, such as 0.005")
     if as_ not in ("", "text", "chat", "prefs", "verify"):
@@ -1312,6 +1321,8 @@ def _run(files, job, state, journal, partial, max_tokens, workers):
             progress(desc=os.path.basename(partial)[:-8], total=sum(f.size for f in files), unit="B", initial=before) as bar:
         try:
             for i in range(state["file"], len(files)):
+                while max_tokens and under_way:
+                    finish()  # to know whether another file is needed at all
                 if full() and files[i].split != "val":
                     break
                 ahead = files[i + 1] if i + 1 < len(files) else None
@@ -1329,7 +1340,7 @@ def _run(files, job, state, journal, partial, max_tokens, workers):
                         finish()
                     bar.set_postfix_str(f"{count['train_tokens'] / 1e6:.1f}M tokens" if job.tok else "", refresh=False)
                     bar.update(0)
-                    if time.time() - saved > 5:
+                    if time.time() - saved > SAVE:
                         save()
                         saved = time.time()
                 before += files[i].size
@@ -1422,7 +1433,7 @@ def _report(target):
     print(f"next: python train.py{config} --dataset={os.path.basename(target)}")
 
 
-def main(words):
+def main(words, given):
     if not words:
         print("python prepare.py NAME, for one of these, or PATH of your own, or hub:owner/name; --help tells the rest\n")
         for known in KNOWN:
@@ -1445,13 +1456,13 @@ def main(words):
     for word in words:
         if len(words) > 1 and name:
             raise UserError(f"--name={name} is for one data set, and {len(words)} are asked for: {', '.join(words)}")
-        prepare(word, tokenizer, name, data_dir, max_tokens, field, config, split, as_, val_fraction, block_size,
-                workers, seed)
+        prepare(word, tokenizer, name, data_dir, max_tokens, field, config, split, as_,
+                val_fraction if "val_fraction" in given else None, block_size, workers, seed)
 
 
 if __name__ == "__main__":
     setup = configure(globals(), words=True, argv=[re.sub("^--as=", "--as_=", a) for a in sys.argv[1:]])
     try:
-        main(setup.words)
+        main(setup.words, setup.given)
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on from here")

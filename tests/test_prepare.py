@@ -1,8 +1,15 @@
 """prepare.py: text to tokens, exactly; nothing lost, whatever is cut or killed; bad input told in a line."""
+import gzip
+import hashlib
+import http.server
+import io
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
+import urllib.parse
 
 import numpy as np
 import pytest
@@ -327,3 +334,446 @@ def test_the_toy_world(here):
     for name in ("toy_chat", "toy_prefs", "toy_sums"):
         prepare.prepare(name)
     assert meta_of("data/toy_chat")["vocab_size"] == meta_of(directory)["vocab_size"]
+
+
+# --- the pipeline: exact, whatever the number of workers, and after a kill -9
+
+def lines(records):
+    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+
+
+def parquet(columns, rows_in_a_group=100):
+    import pyarrow
+    import pyarrow.parquet
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), out, row_group_size=rows_in_a_group)
+    return out.getvalue()
+
+
+def zst(data):
+    """Two frames, the way that tools which write in pieces do."""
+    import pyarrow
+    half = len(data) // 2
+    return b"".join(pyarrow.compress(part, "zstd", asbytes=True) for part in (data[:half], data[half:]))
+
+
+CHATS = [dict(messages=[dict(role="system", content="Be kind.")] * (i % 2) + [
+    dict(role="user", content=f"Who has {i}?"), dict(role="assistant", content=f" {NAMES[i]}.\n"),
+    dict(role="user", content="Sure?"), dict(role="assistant", content="Yes!")]) for i in range(400)]
+
+
+def test_every_format_gives_the_same_bytes(here, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK", 3000)
+    records = lines(dict(text=s, other=1) for s in STORIES).encode()
+    made = {"a.txt": EOT.join(STORIES).encode(), "a.jsonl": records, "a.jsonl.zst": zst(records),
+            "a.jsonl.gz": gzip.compress(records), "a.parquet": parquet(dict(other=[1] * 3000, text=STORIES))}
+    bins = set()
+    for name, content in made.items():
+        (here / name).write_bytes(content)
+        for workers in (1, 3):
+            directory = prepare.prepare(name, tokenizer="byte", name=name + str(workers), workers=workers)
+            bins.add(tuple(open(os.path.join(directory, f), "rb").read() for f in ("train.bin", "val.bin")))
+            assert meta_of(directory)["documents"] == 3000 and meta_of(directory)["left_out"] == 0
+    assert len(bins) == 1
+    os.mkdir("both")
+    (here / "both" / "1.jsonl").write_bytes(records[:records.index(b"\n", 99999) + 1])
+    (here / "both" / "2.parquet").write_bytes(parquet(dict(text=STORIES[records[:100200].count(b"\n"):])))
+    assert meta_of(prepare.prepare("both", tokenizer="byte"))["documents"] in range(2998, 3002)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import prepare
+prepare.BLOCK, prepare.SAVE = 2000, 0
+entries, write = 0, prepare.write_json
+def counted(path, value, **options):
+    global entries
+    write(path, value, **options)
+    entries += path.endswith("journal.json")
+    if entries == {after}:
+        with open("data/t.partial/train.bin", "ab") as f:
+            f.write(b"what the journal does not know of")
+        os.kill(os.getpid(), signal.SIGKILL)
+prepare.write_json = counted
+prepare.prepare({source!r}, tokenizer={tokenizer!r}, name="t", data_dir={data!r}, max_tokens={most}, val_fraction=0.05)
+"""
+
+
+@pytest.mark.parametrize("source, tokenizer, most", [
+    ("long.txt", "bpe:500", 0), ("docs.txt", "char", 40_000), ("chats", "byte", 0)])
+def test_killed_and_started_again(here, source, tokenizer, most):
+    (here / "long.txt").write_text("\n".join(STORIES[:1000]), encoding="utf-8")
+    (here / "docs.txt").write_text(EOT.join(STORIES[:1000]), encoding="utf-8")
+    os.mkdir("chats")
+    for i in range(4):
+        (here / "chats" / f"{i}.jsonl").write_text(lines(CHATS[i * 100:i * 100 + 100]))
+
+    def run(data, after):
+        code = KILLED.format(root=ROOT, after=after, source=source, tokenizer=tokenizer, data=data, most=most)
+        return subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True)
+    whole = run("whole", -1)
+    assert whole.returncode == 0, whole.stderr
+    assert run("data", 3).returncode == -9 and run("data", 4).returncode == -9
+    assert os.listdir("data") == ["t.partial"]
+    last = run("data", -1)
+    assert last.returncode == 0 and "going on after" in last.stdout, last.stderr
+    assert files_of("data/t") == files_of("whole/t")
+
+
+def test_max_tokens_stops_at_a_document(here, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK", 3000)
+    (here / "a.txt").write_text(EOT.join(STORIES), encoding="utf-8")
+    directory = prepare.prepare("a.txt", tokenizer="byte", max_tokens=20_000, val_fraction=0.05)
+    documents = split_at(ids_of(directory, "train").tolist(), 256)
+    assert 20_000 <= meta_of(directory)["train_tokens"] < 20_000 + 200
+    assert all(bytes(d).decode() in STORIES for d in documents)
+    (here / "one.txt").write_text(" ".join(STORIES), encoding="utf-8")
+    assert meta_of(prepare.prepare("one.txt", tokenizer="byte", max_tokens=20_000))["train_tokens"] == 20_000
+
+
+def test_disk_space_is_checked_first(here, monkeypatch):
+    (here / "a.txt").write_text(WORDS, encoding="utf-8")
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: type("", (), dict(free=1000)))
+    with pytest.raises(UserError, match="GB are free.*--max_tokens"):
+        prepare.prepare("a.txt", tokenizer="byte")
+
+
+def test_train_a_tokenizer(here):
+    (here / "texts").mkdir()
+    (here / "texts" / "a.txt").write_text(" ".join(STORIES), encoding="utf-8")
+    (here / "texts" / "b.jsonl").write_text(lines(dict(text=s) for s in STORIES))
+    done = command("tokenizer", "texts", "--vocab_size=700", "--name=mine", cwd=here)
+    assert done.returncode == 0 and "700 ids" in done.stdout, done.stderr
+    assert load_tokenizer(str(here / "data" / "mine")).vocab_size == 700
+    done = command("texts/a.txt", "--tokenizer=data/mine", cwd=here)
+    assert done.returncode == 0 and "700 ids" in done.stdout, done.stderr
+
+
+def test_bad_records(here, capsys):
+    """The first record decides what a file is, and is refused; later ones are left out, counted, and named."""
+    def refused(said, content, name="bad.jsonl", **options):
+        (here / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(UserError, match=said) as e:
+            prepare.prepare(name, tokenizer="byte", **options)
+        assert "\n" not in str(e.value)
+    refused("bad.jsonl, line 1: not a JSON object", "plain words\n")
+    refused("bad.jsonl, line 2: no field 'text' in txt.*--field=txt", '\n{"txt": "a"}\n')
+    refused("no column 'body'|no field 'body'", parquet(dict(text=STORIES)), "bad.parquet", field="body")
+    refused("bad.parquet: not a parquet file", b"PAR1" + b"x" * 100 + b"PAR1", "bad.parquet")
+    refused("bad.jsonl.gz: cannot be read to its end", gzip.compress(lines(CHATS).encode())[:-100], "bad.jsonl.gz")
+    refused("--as=chat wants records", WORDS, "bad.txt", as_="chat")
+    refused("no 'prompt', 'chosen' and 'rejected' in messages", lines(CHATS), as_="prefs")
+    refused("unusable.*line 2: no field 'text'", lines([dict(text="a")] + [dict(txt="b")] * 30))
+    bad = [dict(messages=[dict(role="assistant", content="I begin")]), dict(messages="no"), dict(other=1),
+           dict(messages=[dict(role="user", content="?"), dict(role="assistant", content="long " * 500)])]
+    (here / "chats.jsonl").write_text(lines(CHATS[:50] + bad) + "{cut")
+    directory = prepare.prepare("chats.jsonl", tokenizer="byte", val_fraction=0.1, block_size=500)
+    said = capsys.readouterr().out
+    assert meta_of(directory)["left_out"] == 5 and meta_of(directory)["documents"] == 50
+    assert "left out: 5 records" in said and "chats.jsonl, line 51: the conversation begins with the assistant" in said
+    assert "line 52: 'messages' is not a list" in said
+
+
+# --- chat, preferences, verifiers
+
+@pytest.mark.parametrize("kind", ["bpe:600", "smollm2", "gpt2", "llama", "byte"])
+def test_chat_is_what_the_template_renders(kind, tmp_path):
+    """ids as transformers' apply_chat_template gives them; the loss on the assistant's words and <|im_end|> only."""
+    tok = prepare.with_chat_tokens(kinds()[kind]())
+    tok.save(tmp_path)
+    from transformers import AutoTokenizer
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path))
+    odd = [dict(role="user", content="  What is <|im_end|> 12 + 3? "), dict(role="assistant", content="\n\n 15, Tom’s.\n")]
+    for messages in [CHATS[0]["messages"], CHATS[1]["messages"], CHATS[2]["messages"]]:
+        ids, mask = prepare.render_chat(messages, tok)
+        assert ids == theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+        assert ids[-1] == tok.eos_id and mask[-1] == 0 and len(ids) == len(mask)
+        begin, _ = prepare.render_chat(messages[:-1], tok, add_generation_prompt=True)
+        assert ids[:len(begin)] == begin
+        assert begin == theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+        told = tok.decode([i for i, m in zip(ids, mask) if m])
+        assert told.replace(" ", "") == "".join(m["content"].strip() + "<|im_end|>" for m in messages
+                                                if m["role"] == "assistant").replace(" ", "")
+    ids, _ = prepare.render_chat(odd, tok)
+    assert ids.count(tok.encode_special("<|im_end|>")) == 2  # the user's own is ordinary text
+
+
+def test_chat_bins(here):
+    (here / "c.jsonl").write_text(lines(CHATS))
+    directory = prepare.prepare("c.jsonl", tokenizer="bpe:500", val_fraction=0.05)
+    tok, ids = load_tokenizer(directory), ids_of(directory, "train")
+    mask = np.fromfile(os.path.join(directory, "train.mask"), np.uint8)
+    assert len(mask) == len(ids) and meta_of(directory)["kind"] == "chat"
+    ids, mask = ids.tolist(), mask.tolist()
+    for record in CHATS:
+        one, told = prepare.render_chat(record["messages"], tok)
+        if ids[:len(one)] == one:
+            assert mask[:len(one)] == told
+            ids, mask = ids[len(one):], mask[len(one):]
+    assert ids == []
+
+
+def test_preferences(here):
+    user, good = dict(role="user", content="Hi?"), dict(role="assistant", content="Hello.")
+    records = [dict(prompt="Hi?", chosen="Hello.", rejected="No."),
+               dict(prompt=[user], chosen=[good], rejected=[dict(good, content="No.")]),
+               dict(prompt="Hi?", chosen=[user, good], rejected=[user, dict(good, content="No.")])]
+    wanted = dict(prompt=[user], chosen="Hello.", rejected="No.")
+    assert [prepare.as_prefs(r) for r in records] == [wanted] * 3
+    (here / "p.jsonl").write_text(lines([dict(prompt=f"Hi {i}?", chosen="Hello.", rejected="No.") for i in range(100)]
+                                        + [dict(prompt="Same?", chosen="a", rejected="a")]))
+    directory = prepare.prepare("p.jsonl", val_fraction=0.2)
+    meta = meta_of(directory)
+    assert meta["kind"] == "prefs" and meta["left_out"] == 1 and meta["train_records"] + meta["val_records"] == 100
+    assert json.loads(read(os.path.join(directory, "val.jsonl")).splitlines()[0])["chosen"] == "Hello."
+
+
+def test_gsm8k_as_chat_and_as_problems(here):
+    """Every reference answer is accepted; with one digit of its result changed, it is not."""
+    path = shared("gsm8k_train.jsonl")
+    directory = prepare.prepare(path, name="v", as_="verify")
+    meta = meta_of(directory)
+    assert meta["train_records"] + meta["val_records"] == 7473
+    verify, n = prepare.verifier("number"), 0
+    for part in ("train", "val"):
+        for line in read(os.path.join(directory, part + ".jsonl")).rstrip("\n").split("\n"):
+            answer = json.loads(line)["answer"]
+            head, result = answer.rsplit("#### ", 1)
+            digit = n % sum(c.isdigit() for c in result)
+            at = [i for i, c in enumerate(result) if c.isdigit()][digit]
+            changed = result[:at] + str((int(result[at]) + 1 + n % 9) % 10) + result[at + 1:]
+            assert verify("", answer, answer) == 1 and verify("", f"{head}#### {changed}", answer) == 0, answer
+            assert verify("", f"So it is {result}.", answer) == 1
+            n += 1
+    assert n == 7473
+    directory = prepare.prepare(path, name="c", as_="chat", tokenizer=shared("smollm2_tokenizer.json"))
+    assert meta_of(directory)["documents"] == 7473
+
+
+def test_verifiers(here):
+    number = prepare.verifier("number")
+    right = ["7", "So 3 + 4 = 7.", "#### 7", "It is 12. #### 7\n", "7.0", "$7"]
+    wrong = ["", "seven", "8", "#### 8 7", "7 8", "1 2 3 4 5 6 7 8 9 7", "#### 7 #### 7", "-7", "0.7", "77"]
+    assert [number("", t, "7") for t in right] == [1.0] * len(right)
+    assert [number("", t, "7") for t in wrong] == [0.0] * len(wrong)
+    assert number("", "1,234.50", "#### 1234.5") == 1
+    assert prepare.verifier("exact")("", " yes\n", "yes") == 1 and prepare.verifier("exact")("", "yes.", "yes") == 0
+    boxed = prepare.verifier(r"regex:\\boxed\{(.*?)\}")
+    assert boxed("", r"so \boxed{x}", "x") == 1 and boxed("", "x", "x") == 0
+    (here / "mine.py").write_text("def verify(prompt, completion, answer):\n    return len(completion) == int(answer)\n")
+    assert prepare.verifier("mine.py")("", "abc", "3") == 1.0
+    (here / "none.py").write_text("x = 1\n")
+    (here / "broken.py").write_text("def verify(:\n")
+    for spec, said in (("none.py", "must define verify"), ("broken.py", "SyntaxError"), ("gone.py", "no such file"),
+                       ("regex:(", "regular expression"), ("magic", "no such verifier")):
+        with pytest.raises(UserError, match=said):
+            prepare.verifier(spec)
+
+
+# --- what is fetched: the real clients, against a stand-in on loopback
+
+class Hub(http.server.ThreadingHTTPServer):
+    """Serves `repos`: {"datasets/owner/name" or "owner/name": {path: bytes}}. `faults`: a list of (part of a path,
+    what) where what is a status or 'cut', each used up once; `gated`: repos that answer 401 without a token."""
+    daemon_threads = True
+
+    def __init__(self, repos, gated=()):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.repos, self.gated, self.faults, self.seen, self.swapped = repos, gated, [], [], {}
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = urllib.parse.unquote(self.path.partition("?")[0])
+        self.server.seen.append((self.command, path, self.headers.get("Range")))
+        fault = next((f for f in self.server.faults if f[0] in path and (f[1] != "cut" or self.command == "GET")), None)
+        if fault:
+            self.server.faults.remove(fault)
+        if fault and fault[1] != "cut":
+            return self.say(fault[1], b"{}", {"Retry-After": "0"})
+        m = re.match(r"/(?:api/)?(?:models/)?((?:datasets/)?[^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.*))?)?$", path)
+        if path.startswith("/cdn/"):
+            return self.content(path[5:], fault)
+        repo, what, _, rest = m.groups()
+        files = self.server.repos.get(repo)
+        if files is None:
+            return self.say(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+        if repo in self.server.gated and "Bearer good" != self.headers.get("Authorization"):
+            return self.say(401, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
+        if what in (None, "revision"):
+            return self.json(dict(id=repo.removeprefix("datasets/"), sha=COMMIT, private=False, tags=[], downloads=0, likes=0,
+                                  siblings=[dict(rfilename=f) for f in files]))
+        if what == "tree":
+            found = [f for f in files if not rest or f.startswith(rest + "/")]
+            if not found:
+                return self.say(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+            return self.json([dict(type="file", path=f, size=len(files[f]), oid="0" * 40,
+                                   lfs=dict(oid=digest(files[f]), size=len(files[f]), pointerSize=130)) for f in found])
+        if rest not in files:
+            return self.say(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+        self.say(302, b"", {"Location": f"http://localhost:{self.server.server_port}/cdn/{repo}/{rest}", "X-Repo-Commit": COMMIT, "X-Linked-Size": str(len(files[rest])),
+                            "X-Linked-Etag": f'"{digest(files[rest])}"', "ETag": f'"{digest(files[rest])}"'})
+
+    def content(self, path, fault):
+        repo = next(r for r in self.server.repos if path.startswith(r + "/"))
+        body = self.server.repos[repo][path[len(repo) + 1:]]
+        body = self.server.swapped.get(path[len(repo) + 1:], body)
+        begin = re.match(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        begin = int(begin[1]) if begin else 0
+        headers = {"ETag": f'"{digest(body)}"', "Accept-Ranges": "bytes"}
+        if begin:
+            headers["Content-Range"] = f"bytes {begin}-{len(body) - 1}/{len(body)}"
+        self.say(206 if begin else 200, body[begin:], headers, cut=bool(fault))
+
+    def json(self, value):
+        self.say(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def say(self, status, body, headers, cut=False):
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        self.wfile.write(body[:len(body) // 2] if cut else body)
+        if cut:
+            self.wfile.flush()
+            self.close_connection = True
+            self.connection.close()
+
+COMMIT = "c0ffee" + "0" * 34
+
+def digest(body):
+    return hashlib.sha256(body).hexdigest()
+
+
+@pytest.fixture
+def hub(here, monkeypatch):
+    """The stand-in, with this process's client pointed at it."""
+    shards = {f"data/train-{i:05d}.parquet": parquet(dict(text=STORIES[i * 500:i * 500 + 500], url=["u"] * 500))
+              for i in range(4)}
+    gsm = [dict(question=f"What is {i} + 1?", answer=f"It is {i + 1}.\n#### {i + 1}") for i in range(60)]
+    tok = json.dumps(make_tokenizer("bpe:500", [WORDS]).spec).encode()
+    ids = np.arange(1000, dtype="<u2") % 500
+    server = Hub({
+        "datasets/o/web": dict(shards, **{"README.md": b"# about"}), "datasets/o/gated": shards,
+        "datasets/openai/gsm8k": {"main/train-0.parquet": parquet(columns(gsm[:50])), "main/test-0.parquet": parquet(
+            columns(gsm[50:])), "socratic/train-0.parquet": parquet(columns(gsm))},
+        "datasets/roneneldan/TinyStories": {
+            "TinyStoriesV2-GPT4-train.txt": f"\n{EOT}\n".join(STORIES[:100]).encode(), "TinyStories-train.txt": b"old",
+            "TinyStoriesV2-GPT4-valid.txt": f"\n{EOT}\n".join(STORIES[100:110]).encode()},
+        "datasets/weights-and-wires/fineweb-6b": {"tokenized/train.bin": ids.tobytes(), "tokenized/val.bin": ids[:90].tobytes(),
+                                                  "tokenizer/tokenizer.json": tok},
+        "o/model": {"config.json": b"{}", "model.safetensors": b"x" * 1000, "tokenizer.json": tok, "README.md": b""},
+        "o/empty": {"README.md": b""}, "files/here": {"input.txt": WORDS.encode() * 50}}, gated=["datasets/o/gated"])
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_HOME", str(here / "hf"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def columns(records):
+    return {key: [r[key] for r in records] for key in records[0]}
+
+
+def fetch(server, *args, **env):
+    """prepare.py as a process, since the client reads HF_ENDPOINT when it is imported."""
+    return command(*args, cwd=os.getcwd(), HF_ENDPOINT=server.url, NO_PROXY="*", **env)
+
+
+def test_hub_data_set(hub, here):
+    hub.faults += [("/tree/", 429), ("resolve/" + COMMIT + "/data/train-00001", 429), ("00002", 503), ("cdn/datasets/o/web/data/train-00003", 500)]
+    done = fetch(hub, "hub:o/web", "--tokenizer=byte")
+    assert done.returncode == 0, done.stderr
+    assert meta_of("data/web")["documents"] == 2000 and "README" not in str(hub.seen)
+    (here / "a.txt").write_text(EOT.join(STORIES[:2000]), encoding="utf-8")
+    other = prepare.prepare("a.txt", tokenizer="byte")
+    for part in ("train", "val"):
+        assert np.array_equal(ids_of("data/web", part), ids_of(other, part))
+
+
+def test_hub_download_is_resumed(hub):
+    """The connection is cut in the middle of a file: the rest alone is asked for. (The client writes 10 MB at a time.)"""
+    hub.repos["datasets/o/large"] = {"a.txt": b"All work and no play. " * 1_100_000}
+    hub.faults += [("/cdn/", "cut")]
+    done = fetch(hub, "hub:o/large", "--tokenizer=byte")
+    assert done.returncode == 0, done.stderr
+    assert meta_of("data/large")["bytes"] == 24_200_000
+    assert [r for m, path, r in hub.seen if m == "GET" and path.startswith("/cdn")] == [None, f"bytes={10 << 20}-"]
+
+
+def test_no_more_shards_than_needed(hub):
+    done = fetch(hub, "hub:o/web", "--tokenizer=byte", "--max_tokens=20000", "--val_fraction=0.05")
+    assert done.returncode == 0, done.stderr
+    assert not [path for _, path, _ in hub.seen if "resolve" in path and "00000" not in path]
+
+
+def test_known_sets_of_the_hub(hub):
+    done = fetch(hub, "tinystories", "gsm8k", "fineweb_6b", "--tokenizer=byte")
+    assert done.returncode == 0, done.stderr
+    assert len(split_at(ids_of("data/tinystories", "train").tolist(), 256)) == 100
+    assert len(split_at(ids_of("data/tinystories", "val").tolist(), 256)) == 10
+    assert (meta_of("data/gsm8k")["train_records"], meta_of("data/gsm8k")["val_records"]) == (50, 10)
+    meta = meta_of("data/fineweb_6b")
+    assert (meta["train_tokens"], meta["val_tokens"], meta["dtype"]) == (1000, 90, "uint16")
+    assert ids_of("data/fineweb_6b", "train").tolist() == [i % 500 for i in range(1000)]
+
+
+@pytest.mark.parametrize("args, said", [
+    (["hub:o/gated"], "terms.*/datasets/o/gated.*settings/tokens.*HF_TOKEN"),
+    (["hub:o/nothing"], "no such repository.*private"),
+    (["hub:o/web", "--config=nothere"], "nothere.*--config="),
+    (["hub:o/web", "--field=body"], "no field 'body' in text, url"),
+    (["hub:o/web", "--tokenizer=o/empty"], "no tokenizer.json")])
+def test_what_the_hub_refuses(hub, args, said):
+    done = fetch(hub, *args)
+    assert done.returncode == 1 and re.search(said, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr and not os.path.exists("data") or os.listdir("data") == []
+
+
+def test_damaged_on_the_way(hub):
+    """A file whose content is not what the listing says is fetched again, and then refused."""
+    whole = hub.repos["datasets/o/web"]["data/train-00000.parquet"]
+    hub.swapped["data/train-00000.parquet"] = whole[:-1] + b"?"
+    done = fetch(hub, "hub:o/web", "--tokenizer=byte")
+    assert done.returncode == 1 and "arrives damaged" in done.stderr, done.stderr
+
+
+def test_fetch_model(hub):
+    code = f"import sys; sys.path.insert(0, {ROOT!r}); import prepare; print(prepare.fetch_model(sys.argv[1]))"
+
+    def fetched(repo):
+        return subprocess.run([sys.executable, "-c", code, repo], capture_output=True, text=True)
+    done = fetched("o/model")
+    assert sorted(os.listdir(done.stdout.strip())) == ["config.json", "model.safetensors", "tokenizer.json"], done.stderr
+    assert "no *.safetensors" in fetched("o/empty").stderr and "no such repository" in fetched("o/gone").stderr
+
+
+def test_download_is_resumed_and_checked(hub, monkeypatch):
+    """requests, from a mirror that cuts the connection: the rest alone is asked for, and the hash has the last word."""
+    monkeypatch.setenv("NANOSMOL_MIRROR", hub.url + "/cdn/files/here")
+    body, url = hub.repos["files/here"]["input.txt"], "https://example.org/input.txt"
+    hub.faults += [("/cdn/", "cut"), ("/cdn/", 503)]
+    path = prepare.download(url, digest(body))
+    assert open(path, "rb").read() == body
+    assert re.fullmatch(r"bytes=[1-9]\d+-", hub.seen[-1][2])
+    asked = len(hub.seen)
+    assert prepare.download(url, digest(body)) == path and len(hub.seen) == asked
+    with pytest.raises(UserError, match="SHA-256"):
+        prepare.download(url, digest(b"another"), tries=2)
+    hub.faults += [("/cdn/", 404)]
+    with pytest.raises(UserError, match="404"):
+        prepare.download(url, digest(b"a third"))
