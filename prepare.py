@@ -51,8 +51,11 @@ min_frequency = 2        # of `prepare.py tokenizer`: rarer pairs are not merged
 
 EOT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 BLOCK = 1 << 20          # bytes of text that a worker gets at a time: 40 ms of work, so that few are in memory
-LONGEST = 64 << 20       # a document longer than this is taken as several: nothing larger is held in memory
+LONGEST = 16 << 20       # a document longer than this is taken as several: nothing larger is held in memory
 SAVE = 5                 # seconds between two entries in the journal, from which a killed run goes on
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M"
+LLAMA2 = "NousResearch/Llama-2-7b-hf"  # Meta's own wants a signature; this copy of its tokenizer does not
 
 KNOWN = {  # name -> where it comes from; `get` is a URL and the SHA-256 of its content, `files` are of the Hub
     "toy": dict(size="made here, no download", toy="stories", tokenizer="bpe:4096"),
@@ -66,20 +69,23 @@ KNOWN = {  # name -> where it comes from; `get` is a URL and the SHA-256 of its 
                         files="TinyStoriesV2-GPT4-*.txt"),
     # already tokens: its bins and tokenizer are taken as they are
     "fineweb_6b": dict(size="12 GB", hub="weights-and-wires/fineweb-6b", bins="tokenized"),
-    "fineweb_edu": dict(size="28 GB, 10B tokens", hub="HuggingFaceFW/fineweb-edu", config="sample/10BT"),
+    "fineweb_edu": dict(size="28 GB, 10B tokens", hub="HuggingFaceFW/fineweb-edu", config="sample/10BT",
+                        tokenizer=LLAMA2),
     # a hundredth of DCLM's four trillion tokens, which is more than anyone trains on here
     "dclm": dict(size="60 GB, 40B tokens", hub="mlfoundations/dclm-baseline-1.0",
-                 config="global-shard_01_of_10/local-shard_0_of_10"),
-    "openwebmath": dict(size="27 GB, 14B tokens", hub="open-web-math/open-web-math", config="data"),
+                 config="global-shard_01_of_10/local-shard_0_of_10", tokenizer=LLAMA2),
+    "openwebmath": dict(size="27 GB, 14B tokens", hub="open-web-math/open-web-math", config="data",
+                        tokenizer=LLAMA2),
     # permissively licensed source files filtered for quality; The Stack itself wants a signature
-    "code": dict(size="about 70 GB", hub="common-pile/stackv2_edu_filtered"),
-    "cosmopedia": dict(size="122 GB, 28B tokens", hub="HuggingFaceTB/smollm-corpus", config="cosmopedia-v2"),
+    "code": dict(size="about 70 GB", hub="common-pile/stackv2_edu_filtered", tokenizer=LLAMA2),
+    "cosmopedia": dict(size="122 GB, 28B tokens", hub="HuggingFaceTB/smollm-corpus", config="cosmopedia-v2",
+                       tokenizer=SMOLLM2),
     "smoltalk": dict(size="2.1 GB, 1.1M conversations", hub="HuggingFaceTB/smoltalk", config="data/all",
-                     as_="chat", tokenizer="HuggingFaceTB/SmolLM2-135M"),
+                     as_="chat", tokenizer=SMOLLM2),
     "ultrafeedback": dict(size="230 MB, 61K pairs", hub="HuggingFaceH4/ultrafeedback_binarized",
                           files="data/*_prefs-*.parquet", as_="prefs"),
     "gsm8k": dict(size="3 MB, 7.5K problems", hub="openai/gsm8k", config="main", as_="verify",
-                  tokenizer="HuggingFaceTB/SmolLM2-135M"),
+                  tokenizer=SMOLLM2),
 }
 KNOWN["shakespeare_char"] = dict(KNOWN["shakespeare"], tokenizer="char")
 
@@ -217,7 +223,7 @@ def load_tokenizer(spec):
             raise UserError(f"{path}: not a tokenizer.json that `tokenizers` can read: {e}") from None
     if os.path.isdir(spec):
         raise UserError(f"{spec}: this directory has no tokenizer.json")
-    if spec == "char" or spec.startswith("bpe"):
+    if spec == "char" or spec.startswith("bpe:"):
         raise UserError(f"the tokenizer {spec!r} is made from a text: `python prepare.py TEXT --tokenizer={spec}`, "
                         f"then name that data set's directory")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not spec.endswith(".json"):
@@ -238,11 +244,8 @@ def make_tokenizer(spec, texts, vocab_size=0):
         for text in texts:
             chars.update(text)
         return _char(sorted(chars))
-    size = re.fullmatch(r"bpe:(\d+)", spec)
-    if size:
-        return train_bpe(texts, int(size[1]), spec)
-    if spec.startswith("bpe"):
-        raise UserError(f"--tokenizer={spec}: a BPE to be trained is written bpe:SIZE, such as bpe:4096")
+    if re.fullmatch(r"bpe:\d+", spec):
+        return train_bpe(texts, int(spec[4:]), spec)
     return load_tokenizer(spec)
 
 
@@ -749,25 +752,34 @@ def local_files(path):
     return [f._replace(path=os.path.join(path, f.path)) for f in inside]
 
 
-def hub_files(repo, config="", split="", pattern="*"):
-    """The data files of a data set on the Hub: under the folder `config`, matching `pattern`, of one `split`."""
+def hub_list(repo, folder=""):
+    """Every File of a data set on the Hub, or of one folder of it, all of one commit."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
     api = HfApi()
-    revision = _hub(api.repo_info, repo, repo_type="dataset").sha  # every file of one run is of one commit
-    listed = [f for f in _hub(lambda repo, **o: list(api.list_repo_tree(repo, **o)), repo, path_in_repo=config or None,
-                              recursive=True, repo_type="dataset", revision=revision) if isinstance(f, RepoFile)]
-    files = [File(f.path, f.size, None, repo, f.lfs.sha256 if f.lfs else None, revision)
-             for f in sorted(listed, key=lambda f: f.path) if fnmatch.fnmatch(f.path, pattern)
-             and (pattern != "*" or _kind_of(f.path)[0] and not re.match(r"readme|license", os.path.basename(f.path.lower())))]
+    revision = _hub(api.repo_info, repo, repo_type="dataset").sha
+    listed = _hub(lambda repo, **options: list(api.list_repo_tree(repo, **options)), repo,
+                  path_in_repo=folder or None, recursive=True, repo_type="dataset", revision=revision)
+    return [File(f.path, f.size, None, repo, f.lfs.sha256 if f.lfs else None, revision)
+            for f in sorted(listed, key=lambda f: f.path) if isinstance(f, RepoFile)]
+
+
+def hub_files(repo, config="", split="", pattern=""):
+    """The data files of a data set on the Hub: under the folder `config`, matching `pattern`, of one `split`.
+    Where there are files of several kinds, those of the kind that most bytes are of."""
+    listed = hub_list(repo, config)
+    files = [f for f in listed if fnmatch.fnmatch(f.path, pattern or "*") and _kind_of(f.path)[0]]
     if split:
-        files = [f for f in files if split in re.split(r"[-_./]", f.path)]
+        files = [f for f in files if re.search(rf"(^|[-_./]){re.escape(split)}([-_./]|$)", f.path)]
     if not files:
-        folders = sorted({f.path.rpartition("/")[0] for f in listed})
-        raise UserError(f"hub:{repo}: no data files here{' under ' + config if config else ''}"
-                        f"{' of the split ' + split if split else ''}; folders to name with --config=: "
-                        f"{', '.join(f for f in folders if f)[:300] or 'none'}")
-    return _with_splits(files) if not split else files
+        folders = ", ".join(sorted({os.path.dirname(f.path) for f in listed} - {""}))[:300]
+        raise UserError(f"hub:{repo}: no data files{' under ' + config if config else ''}"
+                        f"{' of the split ' + split if split else ''}; --config= names a folder: {folders or 'none'}")
+    kinds = collections.Counter()
+    for f in files:
+        kinds[_kind_of(f.path)[0]] += f.size
+    files = [f for f in files if _kind_of(f.path)[0] == kinds.most_common(1)[0][0]]
+    return files if split else _with_splits(files)
 
 
 def _open(path, packing):
@@ -926,7 +938,7 @@ class Job:
         self.dtype = np.dtype("<u2" if tok and tok.vocab_size <= 1 << 16 else "<u4")
 
     def __call__(self, file, block):
-        result = dict(out=collections.defaultdict(bytes), count=collections.Counter(), wrong=[])
+        result = _result()
         if block.kind in ("train", "val"):
             text = _decoded(block.data, block.at, result)
             ids = self.tok.encode_piece(text, block.first)
@@ -941,8 +953,8 @@ class Job:
             result["count"]["bytes"] += size
         for split, found in parts.items():
             if found:
-                getattr(self, "write_" + ("text" if self.shape == "text" else "chat" if self.shape == "chat" else "json"))(
-                    split, found, result)
+                write = dict(text=self.write_text, chat=self.write_chat).get(self.shape, self.write_json)
+                write(split, found, result)
         return result
 
     def split(self, content):
@@ -1017,13 +1029,19 @@ class Job:
         result["count"].update({split + "_documents": len(found), "documents": len(found)})
 
 
+def _result():
+    return dict(out={}, count=collections.Counter(), wrong=[], broken_at=None)
+
+
 def _decoded(raw, at, result):
+    """UTF-8 as text; what is none becomes U+FFFD, and is counted."""
     try:
         return raw.decode()
     except UnicodeDecodeError as e:
         text = raw.decode("utf-8", "replace")
         result["count"]["broken"] += text.count("\ufffd") - raw.count("\ufffd".encode())
-        result.setdefault("broken_at", e.start + at if at is not None else None)
+        if at is not None and result["broken_at"] is None:
+            result["broken_at"] = at + e.start
         return text
 
 
@@ -1091,8 +1109,7 @@ def prepare(source, tokenizer="", name="", data_dir="data", max_tokens=0, field=
         close = difflib.get_close_matches(source, KNOWN, n=3, cutoff=0.5)
         raise UserError(f"{source}: neither a file or folder nor a known data set"
                         f"{'; did you mean ' + ' or '.join(close) + '?' if close else ''} (python prepare.py lists them)")
-    name = name or (source if known else os.path.splitext(os.path.basename(os.path.abspath(source)))[0] if is_path
-                    else source.rpartition("/")[2])
+    name = name or (source if known else _stem(source))
     if not re.fullmatch(r"[\w.+-]+", name):
         raise UserError(f"--name={name}: letters, digits, '-', '_', '.' only, since it becomes a directory")
     val_fraction = known.get("val_fraction", 0.005) if val_fraction is None else val_fraction
@@ -1101,7 +1118,7 @@ def prepare(source, tokenizer="", name="", data_dir="data", max_tokens=0, field=
     if as_ not in ("", "text", "chat", "prefs", "verify"):
         raise UserError(f"--as={as_}: one of text, chat, prefs, verify")
     as_ = as_ or known.get("as_", "")
-    tokenizer = tokenizer or known.get("tokenizer", "") or "bpe:4096"
+    tokenizer = tokenizer or known.get("tokenizer", "") or (SMOLLM2 if source.startswith("hub:") else "bpe:4096")
     target, partial = os.path.join(data_dir, name), os.path.join(data_dir, name + ".partial")
     os.makedirs(partial, exist_ok=True)
     try:
@@ -1118,6 +1135,13 @@ def prepare(source, tokenizer="", name="", data_dir="data", max_tokens=0, field=
     return target
 
 
+def _stem(source):
+    base = os.path.basename(os.path.abspath(source))
+    for ending in (*PACKED, *TEXT, *LINES, ".parquet"):
+        base = base.removesuffix(ending)
+    return base
+
+
 def _make(source, known, tokenizer, partial, target, settings, config, split, workers, seed):
     """Fills `partial`, from wherever the source is; False if `target` holds the same already."""
     if "bins" in known:
@@ -1132,7 +1156,7 @@ def _make(source, known, tokenizer, partial, target, settings, config, split, wo
         files = local_files(download(*known["get"]))
     elif known or not os.path.exists(source):
         files = hub_files(known.get("hub") or source[4:], config or known.get("config", ""), split,
-                          known.get("files", "*"))
+                          known.get("files", ""))
     else:
         files = local_files(source)
     if not sum(f.size for f in files):
@@ -1156,7 +1180,7 @@ def _toy_files(known, partial, seed):
 
 def _take_bins(known, partial, target):
     """A data set that is tokens already: train.bin, val.bin and the tokenizer of a Hub repository, as they are."""
-    files = {f.path: f for f in hub_files(known["hub"], pattern="*[nr]")}  # .bin and tokenizer.json end so
+    files = {f.path: f for f in hub_list(known["hub"])}
     where = known["bins"] + "/"
     found = next((p for p in sorted(files, key=len) if os.path.basename(p) == "tokenizer.json"), None)
     if where + "train.bin" not in files or where + "val.bin" not in files or not found:
@@ -1198,7 +1222,7 @@ def _pack(files, settings, partial, target, workers):
         return False
 
     journal = os.path.join(partial, "journal.json")
-    state = dict(stamp=stamp, file=0, block=0, line=0, sizes={}, count={}, wrong=[])
+    state = dict(stamp=stamp, file=0, block=0, sizes={}, count={}, wrong=[])
     if os.path.exists(journal):
         with open(journal, encoding="utf-8") as f:
             old = json.load(f)
@@ -1211,7 +1235,8 @@ def _pack(files, settings, partial, target, workers):
         tok = load_tokenizer(partial)
     else:
         blank = Job(None, shape, field, 0, 0)
-        tok = make_tokenizer(wanted, _texts(files, blank))
+        most = min(1 << 30, 6 * settings["max_tokens"] or 1 << 30)  # bytes: a vocabulary needs no more
+        tok = make_tokenizer(wanted, _texts(files, blank, most if wanted != "char" else None))
         if shape == "chat":
             tok = with_chat_tokens(tok)
         tok.save(partial)
@@ -1247,19 +1272,20 @@ def _pack(files, settings, partial, target, workers):
     return True
 
 
-def _texts(files, job):
-    """Every text of a source, for a tokenizer to be made from."""
-    result = dict(out={}, count=collections.Counter(), wrong=[])
+def _texts(files, job, most=None):
+    """The texts of a source, or about its first `most` bytes, for a tokenizer to be made from."""
+    result, size = _result(), 0
     for file in files:
         for block in read_blocks(file, len(files) == 1, job.field or None):
+            if most and size > most:
+                return
             if block.kind in ("train", "val"):
                 yield _decoded(block.data, None, result)
-            else:
-                for _, content, _ in job.contents(block, result):
-                    if isinstance(content, str):
-                        yield content
-                    else:
-                        yield from (m["content"] for m in content)
+                size += len(block.data)
+                continue
+            for _, content, length in job.contents(block, result):
+                yield content if isinstance(content, str) else "\n".join(m["content"] for m in content)
+                size += length
 
 
 def _run(files, job, state, journal, partial, max_tokens, workers):
@@ -1267,7 +1293,7 @@ def _run(files, job, state, journal, partial, max_tokens, workers):
     numpy let go of Python's lock while they work, so threads use every core and share one vocabulary. What is under
     way is bounded, and so is memory. The journal says from time to time how much of the output is sure."""
     workers = workers or os.cpu_count() or 1
-    outs, width = {}, job.dtype.itemsize
+    outs = {}
     for out in sorted(os.listdir(partial)):
         if re.fullmatch(r"(train|val)\.(bin|mask|jsonl)", out):
             os.truncate(os.path.join(partial, out), state["sizes"].get(out, 0))
@@ -1309,7 +1335,7 @@ def _run(files, job, state, journal, partial, max_tokens, workers):
         count["wrong"] += len(result["wrong"])
         where = "line" if block.kind == "lines" else "row" if block.kind == "rows" else "byte"
         state["wrong"] = (state["wrong"] + [f"{files[i].path}, {where} {at}: {why}" for at, why in result["wrong"]])[:3]
-        if result.get("broken_at") is not None and len(state["wrong"]) < 3:
+        if result["broken_at"] is not None and len(state["wrong"]) < 3:
             state["wrong"].append(f"{files[i].path}, byte {result['broken_at']}: not UTF-8")
         if count["wrong"] > 20 + 0.05 * count["documents"]:
             raise UserError(f"{count['wrong']} of the first {count['wrong'] + count['documents']} records are unusable"
@@ -1429,8 +1455,10 @@ def _report(target):
         print(f"  {meta['train_records']:,} training and {meta['val_records']:,} validation records")
         with open(os.path.join(target, "train.jsonl"), encoding="utf-8") as f:
             print(f"  begins: {f.readline()[:300].rstrip()}")
-    config = {"chat": " config/toy_sft.py", "prefs": " config/toy_dpo.py", "verify": " config/toy_rlvr.py"}.get(meta["kind"], "")
-    print(f"next: python train.py{config} --dataset={os.path.basename(target)}")
+    stage = dict(chat="sft", prefs="dpo", verify="rlvr").get(meta["kind"])
+    own = stage and meta["source"].startswith("toy")
+    how = f" config/toy_{stage}.py" if own else f" --stage={stage} --init_from=MODEL" if stage else ""
+    print(f"next: python train.py{how} --dataset={os.path.basename(target)}")
 
 
 def main(words, given):

@@ -184,9 +184,9 @@ def test_what_is_no_tokenizer(here):
     (here / "empty").mkdir()
     (here / "bad.json").write_text("{}")
     for spec, said in (("gpt3", "neither"), ("empty", "no tokenizer.json"), ("bad.json", "bad.json"), ("char", "--tokenizer="),
-                       ("bpe:20", "259"), ("bpe4096", "bpe:4096")):
+                       ("bpe:20", "259"), ("bpe4096", "bpe:SIZE")):
         with pytest.raises(UserError, match=said) as e:
-            make_tokenizer(spec, []) if spec.startswith("bpe") else load_tokenizer(spec)
+            make_tokenizer(spec, []) if spec.startswith("bpe:") else load_tokenizer(spec)
         assert "\n" not in str(e.value)
 
 
