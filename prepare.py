@@ -31,7 +31,7 @@ import numpy as np
 from configurator import UserError, configure
 
 # what to make, and where
-tokenizer = ''           # char, byte, gpt2, bpe:4096 (trained on the text), a directory, tokenizer.json or Hub id
+tokenizer = ''           # char, byte, gpt2, bpe:4096 (trained on the text), a directory, file or Hub id
 name = ''                # the data set becomes data/<name>/; '' follows the source
 data_dir = 'data'        # where data sets live
 max_tokens = 0           # stop after about this many training tokens; 0 takes everything
@@ -40,7 +40,7 @@ field = ''               # the key or column that holds the text; '' tries text,
 config = ''              # hub: a folder or subset of the repository, such as sample/10BT
 split = ''               # hub: take this split only, such as train
 as_ = ''                 # text, chat, prefs or verify; '' follows the first record (--as= does too)
-val_fraction = 0.005     # share of the documents, by a hash of their text, that is held out (small sets: more)
+val_fraction = 0.005     # share of the documents, by a hash of their text, that is held out (toy: more)
 block_size = 0           # chat: leave out, and count, conversations longer than this many tokens; 0 keeps all
 # how to work
 workers = 0              # threads; 0 takes one for each core. The bytes do not depend on it
@@ -50,18 +50,21 @@ min_frequency = 2        # of `prepare.py tokenizer`: rarer pairs are not merged
 # -----------------------------------------------------------------------------
 
 EOT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-BLOCK = 1 << 20          # bytes of text that a worker gets at a time: 40 ms of work, so that few are in memory
+BLOCK = 1 << 20          # bytes of text that a worker gets at a time: 50 ms of work
 LONGEST = 16 << 20       # a document longer than this is taken as several: nothing larger is held in memory
 SAVE = 5                 # seconds between two entries in the journal, from which a killed run goes on
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M"
 LLAMA2 = "NousResearch/Llama-2-7b-hf"  # Meta's own wants a signature; this copy of its tokenizer does not
 
-KNOWN = {  # name -> where it comes from; `get` is a URL and the SHA-256 of its content, `files` are of the Hub
+KNOWN = {  # name -> where it comes from; `get`: a URL and the SHA-256 of what is there
     "toy": dict(size="made here, no download", toy="stories", tokenizer="bpe:4096"),
-    "toy_chat": dict(size="made here, no download", toy="chat", val_fraction=0.05, as_="chat", tokenizer="toy"),
-    "toy_prefs": dict(size="made here, no download", toy="prefs", val_fraction=0.1, as_="prefs", tokenizer="toy"),
-    "toy_sums": dict(size="made here, no download", toy="sums", val_fraction=0.1, as_="verify", tokenizer="toy"),
+    "toy_chat": dict(size="made here, no download", toy="chat", val_fraction=0.05, as_="chat",
+                     tokenizer="toy"),
+    "toy_prefs": dict(size="made here, no download", toy="prefs", val_fraction=0.1, as_="prefs",
+                      tokenizer="toy"),
+    "toy_sums": dict(size="made here, no download", toy="sums", val_fraction=0.1, as_="verify",
+                     tokenizer="toy"),
     "shakespeare": dict(size="1.1 MB", tokenizer="gpt2", get=(
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")),
@@ -104,7 +107,7 @@ class Tokenizer:
     document."""
 
     def __init__(self, spec, name, settings=None):
-        """`spec`: the content of a tokenizer.json; `settings`: of its tokenizer_config.json, if there is one."""
+        """`spec`: the content of a tokenizer.json; `settings`: of the tokenizer_config.json beside it."""
         from tokenizers import Tokenizer as Engine
         self.name, self.spec = name, dict(spec, truncation=None, padding=None)
         self.engine = Engine.from_str(json.dumps(self.spec))
@@ -113,7 +116,7 @@ class Tokenizer:
         self.vocab_size = max(vocab.values()) + 1
         named = (settings or {}).get("eos_token")
         named = named["content"] if isinstance(named, dict) else named
-        # <|endoftext|> goes first: an instruct model's config calls <|im_end|> its eos, which ends a turn only
+        # <|endoftext|> goes first: in an instruct model's config eos is <|im_end|>, which ends a turn
         self.eos = next((t for t in (EOT, named, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
                          if t in vocab), None)
         if self.eos is None:
@@ -137,7 +140,8 @@ class Tokenizer:
         if self.table is not None:
             ids = self.table[np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)]
             if len(ids) and ids.min() < 0:
-                raise UserError(f"the character {text[int(ids.argmin())]!r} is not in the vocabulary of {self.name}")
+                raise UserError(f"the character {text[int(ids.argmin())]!r} is not in the vocabulary of "
+                                f"{self.name}")
             return ids
         if self.bytes:
             return np.frombuffer(text.encode("utf-8", "replace"), np.uint8)
@@ -178,7 +182,7 @@ class Tokenizer:
         return self.engine.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def fast(self):
-        """Makes encode use tiktoken's engine, 3 times as fast, where it can be proved to give the same ids."""
+        """Lets tiktoken's engine do the work, 3 times as fast, where it is sure to give the same ids."""
         if not self.tik and not self.bytes and self.table is None:
             self.tik = _tiktoken(self.spec, self.vocab_size, self.eos_id)
             for text in (SAMPLE, *SAMPLE.split(" ")) if self.tik else ():
@@ -200,8 +204,8 @@ class Tokenizer:
 
 
 def load_tokenizer(spec):
-    """The tokenizer that `spec` names: a directory with a tokenizer.json (a data set, a checkpoint), a path to
-    one, 'gpt2', 'byte', or a Hub id (owner/name). Raises UserError if it is none of these."""
+    """The tokenizer that `spec` names: a directory with a tokenizer.json (a data set, a checkpoint), a path
+    to one, 'gpt2', 'byte', or a Hub id (owner/name). Raises UserError if it is none of these."""
     if spec == "gpt2":
         return _gpt2()
     if spec == "byte":
@@ -224,8 +228,8 @@ def load_tokenizer(spec):
     if os.path.isdir(spec):
         raise UserError(f"{spec}: this directory has no tokenizer.json")
     if spec == "char" or spec.startswith("bpe:"):
-        raise UserError(f"the tokenizer {spec!r} is made from a text: `python prepare.py TEXT --tokenizer={spec}`, "
-                        f"then name that data set's directory")
+        raise UserError(f"the tokenizer {spec!r} is made from a text: `python prepare.py TEXT "
+                        f"--tokenizer={spec}`, then name that data set's directory")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not spec.endswith(".json"):
         directory = hub_snapshot(spec, ["tokenizer.json", "tokenizer_config.json"])
         if not os.path.exists(os.path.join(directory, "tokenizer.json")):
@@ -233,12 +237,12 @@ def load_tokenizer(spec):
         loaded = load_tokenizer(directory)
         loaded.name = spec
         return loaded
-    raise UserError(f"--tokenizer={spec}: neither char, byte, gpt2, bpe:SIZE, a directory or file that exists, "
-                    f"nor a Hub id (owner/name)")
+    raise UserError(f"--tokenizer={spec}: neither char, byte, gpt2, bpe:SIZE, a directory or file that "
+                    "exists, nor a Hub id (owner/name)")
 
 
 def make_tokenizer(spec, texts, vocab_size=0):
-    """A tokenizer made from `texts` (an iterable of strings): spec 'char' or 'bpe:SIZE'; else load_tokenizer."""
+    """A tokenizer made from `texts` (strings) if spec is 'char' or 'bpe:SIZE'; else load_tokenizer(spec)."""
     if spec == "char":
         chars = set()
         for text in texts:
@@ -250,17 +254,19 @@ def make_tokenizer(spec, texts, vocab_size=0):
 
 
 def train_bpe(texts, size, name, min_frequency=2):
-    """A byte-level BPE of `size` ids trained on `texts`; the end-of-text and chat tokens are its ids 0, 1, 2."""
+    """A byte-level BPE of `size` ids trained on `texts`; <|endoftext|> and ChatML's two are ids 0, 1, 2."""
     if size < 256 + 3:
-        raise UserError(f"a byte-level BPE needs at least {256 + 3} ids (the bytes and 3 special tokens), not {size}")
+        raise UserError(f"a byte-level BPE needs at least {256 + 3} ids (the bytes and 3 special tokens), "
+                        f"not {size}")
     from tokenizers import Tokenizer as Engine, decoders, models, pre_tokenizers, trainers
     engine = Engine(models.BPE())
-    # digits one by one, as SmolLM does: 3-digit numbers that share no token with their neighbours teach no sums
+    # digits one by one, as SmolLM does: numbers that share no token with their neighbours teach no sums
     engine.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     engine.decoder = decoders.ByteLevel()
     engine.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=size, min_frequency=min_frequency, special_tokens=[EOT, IM_START, IM_END], show_progress=False,
+        vocab_size=size, min_frequency=min_frequency, special_tokens=[EOT, IM_START, IM_END],
+        show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     return Tokenizer(json.loads(engine.to_str()), name)
 
@@ -276,7 +282,8 @@ def with_chat_tokens(tok):
 
 
 def _special(token, i):
-    return dict(id=i, content=token, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    return dict(id=i, content=token, single_word=False, lstrip=False, rstrip=False, normalized=False,
+                special=True)
 
 
 def _plain(model, before, decoder, specials):
@@ -288,7 +295,7 @@ def _char(chars):
     vocab = {c: i for i, c in enumerate(chars)}
     before = dict(type="Split", pattern=dict(Regex=r"[\s\S]"), behavior="Isolated", invert=False)
     vocab[EOT] = len(chars)
-    model = dict(type="WordLevel", vocab=vocab, unk_token=EOT)  # it wants one; encode_array refuses before that
+    model = dict(type="WordLevel", vocab=vocab, unk_token=EOT)  # it wants one
     return Tokenizer(_plain(model, before, dict(type="Fuse"), [_special(EOT, len(chars))]), "char")
 
 
@@ -297,13 +304,15 @@ def _byte_level(use_regex):
 
 
 def _bpe(vocab, merges):
-    return dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+    return dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
+                end_of_word_suffix=None,
                 fuse_unk=False, byte_fallback=False, ignore_merges=False, vocab=vocab, merges=merges)
 
 
 def _byte():
     vocab = {c: b for b, c in enumerate(_alphabet())}
-    return Tokenizer(_plain(_bpe(vocab, []), _byte_level(False), _byte_level(False), [_special(EOT, 256)]), "byte")
+    return Tokenizer(_plain(_bpe(vocab, []), _byte_level(False), _byte_level(False), [_special(EOT, 256)]),
+                     "byte")
 
 
 @functools.cache
@@ -328,8 +337,8 @@ def _gpt2():
     try:
         ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
     except requests.RequestException as e:
-        raise UserError(f"the GPT-2 tokenizer could not be fetched ({type(e).__name__}): connect to the network, "
-                        f"or set TIKTOKEN_CACHE_DIR to a directory that holds it") from None
+        raise UserError(f"the GPT-2 tokenizer could not be fetched ({type(e).__name__}): connect to the "
+                        "network, or set TIKTOKEN_CACHE_DIR to a directory that holds it") from None
     text = {token: "".join(_alphabet()[b] for b in token) for token in ranks}
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -337,7 +346,8 @@ def _gpt2():
             parts = _merge([token[i:i + 1] for i in range(len(token))], lambda a, b: ranks.get(a + b, rank))
             merges.append([text[p] for p in parts])
     vocab = {text[token]: rank for token, rank in ranks.items()}
-    made = Tokenizer(_plain(_bpe(vocab, merges), _byte_level(True), _byte_level(True), [_special(EOT, 50256)]), "gpt2")
+    made = Tokenizer(_plain(_bpe(vocab, merges), _byte_level(True), _byte_level(True),
+                            [_special(EOT, 50256)]), "gpt2")
     os.makedirs(cache_dir(), exist_ok=True)
     write_json(path, made.spec, indent=None)
     return made
@@ -351,12 +361,14 @@ def _merge(parts, rank):
     return parts
 
 
-# How a text falls into words before BPE, in tiktoken's terms: GPT-2's rule, and the same with every digit alone,
-# where the space before a digit stays alone too. (tokenizers applies Digits first and GPT-2's rule to what is left.)
+# How a text falls into words before BPE, in tiktoken's terms: GPT-2's rule, and the same with every digit
+# alone, where the space before a digit stays alone too. (tokenizers applies Digits first and GPT-2's rule to
+# what is left.)
 GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 DIGIT_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N}|$)|\s+(?!\S)|\s"
 
-SAMPLE = ("It's 3:45pm, isn't it?  We'll\t\tpay $1,234.50!\n\n  def f(x):\n        return x**2 \r\n\r\n   \n x"
+SAMPLE = ("It's 3:45pm, isn't it?  We'll\t\tpay $1,234.50!\n\n  def f(x):\n        return x**2 \r\n\r\n   \n "
+          "x"
           "naïve café Über straße e\u0301 ﬁ Ⅷ½²٣४ 12 34  5 \u00a0\u2003\u3000全角１２３　日本語、テスト。한국어 русский "
           "العربية हिन्दी ไทย 👍🏽👨‍👩‍👧 \U0001d54f\x00\x07\x1c\x85\ufeff\u200b\u200d <|endoftext|><|im_end|> "
           "'s 'S I'LL 'll''re  's1's aaaaaaaaaaaaaaaaaaaaa ........ ---- \n\n\n\n\t \n7 \n 8")
@@ -365,13 +377,13 @@ SAMPLE = ("It's 3:45pm, isn't it?  We'll\t\tpay $1,234.50!\n\n  def f(x):\n     
 def _tiktoken(spec, vocab_size, eos_id):
     """A tiktoken Encoding that gives the ids of this tokenizer.json, or None where that is not certain.
 
-    tiktoken merges two neighbours whenever their union is a token, lowest id first; a tokenizer.json lists the
-    pairs that may merge, in order. Both agree if (1) the ids of the tokens rise in the order of their merges and
-    (2) BPE of each token's own letters ends in that token: two neighbours inside a word have merged as they
-    would alone, so if their union is a token, (2) says that they are the pair of its merge. Both are checked
-    for the whole vocabulary here, the rule for words by the caller on SAMPLE. A byte that the vocabulary lacks
-    (SmolLM2's has 235) gets an id beyond it: who sees one asks `tokenizers`, which leaves such bytes out.
-    """
+    tiktoken merges two neighbours whenever their union is a token, lowest id first; a tokenizer.json lists
+    the pairs that may merge, in order. Both agree if (1) the ids of the tokens rise in the order of their
+    merges and (2) BPE of each token's own letters ends in that token: two neighbours inside a word have
+    merged as they would alone, so if their union is a token, (2) says that they are the pair of its merge.
+    Both are checked for the whole vocabulary here, the rule for words by the caller on SAMPLE. A byte that
+    the vocabulary lacks (SmolLM2's has 235) gets an id beyond it: who sees one asks `tokenizers`, which
+    leaves such bytes out. """
     import tiktoken
     from tokenizers import models
     model, before = spec["model"], spec.get("pre_tokenizer") or {}
@@ -385,7 +397,8 @@ def _tiktoken(spec, vocab_size, eos_id):
     elif len(steps) == 2 and last["use_regex"] and steps[0] == dict(type="Digits", individual_digits=True):
         words = DIGIT_WORDS
     elif len(steps) == 2 and not last["use_regex"] and steps[0].get("type") == "Split" \
-            and "Regex" in steps[0]["pattern"] and steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]:
+            and "Regex" in steps[0]["pattern"] \
+            and steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]:
         words = steps[0]["pattern"]["Regex"]
     else:
         return None
@@ -408,7 +421,8 @@ def _tiktoken(spec, vocab_size, eos_id):
             return None
         ranks = {bytes([b]): vocab_size + b for b in range(256)}
         ranks.update((bytes(byte[c] for c in token), i) for token, i in vocab.items())
-        return tiktoken.Encoding("nanosmol", pat_str=words, special_tokens={EOT: eos_id}, mergeable_ranks=ranks)
+        return tiktoken.Encoding("nanosmol", pat_str=words, special_tokens={EOT: eos_id},
+                                 mergeable_ranks=ranks)
     except (KeyError, ValueError):  # a letter that stands for no byte; a regex that tiktoken does not take
         return None
 
@@ -418,7 +432,8 @@ def _tiktoken(spec, vocab_size, eos_id):
 
 # what render_chat does, as transformers' apply_chat_template reads it from tokenizer_config.json
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim "
+    "}}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}")
 
 
@@ -426,11 +441,12 @@ def render_chat(messages, tokenizer, add_generation_prompt=False):
     """A conversation, a list of {"role", "content"}, as (ids, mask): two lists of the same length.
 
     mask is 1 on what a model is to say itself, the assistant's words and its <|im_end|>, else 0.
-    `add_generation_prompt` ends with the assistant's opening, ready for its answer, in place of the end of text.
-    """
+    `add_generation_prompt` ends with the assistant's opening, ready for its answer, in place of the end of
+    text. """
     start, end = tokenizer.encode_special(IM_START), tokenizer.encode_special(IM_END)
     if start is None or end is None:
-        raise UserError(f"the tokenizer {tokenizer.name} has no {IM_START} and {IM_END}: with_chat_tokens() adds them")
+        raise UserError(f"the tokenizer {tokenizer.name} has no {IM_START} and {IM_END}: with_chat_tokens() "
+                        "adds them")
     line_break, ids, mask = tokenizer.encode("\n"), [], []
     for message in messages:
         head = tokenizer.encode(message["role"] + "\n")
@@ -492,7 +508,8 @@ def as_prefs(record):
     """{"prompt": messages, "chosen": text, "rejected": text}"""
     prompt, chosen, rejected = _first(record, "prompt", "question"), record["chosen"], record["rejected"]
     prompt = _messages(prompt, "prompt")
-    made = dict(prompt=prompt, chosen=_reply(chosen, prompt, "chosen"), rejected=_reply(rejected, prompt, "rejected"))
+    made = dict(prompt=prompt, chosen=_reply(chosen, prompt, "chosen"),
+                rejected=_reply(rejected, prompt, "rejected"))
     if made["chosen"] == made["rejected"]:
         raise ValueError("chosen and rejected are the same")
     return made
@@ -521,11 +538,12 @@ LISTING = re.compile(r"(?:-?\d[\d.]*[\s,;]+){7,}-?\d")  # eight numbers and noth
 
 
 def verifier(spec):
-    """verify(prompt, completion, answer) -> float for 'number' (the last number, or the one after ####), 'exact',
-    'regex:PATTERN' (its first group, or all that it matches, is the answer), 'toy', or a Python file that
-    defines verify. UserError if there is no such verifier."""
+    """verify(prompt, completion, answer) -> float for 'number' (the last number, or the one after ####),
+    'exact', 'regex:PATTERN' (its first group, or all that it matches, is the answer), 'toy', or a Python file
+    that defines verify. UserError if there is no such verifier."""
     if spec in ("number", "exact"):
-        return {"number": _same_number, "exact": lambda prompt, said, answer: float(said.strip() == answer.strip())}[spec]
+        return _same_number if spec == "number" else lambda prompt, completion, answer: float(
+            completion.strip() == answer.strip())
     if spec == "toy" and "toy_verify" in globals():
         return globals()["toy_verify"]
     if spec.startswith("regex:"):
@@ -549,7 +567,8 @@ def verifier(spec):
         if not callable(space.get("verify")):
             raise UserError(f"--verifier={spec}: it must define verify(prompt, completion, answer) -> float")
         return lambda prompt, completion, answer: float(space["verify"](prompt, completion, answer))
-    raise UserError(f"--verifier={spec}: there is no such verifier; number, exact, regex:PATTERN, toy or a .py file")
+    raise UserError(f"--verifier={spec}: there is no such verifier; number, exact, regex:PATTERN, toy or a "
+                    ".py file")
 
 
 def final_number(text):
@@ -591,11 +610,11 @@ def sha256(path):
 
 def progress(**options):
     from tqdm import tqdm
-    return tqdm(disable=None, unit_scale=True, dynamic_ncols=True, **options)  # None: silent unless on a terminal
+    return tqdm(disable=None, unit_scale=True, dynamic_ncols=True, **options)  # None: on terminals only
 
 
 def download(url, digest, tries=5):
-    """The local path of what `url` holds, checked against its SHA-256; resumed where an earlier try was cut."""
+    """The local path of what `url` holds, checked against its SHA-256; goes on where a try was cut."""
     import requests
     mirror = os.environ.get("NANOSMOL_MIRROR")  # another server that holds the same path
     fetched = re.sub(r"^https?://[^/]+", mirror.rstrip("/"), url) if mirror else url
@@ -609,13 +628,14 @@ def download(url, digest, tries=5):
             time.sleep(min(2 ** attempt, 30) if not mirror else 0.05)
         have = os.path.getsize(part) if os.path.exists(part) else 0
         try:
-            with requests.get(fetched, stream=True, timeout=30, headers={"Range": f"bytes={have}-"} if have else {}) as r:
+            headers = {"Range": f"bytes={have}-"} if have else {}
+            with requests.get(fetched, stream=True, timeout=30, headers=headers) as r:
                 if r.status_code == 416:  # the part is longer than the file is
                     os.remove(part)
                     continue
                 if r.status_code in (404, 410):
-                    raise UserError(f"{fetched}: not there any more ({r.status_code}); download it by other means and "
-                                    f"give prepare.py its path")
+                    raise UserError(f"{fetched}: not there any more ({r.status_code}); download it by other "
+                                    "means and give prepare.py its path")
                 r.raise_for_status()
                 have = have if r.status_code == 206 else 0
                 size = have + int(r.headers.get("Content-Length", 0))
@@ -634,11 +654,12 @@ def download(url, digest, tries=5):
                 os.remove(part)  # whole, and wrong
         except requests.RequestException as e:
             trouble = f"{type(e).__name__}: {getattr(getattr(e, 'response', None), 'status_code', '') or e}"
-    raise UserError(f"{fetched}: could not be fetched in {tries} tries: {trouble}; run the same command to go on")
+    raise UserError(f"{fetched}: could not be fetched in {tries} tries: {trouble}; run the same command to "
+                    "go on")
 
 
 def _hub(call, repo, **options):
-    """Calls a function of huggingface_hub, again if the network fails; what a user can mend becomes a UserError."""
+    """Calls a function of huggingface_hub, again if the network fails; its errors become UserErrors."""
     from huggingface_hub import errors
     site = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     page = f"{site}/datasets/{repo}" if options.get("repo_type") == "dataset" else f"{site}/{repo}"
@@ -647,19 +668,21 @@ def _hub(call, repo, **options):
         try:
             return call(repo, **options)
         except errors.GatedRepoError:
-            raise UserError(f"{repo}: its owner asks for consent: accept the terms on {page}, make a token on "
-                            f"{site}/settings/tokens, then run `hf auth login` or set HF_TOKEN") from None
+            raise UserError(f"{repo}: its owner asks for consent: accept the terms on {page}, make a token "
+                            f"on {site}/settings/tokens, then run `hf auth login` or set HF_TOKEN") from None
         except errors.RepositoryNotFoundError:
-            raise UserError(f"{repo}: the Hub has no such repository, or it is private: check the name; for a private "
-                            f"one run `hf auth login` or set HF_TOKEN to a token that may read it") from None
+            raise UserError(f"{repo}: the Hub has no such repository, or it is private: check the name; for "
+                            "a private one run `hf auth login` or set HF_TOKEN to a token that may read "
+                            "it") from None
         except errors.HfHubHTTPError as e:
             status = e.response.status_code if e.response is not None else 0
             trouble = f"the Hub answered {status}"
             if status == 404:
-                raise UserError(f"{repo}: nothing of the name {options.get('filename') or options.get('path_in_repo')} in "
-                                f"this repository; --config= names a folder of it") from None
+                raise UserError(f"{repo}: nothing of the name "
+                                f"{options.get('filename') or options.get('path_in_repo')} in this "
+                                "repository; --config= names a folder of it") from None
             if status in (400, 401, 403):
-                raise UserError(f"{repo}: {trouble}: check the token that HF_TOKEN or `hf auth login` holds") from None
+                raise UserError(f"{repo}: {trouble}: check HF_TOKEN, or run `hf auth login`") from None
             after = e.response.headers.get("Retry-After", "") if e.response is not None else ""
             wait = int(after) if after.isdigit() else wait
         except errors.HFValidationError:
@@ -680,8 +703,9 @@ def hub_snapshot(repo, patterns, repo_type="model"):
 
 
 def fetch_model(hub_id):
-    """A local directory with a Hub model: config, safetensors and tokenizer files, as from_pretrained takes them."""
-    directory = hub_snapshot(hub_id, ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
+    """A local directory with a Hub model's config, safetensors and tokenizer: what from_pretrained takes."""
+    directory = hub_snapshot(hub_id, ["config.json", "generation_config.json", "*.safetensors",
+                                      "*.safetensors.index.json",
                                       "tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.json",
                                       "merges.txt"])
     if not os.path.isdir(directory) or not any(f.endswith(".safetensors") for f in os.listdir(directory)):
@@ -689,7 +713,8 @@ def fetch_model(hub_id):
     return directory
 
 
-File = collections.namedtuple("File", "path size split repo digest revision")  # `repo` is None for a local file
+# `repo`, `digest` (SHA-256) and `revision` are None for a local file
+File = collections.namedtuple("File", "path size split repo digest revision")
 
 
 def local_path(file):
@@ -698,11 +723,12 @@ def local_path(file):
         return file.path
     from huggingface_hub import hf_hub_download
     for attempt in range(2):
-        path = _hub(hf_hub_download, file.repo, filename=file.path, repo_type="dataset", revision=file.revision)
+        path = _hub(hf_hub_download, file.repo, filename=file.path, repo_type="dataset",
+                    revision=file.revision)
         if os.path.getsize(path) == file.size and file.digest in (None, sha256(path)):
             return path
         os.remove(os.path.realpath(path))  # the blob that the path links to
-    raise UserError(f"{file.repo}: {file.path} arrives damaged (its size or SHA-256 differs); try again later")
+    raise UserError(f"{file.repo}: {file.path} arrives damaged (size or SHA-256 differs); try again later")
 
 
 # -----------------------------------------------------------------------------
@@ -710,28 +736,29 @@ def local_path(file):
 
 TEXT, LINES = (".txt", ".md", ".text"), (".jsonl", ".ndjson", ".json")
 PACKED = {".zst": "zstd", ".zstd": "zstd", ".gz": "gzip"}
+VALID = ("valid", "validation", "val", "dev", "eval")
 OWN_SPLIT = re.compile(r"(?:^|[-_./])(train|valid|validation|val|dev|eval|test)(?=[-_.0-9/]|$)")
 
-# kind: 'documents' (text, separated by <|endoftext|>), 'train' or 'val' (a piece of one document), 'lines' (JSON)
-# or 'rows' (parquet); data: bytes, or a pyarrow batch; at: the offset or line where it begins, or the row;
-# first, last: of its document; read: how many bytes of the file are behind us
+# kind: 'documents' (text, separated by <|endoftext|>), 'train' or 'val' (a piece of one document), 'lines'
+# (JSON) or 'rows' (parquet); data: bytes, or a pyarrow batch; at: the offset or line where it begins, or the
+# row; first, last: of its document; read: how many bytes of the file are behind us
 Block = collections.namedtuple("Block", "kind data at first last read")
 
 
 def _kind_of(path):
-    """'text', 'lines' or 'parquet' by a file's name, and its compression; (None, None) for what is no data."""
+    """'text', 'lines' or 'parquet' by a file's name, and its compression; (None, None) if it is no data."""
     stem, ending = os.path.splitext(path.lower())
     packing = PACKED.get(ending)
     ending = os.path.splitext(stem)[1] if packing else ending
-    kind = "text" if ending in TEXT else "lines" if ending in LINES else "parquet" if ending == ".parquet" else None
-    return kind, packing if kind else None
+    kinds = {**dict.fromkeys(TEXT, "text"), **dict.fromkeys(LINES, "lines"), ".parquet": "parquet"}
+    return kinds.get(ending), packing if ending in kinds else None
 
 
 def _with_splits(files):
-    """Files with their own split, if their names tell train from validation; what is for testing stands in for a
-    validation split where there is none, and is left out where there is one."""
+    """Files with their own split, if their names tell train from validation; what is for testing stands in
+    for a validation split where there is none, and is left out where there is one."""
     marks = [(OWN_SPLIT.findall(f.path.lower()) or [None])[-1] for f in files]
-    held_out = next((m for m in (("valid", "validation", "val", "dev", "eval"), ("test",)) if set(m) & set(marks)), None)
+    held_out = next((m for m in (VALID, ("test",)) if set(m) & set(marks)), None)
     if "train" not in marks or not held_out:
         return files
     kept = [f._replace(split="val" if m in held_out else "train")
@@ -743,12 +770,13 @@ def _with_splits(files):
 def local_files(path):
     """The files of a local source: one file of any name, or those of a folder that hold data."""
     if os.path.isfile(path):
-        return [File(path, os.path.getsize(path), None, None, None, None)]
+        return [File(path, os.path.getsize(path), *[None] * 4)]
     found = sorted(os.path.join(folder, f) for folder, _, names in os.walk(path) for f in names
                    if not f.startswith(".") and _kind_of(f)[0])
     if not found:
-        raise UserError(f"{path}: this folder holds no .txt, .md, .jsonl, .jsonl.zst, .jsonl.gz or .parquet file")
-    inside = _with_splits([File(os.path.relpath(f, path), os.path.getsize(f), None, None, None, None) for f in found])
+        raise UserError(f"{path}: this folder holds no .txt, .md, .jsonl, .jsonl.zst, .jsonl.gz or .parquet "
+                        "file")
+    inside = _with_splits([File(os.path.relpath(f, path), os.path.getsize(f), *[None] * 4) for f in found])
     return [f._replace(path=os.path.join(path, f.path)) for f in inside]
 
 
@@ -773,8 +801,9 @@ def hub_files(repo, config="", split="", pattern=""):
         files = [f for f in files if re.search(rf"(^|[-_./]){re.escape(split)}([-_./]|$)", f.path)]
     if not files:
         folders = ", ".join(sorted({os.path.dirname(f.path) for f in listed} - {""}))[:300]
-        raise UserError(f"hub:{repo}: no data files{' under ' + config if config else ''}"
-                        f"{' of the split ' + split if split else ''}; --config= names a folder: {folders or 'none'}")
+        raise UserError(f"hub:{repo}: no data "
+                        f"files{' under ' + config if config else ''}{' of the split ' + split if split else ''}; "
+                        f"--config= names a folder: {folders or 'none'}")
     kinds = collections.Counter()
     for f in files:
         kinds[_kind_of(f.path)[0]] += f.size
@@ -783,7 +812,7 @@ def hub_files(repo, config="", split="", pattern=""):
 
 
 def _open(path, packing):
-    """A readable binary stream of the file's content, and a function that says how many of its bytes are read."""
+    """A binary stream of the file's content, and a function that says how many of its bytes are read."""
     raw = open(path, "rb")
     if not packing:
         return raw, raw.tell
@@ -792,8 +821,9 @@ def _open(path, packing):
 
 
 def read_blocks(file, only, column=None):
-    """The Blocks of a File, in order, always the same. `only`: the file is the whole source, so that a text without
-    <|endoftext|> is one document, whose last tenth is held out. `column`: the one to read of a parquet file."""
+    """The Blocks of a File, in order, always the same. `only`: the file is the whole source, so that a text
+    without <|endoftext|> is one document, whose last tenth is held out. `column`: the one to read of a
+    parquet file."""
     path, (kind, packing) = local_path(file), _kind_of(file.path)
     if kind == "parquet":
         yield from _read_parquet(path, file, column)
@@ -803,8 +833,8 @@ def read_blocks(file, only, column=None):
             with open(path, "rb") as f:
                 head = f.read(1 << 16)
             if not packing and (head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head):
-                raise UserError(f"{file.path}: not UTF-8 text (a zero byte or a UTF-16 mark within its first 64 kB); "
-                                f"convert it first, e.g. iconv -f utf-16 -t utf-8")
+                raise UserError(f"{file.path}: not UTF-8 text (a zero byte or a UTF-16 mark within its first "
+                                "64 kB); convert it first, e.g. iconv -f utf-16 -t utf-8")
             if only and not packing:
                 length = _single_document(path)
                 if length is not None:
@@ -812,7 +842,9 @@ def read_blocks(file, only, column=None):
                     return
         stream, told = _open(path, packing)
         with stream:
-            yield from _read_separated(stream, told, *(("lines", b"\n") if kind == "lines" else ("documents", EOT.encode())))
+            as_lines = kind == "lines"
+            yield from _read_separated(stream, told, "lines" if as_lines else "documents",
+                                       b"\n" if as_lines else EOT.encode())
     except (OSError, EOFError) as e:
         raise UserError(f"{file.path}: cannot be read to its end: {e}; is it cut short?") from None
 
@@ -839,8 +871,8 @@ def _read_separated(stream, told, kind, separator):
 
 
 def _single_document(path):
-    """How many bytes of a text are one document: all of them, if <|endoftext|> comes nowhere or only at its end;
-    else None."""
+    """How many bytes of a text are one document: all of them, if <|endoftext|> comes nowhere or only at its
+    end; else None."""
     import mmap
     size = os.path.getsize(path)
     if size == 0:
@@ -854,8 +886,8 @@ def _single_document(path):
 
 
 def _read_single(path, length):
-    """One document: its last 10% of characters as 'val' and what comes before as 'train', which is nanoGPT's split.
-    Validation goes first, see _with_splits."""
+    """One document: its last 10% of characters as 'val' and what comes before as 'train', which is nanoGPT's
+    split. Validation goes first, see _with_splits."""
     with open(path, "rb") as f:
         begin = 3 if f.read(3) == b"\xef\xbb\xbf" else 0
         f.seek(begin)
@@ -866,7 +898,7 @@ def _read_single(path, length):
             counts.append(len(data) - _continuations(data))
             chars += counts[-1]
         wanted = int(0.9 * chars)
-        for i, count in enumerate(counts):  # the block in which that character lies, then its place in the block
+        for i, count in enumerate(counts):  # its block, then its place in the block
             if wanted < count or i == len(counts) - 1:
                 f.seek(begin + i * BLOCK)
                 data = np.frombuffer(f.read(min(BLOCK, length - f.tell())), np.uint8)
@@ -915,27 +947,32 @@ def _read_parquet(path, file, column):
         with pyarrow.parquet.ParquetFile(path) as f:
             rows, total = 0, max(f.metadata.num_rows, 1)
             if column and column not in f.schema_arrow.names:
-                raise UserError(f"{file.path}: no column {column!r} in {', '.join(f.schema_arrow.names)[:200]}; name it "
-                                f"with --field=")
+                raise UserError(f"{file.path}: no column {column!r} in "
+                                f"{', '.join(f.schema_arrow.names)[:200]}; name it with --field=")
             for group in range(f.metadata.num_row_groups):
                 for batch in f.iter_batches(256, row_groups=[group], columns=[column] if column else None):
                     rows += len(batch)
                     yield Block("rows", batch, rows - len(batch), True, True, file.size * rows // total)
     except (pyarrow.ArrowException, OSError) as e:
-        raise UserError(f"{file.path}: not a parquet file that can be read: {str(e).splitlines()[0]}") from None
+        raise UserError(f"{file.path}: not a parquet file that can be read: {e}".splitlines()[0]) from None
 
 
 # -----------------------------------------------------------------------------
 # From blocks to what is written
 
+def _dtype(tok):
+    return np.dtype("<u2" if tok.vocab_size <= 1 << 16 else "<u4")
+
+
 class Job:
-    """What a worker knows: the tokenizer, the shape of the records, and how to split. Called with a File and a
-    Block, it returns a dict: the bytes to append to each output file, under 'out'; counts; and what was wrong."""
+    """What a worker knows: the tokenizer, the shape of the records, and how to split. Called with a File and
+    a Block, it returns a dict: the bytes to append to each output file, under 'out'; counts; and what was
+    wrong."""
 
     def __init__(self, tok, shape, field, val_fraction, block_size):
         self.tok, self.shape, self.field = tok, shape, field
         self.val_fraction, self.block_size = val_fraction, block_size
-        self.dtype = np.dtype("<u2" if tok and tok.vocab_size <= 1 << 16 else "<u4")
+        self.dtype = _dtype(tok) if tok else None
 
     def __call__(self, file, block):
         result = _result()
@@ -944,7 +981,8 @@ class Job:
             ids = self.tok.encode_piece(text, block.first)
             ids = np.append(ids, self.tok.eos_id) if block.last else ids
             result["out"][block.kind + ".bin"] = ids.astype(self.dtype).tobytes()
-            result["count"].update({"bytes": len(block.data), block.kind + "_tokens": len(ids), "documents": int(block.last)})
+            result["count"].update({"bytes": len(block.data), "documents": int(block.last),
+                                    block.kind + "_tokens": len(ids)})
             return result
         parts = {"train": [], "val": []}
         for at, content, size in self.contents(block, result):
@@ -1007,14 +1045,16 @@ class Job:
     def write_text(self, split, found, result):
         ids = self.tok.encode_documents([text for _, text in found])
         result["out"][split + ".bin"] = ids.astype(self.dtype).tobytes()
-        result["count"].update({split + "_tokens": len(ids), split + "_documents": len(found), "documents": len(found)})
+        result["count"].update({split + "_tokens": len(ids), split + "_documents": len(found),
+                                "documents": len(found)})
 
     def write_chat(self, split, found, result):
         ids, mask, kept = [], [], 0
         for at, messages in found:
             one, told = render_chat(messages, self.tok)
             if self.block_size and len(one) > self.block_size:
-                result["wrong"].append((at, f"the conversation has {len(one)} tokens, --block_size={self.block_size}"))
+                result["wrong"].append((at, f"the conversation has {len(one)} tokens, "
+                                            f"--block_size={self.block_size}"))
                 continue
             ids += one
             mask += told
@@ -1049,7 +1089,8 @@ def _shape_of(file, block, wanted, field):
     """(shape, field) of the records, by the first one: what the user wants, or what it looks like."""
     if block.kind in ("documents", "train", "val"):
         if wanted not in ("", "text"):
-            raise UserError(f"{file.path}: --as={wanted} wants records (.jsonl or .parquet), and this is plain text")
+            raise UserError(f"{file.path}: --as={wanted} wants records (.jsonl or .parquet), and this is "
+                            "plain text")
         return "text", ""
     if block.kind == "rows":
         keys, where = block.data.schema.names, ""
@@ -1064,22 +1105,22 @@ def _shape_of(file, block, wanted, field):
             keys = None
         where = f", line {i + 1}"
         if keys is None:
-            raise UserError(f"{file.path}{where}: not a JSON object; a .jsonl file has one object in every line")
+            raise UserError(f"{file.path}{where}: not a JSON object; a .jsonl file has one object in every "
+                            "line")
     has = lambda *names: any(n in keys for n in names)
     asked = has("prompt", "question")
     text = next((f for f in ([field] if field else ["text", "content"]) if f in keys), None)
-    fits = [s for s, ok in dict(text=bool(text), chat=has("messages", "conversations") or asked and has("answer", "chosen"),
-                                prefs=asked and "chosen" in keys and "rejected" in keys,
-                                verify=asked and "answer" in keys).items() if ok]
-    shape = wanted or ("text" if field else next((s for s in ("prefs", "verify", "chat", "text") if s in fits), "text"))
-    if has("messages") and not wanted and not field and "prefs" not in fits:
-        shape = "chat"
+    talk = has("messages", "conversations")
+    fits = dict(prefs=asked and "chosen" in keys and "rejected" in keys, verify=asked and "answer" in keys,
+                chat=talk or asked and has("answer", "chosen"), text=bool(text))
+    fits = [shape for shape, fit in fits.items() if fit]
+    shape = wanted or ("text" if field or not fits else "chat" if talk and "prefs" not in fits else fits[0])
     if shape not in fits:
         what = dict(text=f"no field {field or 'text'!r}", chat="no 'messages', nor 'prompt' and 'answer'",
-                    prefs="no 'prompt', 'chosen' and 'rejected'", verify="no 'prompt' (or 'question') and 'answer'")[shape]
+                    prefs="no 'prompt', 'chosen' and 'rejected'", verify="no 'prompt' and 'answer'")[shape]
         close = difflib.get_close_matches(field or "text", keys, n=1)
-        raise UserError(f"{file.path}{where}: {what} in {', '.join(keys)[:200]}; name the text with --field="
-                        f"{close[0] if close else 'NAME'}, or its shape with --as=")
+        raise UserError(f"{file.path}{where}: {what} in {', '.join(keys)[:200]}; name the text with "
+                        f"--field={close[0] if close else 'NAME'}, or its shape with --as=")
     return shape, text if shape == "text" else ""
 
 
@@ -1094,31 +1135,34 @@ def _shape_of(file, block, wanted, field):
 # -----------------------------------------------------------------------------
 # One data set
 
-def prepare(source, tokenizer="", name="", data_dir="data", max_tokens=0, field="", config="", split="", as_="",
+def prepare(source, tokenizer="", name="", data_dir="data", max_tokens=0, field="", config="", split="",
+            as_="",
             val_fraction=None, block_size=0, workers=0, seed=1337):
     """Makes data/<name>/ from a known name, a file, a folder or hub:owner/name, and returns that directory.
 
-    Killed at any moment and started again, it goes on where it was; what lay there before is replaced only when
-    the new data is whole. Raises UserError for whatever the user can mend.
-    """
+    Killed at any moment and started again, it goes on where it was; what lay there before is replaced only
+    when the new data is whole. Raises UserError for whatever the user can mend. """
     known = KNOWN.get(source, {})
     is_path = os.path.exists(source)
     if not known and not is_path and not source.startswith("hub:"):
         if re.search(r"[/\\]|\.(txt|jsonl|parquet|md|zst|gz)$", source):
             raise UserError(f"{source}: no such file or folder")
         close = difflib.get_close_matches(source, KNOWN, n=3, cutoff=0.5)
-        raise UserError(f"{source}: neither a file or folder nor a known data set"
-                        f"{'; did you mean ' + ' or '.join(close) + '?' if close else ''} (python prepare.py lists them)")
+        raise UserError(f"{source}: neither a file or folder nor a known data "
+                        f"set{'; did you mean ' + ' or '.join(close) + '?' if close else ''} (python "
+                        "prepare.py lists them)")
     name = name or (source if known else _stem(source))
     if not re.fullmatch(r"[\w.+-]+", name):
         raise UserError(f"--name={name}: letters, digits, '-', '_', '.' only, since it becomes a directory")
     val_fraction = known.get("val_fraction", 0.005) if val_fraction is None else val_fraction
     if not 0 < val_fraction < 1:
-        raise UserError(f"--val_fraction={val_fraction}: a share of the documents between 0 and 1, such as 0.005")
+        raise UserError(f"--val_fraction={val_fraction}: a share of the documents between 0 and 1, such as "
+                        "0.005")
     if as_ not in ("", "text", "chat", "prefs", "verify"):
         raise UserError(f"--as={as_}: one of text, chat, prefs, verify")
     as_ = as_ or known.get("as_", "")
-    tokenizer = tokenizer or known.get("tokenizer", "") or (SMOLLM2 if source.startswith("hub:") else "bpe:4096")
+    tokenizer = tokenizer or known.get("tokenizer", "") or (SMOLLM2 if source.startswith("hub:")
+                                                            else "bpe:4096")
     target, partial = os.path.join(data_dir, name), os.path.join(data_dir, name + ".partial")
     os.makedirs(partial, exist_ok=True)
     try:
@@ -1174,23 +1218,26 @@ def _toy_files(known, partial, seed):
             if isinstance(made, str):
                 f.write(made + "\n" + EOT + "\n")
             else:
-                f.write(json.dumps(dict(messages=made) if isinstance(made, list) else made, ensure_ascii=False) + "\n")
+                record = dict(messages=made) if isinstance(made, list) else made
+                f.write(json.dumps(record, ensure_ascii=False) + "\n")
     return local_files(path)
 
 
 def _take_bins(known, partial, target):
-    """A data set that is tokens already: train.bin, val.bin and the tokenizer of a Hub repository, as they are."""
+    """A data set that is tokens already: train.bin, val.bin and tokenizer of a Hub repository, as they
+    are."""
     files = {f.path: f for f in hub_list(known["hub"])}
     where = known["bins"] + "/"
     found = next((p for p in sorted(files, key=len) if os.path.basename(p) == "tokenizer.json"), None)
     if where + "train.bin" not in files or where + "val.bin" not in files or not found:
-        raise UserError(f"{known['hub']}: no {where}train.bin, {where}val.bin and tokenizer.json in it any more")
+        raise UserError(f"{known['hub']}: no {where}train.bin, {where}val.bin and tokenizer.json in it any "
+                        "more")
     need = sum(files[where + f].size for f in ("train.bin", "val.bin"))
     _check_space(partial, 2 * need)
     tok = load_tokenizer(local_path(files[found]))
     tok.name = known["hub"]
     meta = dict(name=os.path.basename(target), source=known["hub"], kind="text", tokenizer=tok.name,
-                vocab_size=tok.vocab_size, eos_id=tok.eos_id, dtype="uint16" if tok.vocab_size <= 1 << 16 else "uint32")
+                vocab_size=tok.vocab_size, eos_id=tok.eos_id, dtype=_dtype(tok).name)
     for part in ("train", "val"):
         fetched = local_path(files[f"{where}{part}.bin"])
         shutil.copyfile(fetched, os.path.join(partial, part + ".bin"))
@@ -1254,8 +1301,9 @@ def _pack(files, settings, partial, target, workers):
             if first.kind in ("train", "val"):
                 raise UserError(f"{settings['source']}: too short: {count['bytes']} bytes leave nothing for "
                                 f"{'training' if part == 'train' else 'validation'}")
-            raise UserError(f"{settings['source']}: of {count['documents']} documents none fell into {part}; set "
-                            f"--val_fraction={min(0.5, round(5 / count['documents'], 4)) if part == 'val' else 0.005}")
+            better = min(0.5, round(5 / count["documents"], 4)) if part == "val" else 0.005
+            raise UserError(f"{settings['source']}: of {count['documents']} documents none fell into {part}; "
+                            f"set --val_fraction={better}")
     meta = dict(name=name, kind=shape, source=settings["source"], stamp=stamp, documents=count["documents"],
                 bytes=count["bytes"], val_fraction=settings["val_fraction"], left_out=count["wrong"],
                 replaced_characters=count["broken"])
@@ -1288,10 +1336,17 @@ def _texts(files, job, most=None):
                 size += length
 
 
+def _texts_of(files, as_, field):
+    first = next(read_blocks(files[0], len(files) == 1), None)
+    if first:
+        yield from _texts(files, Job(None, *_shape_of(files[0], first, as_, field), 0, 0))
+
+
 def _run(files, job, state, journal, partial, max_tokens, workers):
-    """Blocks in, tokens out. This thread reads and writes, in order; the others tokenize: tiktoken, tokenizers and
-    numpy let go of Python's lock while they work, so threads use every core and share one vocabulary. What is under
-    way is bounded, and so is memory. The journal says from time to time how much of the output is sure."""
+    """Blocks in, tokens out. This thread reads and writes, in order; the others tokenize: tiktoken,
+    tokenizers and numpy let go of Python's lock while they work, so threads use every core and share one
+    vocabulary. What is under way is bounded, and so is memory. The journal says from time to time how much of
+    the output is sure."""
     workers = workers or os.cpu_count() or 1
     outs = {}
     for out in sorted(os.listdir(partial)):
@@ -1334,17 +1389,20 @@ def _run(files, job, state, journal, partial, max_tokens, workers):
         count.update(result["count"])
         count["wrong"] += len(result["wrong"])
         where = "line" if block.kind == "lines" else "row" if block.kind == "rows" else "byte"
-        state["wrong"] = (state["wrong"] + [f"{files[i].path}, {where} {at}: {why}" for at, why in result["wrong"]])[:3]
+        state["wrong"] += [f"{files[i].path}, {where} {at}: {why}" for at, why in result["wrong"]]
+        del state["wrong"][3:]  # enough for examples
         if result["broken_at"] is not None and len(state["wrong"]) < 3:
             state["wrong"].append(f"{files[i].path}, byte {result['broken_at']}: not UTF-8")
         if count["wrong"] > 20 + 0.05 * count["documents"]:
-            raise UserError(f"{count['wrong']} of the first {count['wrong'] + count['documents']} records are unusable"
-                            f"{_examples(state['wrong'])}")
+            raise UserError(f"{count['wrong']} of the first {count['wrong'] + count['documents']} records "
+                            f"are unusable{_examples(state['wrong'])}")
         state.update(file=i, block=j + 1)
 
     before = sum(f.size for f in files[:state["file"]])
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool, concurrent.futures.ThreadPoolExecutor(1) as fetcher, \
-            progress(desc=os.path.basename(partial)[:-8], total=sum(f.size for f in files), unit="B", initial=before) as bar:
+    threads, bar_options = concurrent.futures.ThreadPoolExecutor, dict(desc=os.path.basename(partial)[:-8],
+                                                                       unit="B")
+    with threads(workers) as pool, threads(1) as fetcher, \
+            progress(total=sum(f.size for f in files), initial=before, **bar_options) as bar:
         try:
             for i in range(state["file"], len(files)):
                 while max_tokens and under_way:
@@ -1352,8 +1410,9 @@ def _run(files, job, state, journal, partial, max_tokens, workers):
                 if full() and files[i].split != "val":
                     break
                 ahead = files[i + 1] if i + 1 < len(files) else None
-                if ahead and ahead.repo and (not max_tokens or i and count["train_tokens"] * (i + 1) / i < max_tokens):
-                    fetcher.submit(_quietly, local_path, ahead)  # the next shard comes while this one is worked on
+                short = not max_tokens or i and count["train_tokens"] * (i + 1) / i < max_tokens
+                if ahead and ahead.repo and short:  # the next shard comes while this one is worked on
+                    fetcher.submit(_quietly, local_path, ahead)
                 skip = state["block"] if i == state["file"] else 0
                 for j, block in enumerate(read_blocks(files[i], len(files) == 1, job.field or None)):
                     bar.n = before + block.read
@@ -1364,7 +1423,8 @@ def _run(files, job, state, journal, partial, max_tokens, workers):
                     under_way.append((i, j, block, pool.submit(job, files[i], block)))
                     while len(under_way) > 2 * workers:
                         finish()
-                    bar.set_postfix_str(f"{count['train_tokens'] / 1e6:.1f}M tokens" if job.tok else "", refresh=False)
+                    if job.tok:
+                        bar.set_postfix_str(f"{count['train_tokens'] / 1e6:.1f}M tokens", refresh=False)
                     bar.update(0)
                     if time.time() - saved > SAVE:
                         save()
@@ -1391,18 +1451,21 @@ def _quietly(call, *args):
 def _estimate(files, job, max_tokens):
     """About how many bytes the output will take."""
     growth = {"parquet": 2.5, "lines": 1}
-    text = sum(f.size * (3.5 if packing else growth.get(kind, 1)) for f in files for kind, packing in [_kind_of(f.path)])
+    kinds = [_kind_of(f.path) for f in files]
+    text = sum(f.size * (3.5 if packing else growth.get(kind, 1)) for f, (kind, packing) in zip(files, kinds))
     if job.tok is None:
         return text
     tokens = text if job.tok.table is not None or job.tok.bytes else text / 3.5
-    return (min(tokens, max_tokens * 1.02) if max_tokens else tokens) * (job.dtype.itemsize + (job.shape == "chat"))
+    return (min(tokens, max_tokens * 1.02) if max_tokens
+            else tokens) * (job.dtype.itemsize + (job.shape == "chat"))
 
 
 def _check_space(directory, need):
-    free = shutil.disk_usage(directory).free + sum(os.path.getsize(os.path.join(directory, f)) for f in os.listdir(directory))
+    there = sum(os.path.getsize(os.path.join(directory, f)) for f in os.listdir(directory))
+    free = shutil.disk_usage(directory).free + there
     if need > free:
-        raise UserError(f"{directory}: about {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; free some, "
-                        f"set --data_dir= elsewhere, or take less with --max_tokens=")
+        raise UserError(f"{directory}: about {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are "
+                        "free; free some, set --data_dir= elsewhere, or take less with --max_tokens=")
 
 
 def _examples(wrong):
@@ -1421,8 +1484,10 @@ def _done(directory, stamp):
         with open(os.path.join(directory, "meta.json"), encoding="utf-8") as f:
             meta = json.load(f)
         width = np.dtype(meta.get("dtype", "uint8")).itemsize
-        return meta.get("stamp") == stamp and all(os.path.getsize(os.path.join(directory, p + ".bin")) == width * n for p, n in
-                                                  (("train", meta.get("train_tokens")), ("val", meta.get("val_tokens"))) if n)
+        wanted = {part: width * meta.get(part + "_tokens", 0) for part in ("train", "val")}
+        return meta.get("stamp") == stamp and all(
+            os.path.getsize(os.path.join(directory, part + ".bin")) == size for part, size in wanted.items()
+            if size)
     except (OSError, ValueError):
         return False
 
@@ -1463,7 +1528,7 @@ def _report(target):
 
 def main(words, given):
     if not words:
-        print("python prepare.py NAME, for one of these, or PATH of your own, or hub:owner/name; --help tells the rest\n")
+        print("python prepare.py NAME (one of these), PATH or hub:owner/name; --help tells the rest\n")
         for known in KNOWN:
             print(f"  {known:<18}{KNOWN[known]['size']}")
         return
@@ -1475,15 +1540,16 @@ def main(words, given):
         if missing:
             raise UserError(f"{missing[0]}: no such file or folder")
         target = os.path.join(data_dir, name or "tokenizer")
-        texts = (text for path in paths for files in [local_files(path)] for text in
-                 _texts(files, Job(None, *_shape_of(files[0], next(read_blocks(files[0], len(files) == 1)), as_, field), 0, 0)))
+        texts = (text for path in paths for text in _texts_of(local_files(path), as_, field))
         tok = train_bpe(texts, int(vocab_size), f"bpe:{vocab_size}", min_frequency)
         tok.save(target)
-        print(f"{target}: a byte-level BPE of {tok.vocab_size:,} ids\nnext: python prepare.py TEXT --tokenizer={target}")
+        print(f"{target}: a byte-level BPE of {tok.vocab_size:,} ids\nnext: python prepare.py TEXT "
+              f"--tokenizer={target}")
         return
     for word in words:
         if len(words) > 1 and name:
-            raise UserError(f"--name={name} is for one data set, and {len(words)} are asked for: {', '.join(words)}")
+            raise UserError(f"--name={name} is for one data set, and {len(words)} are asked for: "
+                            f"{', '.join(words)}")
         prepare(word, tokenizer, name, data_dir, max_tokens, field, config, split, as_,
                 val_fraction if "val_fraction" in given else None, block_size, workers, seed)
 

@@ -65,10 +65,12 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-SOUNDS = [a + b + c for a in "bdfgklmnprst" for b in ("a", "e", "i", "ou", "ï") for c in ("", "n", "rk", "st")]
-NAMES = [SOUNDS[i * 7 % 240].title() + SOUNDS[i * 31 % 239] for i in range(997)]  # words enough for a BPE to learn
-STORIES = [f"Story {i}. {NAMES[i % 997]} has {i} {NAMES[i * 5 % 991].lower()}s. “Good,” said {NAMES[i * 3 % 983]}.\n\n"
-           f"So it was {i * 7 % 13}." for i in range(3000)]
+SOUNDS = [a + b + c for a in "bdfgklmnprst" for b in ("a", "e", "i", "ou", "ï")
+          for c in ("", "n", "rk", "st")]
+NAMES = [SOUNDS[i * 7 % 240].title() + SOUNDS[i * 31 % 239]
+         for i in range(997)]  # words enough for a BPE to learn
+STORIES = [f"Story {i}. {NAMES[i % 997]} has {i} {NAMES[i * 5 % 991].lower()}s. “Good,” said "
+           f"{NAMES[i * 3 % 983]}.\n\nSo it was {i * 7 % 13}." for i in range(3000)]
 WORDS = " ".join(STORIES[:200])
 
 
@@ -183,7 +185,8 @@ def test_training_a_bpe():
 def test_what_is_no_tokenizer(here):
     (here / "empty").mkdir()
     (here / "bad.json").write_text("{}")
-    for spec, said in (("gpt3", "neither"), ("empty", "no tokenizer.json"), ("bad.json", "bad.json"), ("char", "--tokenizer="),
+    for spec, said in (("gpt3", "neither"), ("empty", "no tokenizer.json"), ("bad.json", "bad.json"),
+                       ("char", "--tokenizer="),
                        ("bpe:20", "259"), ("bpe4096", "bpe:SIZE")):
         with pytest.raises(UserError, match=said) as e:
             make_tokenizer(spec, []) if spec.startswith("bpe:") else load_tokenizer(spec)
@@ -207,7 +210,8 @@ def test_one_text_is_split_as_nanogpt_does(here):
 
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe:600", "llama"])
 def test_a_long_text_is_cut_without_a_trace(here, monkeypatch, kind):
-    """In blocks of 5,000 bytes the ids are those of the whole text; the split counts characters, not bytes."""
+    """In blocks of 5,000 bytes the ids are those of the whole text; the split counts characters, not
+    bytes."""
     text = "\n".join(STORIES)
     (here / "long.txt").write_text("\ufeff" + text + "\n" + EOT + "\n", encoding="utf-8")
     monkeypatch.setattr(prepare, "BLOCK", 5000)
@@ -221,7 +225,8 @@ def test_a_long_text_is_cut_without_a_trace(here, monkeypatch, kind):
 
 def test_documents_are_split_by_their_hash(here):
     (here / "a.txt").write_text(EOT.join(STORIES), encoding="utf-8")
-    (here / "b.txt").write_text(f"\n{EOT}\n".join(STORIES[::-1] + [s + "!" for s in STORIES]), encoding="utf-8")
+    (here / "b.txt").write_text(f"\n{EOT}\n".join(STORIES[::-1] + [s + "!" for s in STORIES]),
+                                encoding="utf-8")
 
     def held_out(path):
         directory = prepare.prepare(path, tokenizer="byte", val_fraction=0.05)
@@ -323,7 +328,9 @@ def test_importing_has_no_side_effect(here):
     """And is quick: what is heavy is imported where it is used."""
     heavy = "tokenizers tiktoken pyarrow requests huggingface_hub tqdm torch transformers".split()
     done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {ROOT!r}); import prepare; "
-                           f"print([m for m in {heavy} if m in sys.modules])"], text=True, capture_output=True, cwd=here)
+                                                 f"print([m for m in {heavy} if m in "
+                                                 "sys.modules])"], text=True,
+                           capture_output=True, cwd=here)
     assert done.stdout.strip() == "[]" and os.listdir(here) == []
 
 
@@ -451,7 +458,8 @@ def test_train_a_tokenizer(here):
 
 
 def test_bad_records(here, capsys):
-    """The first record decides what a file is, and is refused; later ones are left out, counted, and named."""
+    """The first record decides what a file is, and is refused; later ones are left out, counted, and
+    named."""
     def refused(said, content, name="bad.jsonl", **options):
         (here / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(UserError, match=said) as e:
@@ -461,7 +469,8 @@ def test_bad_records(here, capsys):
     refused("bad.jsonl, line 2: no field 'text' in txt.*--field=txt", '\n{"txt": "a"}\n')
     refused("no column 'body'|no field 'body'", parquet(dict(text=STORIES)), "bad.parquet", field="body")
     refused("bad.parquet: not a parquet file", b"PAR1" + b"x" * 100 + b"PAR1", "bad.parquet")
-    refused("bad.jsonl.gz: cannot be read to its end", gzip.compress(lines(CHATS).encode())[:-100], "bad.jsonl.gz")
+    refused("bad.jsonl.gz: cannot be read to its end", gzip.compress(lines(CHATS).encode())[:-100],
+            "bad.jsonl.gz")
     refused("--as=chat wants records", WORDS, "bad.txt", as_="chat")
     refused("no 'prompt', 'chosen' and 'rejected' in messages", lines(CHATS), as_="prefs")
     refused("unusable.*line 2: no field 'text'", lines([dict(text="a")] + [dict(txt="b")] * 30))
@@ -479,19 +488,22 @@ def test_bad_records(here, capsys):
 
 @pytest.mark.parametrize("kind", ["bpe:600", "smollm2", "gpt2", "llama", "byte"])
 def test_chat_is_what_the_template_renders(kind, tmp_path):
-    """ids as transformers' apply_chat_template gives them; the loss on the assistant's words and <|im_end|> only."""
+    """ids as transformers' apply_chat_template gives them; the loss on the assistant's words and <|im_end|>
+    only."""
     tok = prepare.with_chat_tokens(kinds()[kind]())
     tok.save(tmp_path)
     from transformers import AutoTokenizer
     theirs = AutoTokenizer.from_pretrained(str(tmp_path))
-    odd = [dict(role="user", content="  What is <|im_end|> 12 + 3? "), dict(role="assistant", content="\n\n 15, Tom’s.\n")]
+    odd = [dict(role="user", content="  What is <|im_end|> 12 + 3? "),
+           dict(role="assistant", content="\n\n 15, Tom’s.\n")]
     for messages in [CHATS[0]["messages"], CHATS[1]["messages"], CHATS[2]["messages"]]:
         ids, mask = prepare.render_chat(messages, tok)
         assert ids == theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
         assert ids[-1] == tok.eos_id and mask[-1] == 0 and len(ids) == len(mask)
         begin, _ = prepare.render_chat(messages[:-1], tok, add_generation_prompt=True)
         assert ids[:len(begin)] == begin
-        assert begin == theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+        assert begin == theirs.apply_chat_template(messages[:-1], add_generation_prompt=True,
+                                                   return_dict=False)
         told = tok.decode([i for i, m in zip(ids, mask) if m])
         assert told.replace(" ", "") == "".join(m["content"].strip() + "<|im_end|>" for m in messages
                                                 if m["role"] == "assistant").replace(" ", "")
@@ -521,7 +533,8 @@ def test_preferences(here):
                dict(prompt="Hi?", chosen=[user, good], rejected=[user, dict(good, content="No.")])]
     wanted = dict(prompt=[user], chosen="Hello.", rejected="No.")
     assert [prepare.as_prefs(r) for r in records] == [wanted] * 3
-    (here / "p.jsonl").write_text(lines([dict(prompt=f"Hi {i}?", chosen="Hello.", rejected="No.") for i in range(100)]
+    (here / "p.jsonl").write_text(lines([dict(prompt=f"Hi {i}?", chosen="Hello.", rejected="No.")
+                                         for i in range(100)]
                                         + [dict(prompt="Same?", chosen="a", rejected="a")]))
     directory = prepare.prepare("p.jsonl", val_fraction=0.2)
     meta = meta_of(directory)
@@ -543,7 +556,8 @@ def test_gsm8k_as_chat_and_as_problems(here):
             digit = n % sum(c.isdigit() for c in result)
             at = [i for i, c in enumerate(result) if c.isdigit()][digit]
             changed = result[:at] + str((int(result[at]) + 1 + n % 9) % 10) + result[at + 1:]
-            assert verify("", answer, answer) == 1 and verify("", f"{head}#### {changed}", answer) == 0, answer
+            assert verify("", answer, answer) == 1 and verify("", f"{head}#### {changed}",
+                                                              answer) == 0, answer
             assert verify("", f"So it is {result}.", answer) == 1
             n += 1
     assert n == 7473
@@ -558,14 +572,17 @@ def test_verifiers(here):
     assert [number("", t, "7") for t in right] == [1.0] * len(right)
     assert [number("", t, "7") for t in wrong] == [0.0] * len(wrong)
     assert number("", "1,234.50", "#### 1234.5") == 1
-    assert prepare.verifier("exact")("", " yes\n", "yes") == 1 and prepare.verifier("exact")("", "yes.", "yes") == 0
+    assert prepare.verifier("exact")("", " yes\n", "yes") == 1 and prepare.verifier("exact")("", "yes.",
+                                                                                             "yes") == 0
     boxed = prepare.verifier(r"regex:\\boxed\{(.*?)\}")
     assert boxed("", r"so \boxed{x}", "x") == 1 and boxed("", "x", "x") == 0
-    (here / "mine.py").write_text("def verify(prompt, completion, answer):\n    return len(completion) == int(answer)\n")
+    (here / "mine.py").write_text("def verify(prompt, completion, answer):\n    return len(completion) == "
+                                  "int(answer)\n")
     assert prepare.verifier("mine.py")("", "abc", "3") == 1.0
     (here / "none.py").write_text("x = 1\n")
     (here / "broken.py").write_text("def verify(:\n")
-    for spec, said in (("none.py", "must define verify"), ("broken.py", "SyntaxError"), ("gone.py", "no such file"),
+    for spec, said in (("none.py", "must define verify"), ("broken.py", "SyntaxError"),
+                       ("gone.py", "no such file"),
                        ("regex:(", "regular expression"), ("magic", "no such verifier")):
         with pytest.raises(UserError, match=said):
             prepare.verifier(spec)
@@ -574,8 +591,9 @@ def test_verifiers(here):
 # --- what is fetched: the real clients, against a stand-in on loopback
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Serves `repos`: {"datasets/owner/name" or "owner/name": {path: bytes}}. `faults`: a list of (part of a path,
-    what) where what is a status or 'cut', each used up once; `gated`: repos that answer 401 without a token."""
+    """Serves `repos`: {"datasets/owner/name" or "owner/name": {path: bytes}}. `faults`: a list of (part of a
+    path, what) where what is a status or 'cut', each used up once; `gated`: repos that answer 401 without a
+    token."""
     daemon_threads = True
 
     def __init__(self, repos, gated=()):
@@ -596,7 +614,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         path = urllib.parse.unquote(self.path.partition("?")[0])
         self.server.seen.append((self.command, path, self.headers.get("Range")))
-        fault = next((f for f in self.server.faults if f[0] in path and (f[1] != "cut" or self.command == "GET")), None)
+        fault = next((f for f in self.server.faults if f[0] in path
+                      and (f[1] != "cut" or self.command == "GET")), None)
         if fault:
             self.server.faults.remove(fault)
         if fault and fault[1] != "cut":
@@ -609,19 +628,23 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if files is None:
             return self.say(401, b"{}", {"X-Error-Code": "RepoNotFound"})
         if repo in self.server.gated and "Bearer good" != self.headers.get("Authorization"):
-            return self.say(401, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
+            return self.say(401, b"{}", {"X-Error-Code": "GatedRepo",
+                                         "X-Error-Message": "Access is restricted"})
         if what in (None, "revision"):
-            return self.json(dict(id=repo.removeprefix("datasets/"), sha=COMMIT, private=False, tags=[], downloads=0, likes=0,
+            return self.json(dict(id=repo.removeprefix("datasets/"), sha=COMMIT, private=False, tags=[],
+                                  downloads=0, likes=0,
                                   siblings=[dict(rfilename=f) for f in files]))
         if what == "tree":
             found = [f for f in files if not rest or f.startswith(rest + "/")]
             if not found:
                 return self.say(404, b"{}", {"X-Error-Code": "EntryNotFound"})
             return self.json([dict(type="file", path=f, size=len(files[f]), oid="0" * 40,
-                                   lfs=dict(oid=digest(files[f]), size=len(files[f]), pointerSize=130)) for f in found])
+                                   lfs=dict(oid=digest(files[f]), size=len(files[f]), pointerSize=130))
+                                   for f in found])
         if rest not in files:
             return self.say(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
-        self.say(302, b"", {"Location": f"http://localhost:{self.server.server_port}/cdn/{repo}/{rest}", "X-Repo-Commit": COMMIT, "X-Linked-Size": str(len(files[rest])),
+        self.say(302, b"", {"Location": f"http://localhost:{self.server.server_port}/cdn/{repo}/{rest}",
+                            "X-Repo-Commit": COMMIT, "X-Linked-Size": str(len(files[rest])),
                             "X-Linked-Etag": f'"{digest(files[rest])}"', "ETag": f'"{digest(files[rest])}"'})
 
     def content(self, path, fault):
@@ -661,22 +684,28 @@ def digest(body):
 @pytest.fixture
 def hub(here, monkeypatch):
     """The stand-in, with this process's client pointed at it."""
-    shards = {f"data/train-{i:05d}.parquet": parquet(dict(text=STORIES[i * 500:i * 500 + 500], url=["u"] * 500))
+    shards = {f"data/train-{i:05d}.parquet": parquet(dict(text=STORIES[i * 500:i * 500 + 500],
+                                                          url=["u"] * 500))
               for i in range(4)}
     gsm = [dict(question=f"What is {i} + 1?", answer=f"It is {i + 1}.\n#### {i + 1}") for i in range(60)]
     tok = json.dumps(make_tokenizer("bpe:500", [WORDS]).spec).encode()
     ids = np.arange(1000, dtype="<u2") % 500
     server = Hub({
         "datasets/o/web": dict(shards, **{"README.md": b"# about"}), "datasets/o/gated": shards,
-        "datasets/openai/gsm8k": {"main/train-0.parquet": parquet(columns(gsm[:50])), "main/test-0.parquet": parquet(
+        "datasets/openai/gsm8k": {"main/train-0.parquet": parquet(columns(gsm[:50])),
+                                  "main/test-0.parquet": parquet(
             columns(gsm[50:])), "socratic/train-0.parquet": parquet(columns(gsm))},
         "datasets/roneneldan/TinyStories": {
-            "TinyStoriesV2-GPT4-train.txt": f"\n{EOT}\n".join(STORIES[:100]).encode(), "TinyStories-train.txt": b"old",
+            "TinyStoriesV2-GPT4-train.txt": f"\n{EOT}\n".join(STORIES[:100]).encode(),
+            "TinyStories-train.txt": b"old",
             "TinyStoriesV2-GPT4-valid.txt": f"\n{EOT}\n".join(STORIES[100:110]).encode()},
-        "datasets/weights-and-wires/fineweb-6b": {"tokenized/train.bin": ids.tobytes(), "tokenized/val.bin": ids[:90].tobytes(),
+        "datasets/weights-and-wires/fineweb-6b": {"tokenized/train.bin": ids.tobytes(),
+                                                  "tokenized/val.bin": ids[:90].tobytes(),
                                                   "tokenizer/tokenizer.json": tok},
-        "o/model": {"config.json": b"{}", "model.safetensors": b"x" * 1000, "tokenizer.json": tok, "README.md": b""},
-        "o/empty": {"README.md": b""}, "files/here": {"input.txt": WORDS.encode() * 50}}, gated=["datasets/o/gated"])
+        "o/model": {"config.json": b"{}", "model.safetensors": b"x" * 1000, "tokenizer.json": tok,
+                    "README.md": b""},
+        "o/empty": {"README.md": b""}, "files/here": {"input.txt": WORDS.encode() * 50}},
+        gated=["datasets/o/gated"])
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_HOME", str(here / "hf"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -695,7 +724,8 @@ def fetch(server, *args, **env):
 
 
 def test_hub_data_set(hub, here):
-    hub.faults += [("/tree/", 429), ("resolve/" + COMMIT + "/data/train-00001", 429), ("00002", 503), ("cdn/datasets/o/web/data/train-00003", 500)]
+    hub.faults += [("/tree/", 429), ("resolve/" + COMMIT + "/data/train-00001", 429), ("00002", 503),
+                   ("cdn/datasets/o/web/data/train-00003", 500)]
     done = fetch(hub, "hub:o/web", "--tokenizer=byte")
     assert done.returncode == 0, done.stderr
     assert meta_of("data/web")["documents"] == 2000 and "README" not in str(hub.seen)
@@ -706,13 +736,15 @@ def test_hub_data_set(hub, here):
 
 
 def test_hub_download_is_resumed(hub):
-    """The connection is cut in the middle of a file: the rest alone is asked for. (The client writes 10 MB at a time.)"""
+    """The connection is cut in the middle of a file: the rest alone is asked for. (The client writes 10 MB at
+    a time.)"""
     hub.repos["datasets/o/large"] = {"a.txt": b"All work and no play. " * 1_100_000}
     hub.faults += [("/cdn/", "cut")]
     done = fetch(hub, "hub:o/large", "--tokenizer=byte")
     assert done.returncode == 0, done.stderr
     assert meta_of("data/large")["bytes"] == 24_200_000
-    assert [r for m, path, r in hub.seen if m == "GET" and path.startswith("/cdn")] == [None, f"bytes={10 << 20}-"]
+    assert [r for m, path, r in hub.seen if m == "GET" and path.startswith("/cdn")] == [None,
+                                                                                        f"bytes={10 << 20}-"]
 
 
 def test_no_more_shards_than_needed(hub):
@@ -758,12 +790,14 @@ def test_fetch_model(hub):
     def fetched(repo):
         return subprocess.run([sys.executable, "-c", code, repo], capture_output=True, text=True)
     done = fetched("o/model")
-    assert sorted(os.listdir(done.stdout.strip())) == ["config.json", "model.safetensors", "tokenizer.json"], done.stderr
+    assert sorted(os.listdir(done.stdout.strip())) == ["config.json", "model.safetensors",
+                                                       "tokenizer.json"], done.stderr
     assert "no *.safetensors" in fetched("o/empty").stderr and "no such repository" in fetched("o/gone").stderr
 
 
 def test_download_is_resumed_and_checked(hub, monkeypatch):
-    """requests, from a mirror that cuts the connection: the rest alone is asked for, and the hash has the last word."""
+    """requests, from a mirror that cuts the connection: the rest alone is asked for, and the hash has the
+    last word."""
     monkeypatch.setenv("NANOSMOL_MIRROR", hub.url + "/cdn/files/here")
     body, url = hub.repos["files/here"]["input.txt"], "https://example.org/input.txt"
     hub.faults += [("/cdn/", "cut"), ("/cdn/", 503)]
