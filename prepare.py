@@ -241,7 +241,7 @@ def load_tokenizer(spec):
                     "exists, nor a Hub id (owner/name)")
 
 
-def make_tokenizer(spec, texts, vocab_size=0):
+def make_tokenizer(spec, texts):
     """A tokenizer made from `texts` (strings) if spec is 'char' or 'bpe:SIZE'; else load_tokenizer(spec)."""
     if spec == "char":
         chars = set()
@@ -266,8 +266,7 @@ def train_bpe(texts, size, name, min_frequency=2):
     engine.decoder = decoders.ByteLevel()
     engine.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=size, min_frequency=min_frequency, special_tokens=[EOT, IM_START, IM_END],
-        show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+        show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     return Tokenizer(json.loads(engine.to_str()), name)
 
 
@@ -305,8 +304,8 @@ def _byte_level(use_regex):
 
 def _bpe(vocab, merges):
     return dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
-                end_of_word_suffix=None,
-                fuse_unk=False, byte_fallback=False, ignore_merges=False, vocab=vocab, merges=merges)
+                end_of_word_suffix=None, fuse_unk=False, byte_fallback=False, ignore_merges=False,
+                vocab=vocab, merges=merges)
 
 
 def _byte():
@@ -367,8 +366,7 @@ def _merge(parts, rank):
 GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 DIGIT_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N}|$)|\s+(?!\S)|\s"
 
-SAMPLE = ("It's 3:45pm, isn't it?  We'll\t\tpay $1,234.50!\n\n  def f(x):\n        return x**2 \r\n\r\n   \n "
-          "x"
+SAMPLE = ("It's 3:45pm, isn't it?  We'll\t\tpay $1,234.50!\n\n  def f(x):\n      return x**2 \r\n\r\n   \n x"
           "naïve café Über straße e\u0301 ﬁ Ⅷ½²٣४ 12 34  5 \u00a0\u2003\u3000全角１２３　日本語、テスト。한국어 русский "
           "العربية हिन्दी ไทย 👍🏽👨‍👩‍👧 \U0001d54f\x00\x07\x1c\x85\ufeff\u200b\u200d <|endoftext|><|im_end|> "
           "'s 'S I'LL 'll''re  's1's aaaaaaaaaaaaaaaaaaaaa ........ ---- \n\n\n\n\t \n7 \n 8")
@@ -383,7 +381,7 @@ def _tiktoken(spec, vocab_size, eos_id):
     merged as they would alone, so if their union is a token, (2) says that they are the pair of its merge.
     Both are checked for the whole vocabulary here, the rule for words by the caller on SAMPLE. A byte that
     the vocabulary lacks (SmolLM2's has 235) gets an id beyond it: who sees one asks `tokenizers`, which
-    leaves such bytes out. """
+    leaves such bytes out."""
     import tiktoken
     from tokenizers import models
     model, before = spec["model"], spec.get("pre_tokenizer") or {}
@@ -442,7 +440,7 @@ def render_chat(messages, tokenizer, add_generation_prompt=False):
 
     mask is 1 on what a model is to say itself, the assistant's words and its <|im_end|>, else 0.
     `add_generation_prompt` ends with the assistant's opening, ready for its answer, in place of the end of
-    text. """
+    text."""
     start, end = tokenizer.encode_special(IM_START), tokenizer.encode_special(IM_END)
     if start is None or end is None:
         raise UserError(f"the tokenizer {tokenizer.name} has no {IM_START} and {IM_END}: with_chat_tokens() "
@@ -801,9 +799,8 @@ def hub_files(repo, config="", split="", pattern=""):
         files = [f for f in files if re.search(rf"(^|[-_./]){re.escape(split)}([-_./]|$)", f.path)]
     if not files:
         folders = ", ".join(sorted({os.path.dirname(f.path) for f in listed} - {""}))[:300]
-        raise UserError(f"hub:{repo}: no data "
-                        f"files{' under ' + config if config else ''}{' of the split ' + split if split else ''}; "
-                        f"--config= names a folder: {folders or 'none'}")
+        wanted = f"{' under ' + config if config else ''}{' of the split ' + split if split else ''}"
+        raise UserError(f"hub:{repo}: no data files{wanted}; --config= names a folder: {folders or 'none'}")
     kinds = collections.Counter()
     for f in files:
         kinds[_kind_of(f.path)[0]] += f.size
@@ -925,7 +922,7 @@ def _continuations(data):
 
 
 # Between these two characters every pre-tokenizer begins a new word, and looks neither back nor ahead
-BETWEEN_WORDS = re.compile(r"(?<=\S)\n(?=\S)|(?<=\w)(?= \w)")
+BETWEEN_WORDS = re.compile(r"(?<=\S)\n(?=\w)|(?<=\w)(?= \w)")
 
 
 def _cut(data):
@@ -1136,33 +1133,31 @@ def _shape_of(file, block, wanted, field):
 # One data set
 
 def prepare(source, tokenizer="", name="", data_dir="data", max_tokens=0, field="", config="", split="",
-            as_="",
-            val_fraction=None, block_size=0, workers=0, seed=1337):
+            as_="", val_fraction=None, block_size=0, workers=0, seed=1337):
     """Makes data/<name>/ from a known name, a file, a folder or hub:owner/name, and returns that directory.
 
     Killed at any moment and started again, it goes on where it was; what lay there before is replaced only
-    when the new data is whole. Raises UserError for whatever the user can mend. """
+    when the new data is whole. Raises UserError for whatever the user can mend."""
     known = KNOWN.get(source, {})
     is_path = os.path.exists(source)
     if not known and not is_path and not source.startswith("hub:"):
         if re.search(r"[/\\]|\.(txt|jsonl|parquet|md|zst|gz)$", source):
             raise UserError(f"{source}: no such file or folder")
         close = difflib.get_close_matches(source, KNOWN, n=3, cutoff=0.5)
-        raise UserError(f"{source}: neither a file or folder nor a known data "
-                        f"set{'; did you mean ' + ' or '.join(close) + '?' if close else ''} (python "
-                        "prepare.py lists them)")
+        raise UserError(f"{source}: neither a file or folder nor a known data set"
+                        f"{'; did you mean ' + ' or '.join(close) + '?' if close else ''} "
+                        "(python prepare.py lists them)")
     name = name or (source if known else _stem(source))
     if not re.fullmatch(r"[\w.+-]+", name):
         raise UserError(f"--name={name}: letters, digits, '-', '_', '.' only, since it becomes a directory")
     val_fraction = known.get("val_fraction", 0.005) if val_fraction is None else val_fraction
     if not 0 < val_fraction < 1:
-        raise UserError(f"--val_fraction={val_fraction}: a share of the documents between 0 and 1, such as "
-                        "0.005")
+        raise UserError(f"--val_fraction={val_fraction}: a share between 0 and 1 is wanted, such as 0.005")
     if as_ not in ("", "text", "chat", "prefs", "verify"):
         raise UserError(f"--as={as_}: one of text, chat, prefs, verify")
     as_ = as_ or known.get("as_", "")
-    tokenizer = tokenizer or known.get("tokenizer", "") or (SMOLLM2 if source.startswith("hub:")
-                                                            else "bpe:4096")
+    usual = SMOLLM2 if source.startswith("hub:") else "bpe:4096"
+    tokenizer = tokenizer or known.get("tokenizer", "") or usual
     target, partial = os.path.join(data_dir, name), os.path.join(data_dir, name + ".partial")
     os.makedirs(partial, exist_ok=True)
     try:
@@ -1224,20 +1219,23 @@ def _toy_files(known, partial, seed):
 
 
 def _take_bins(known, partial, target):
-    """A data set that is tokens already: train.bin, val.bin and tokenizer of a Hub repository, as they
-    are."""
+    """A data set that is tokens already: the bins and the tokenizer of a Hub repository, as they are."""
     files = {f.path: f for f in hub_list(known["hub"])}
     where = known["bins"] + "/"
     found = next((p for p in sorted(files, key=len) if os.path.basename(p) == "tokenizer.json"), None)
     if where + "train.bin" not in files or where + "val.bin" not in files or not found:
         raise UserError(f"{known['hub']}: no {where}train.bin, {where}val.bin and tokenizer.json in it any "
                         "more")
-    need = sum(files[where + f].size for f in ("train.bin", "val.bin"))
-    _check_space(partial, 2 * need)
+    stamp = files[where + "train.bin"].revision
+    if _done(target, stamp):
+        print(f"{target} holds this already")
+        shutil.rmtree(partial)
+        return False
+    _check_space(partial, 2 * sum(files[where + f].size for f in ("train.bin", "val.bin")))
     tok = load_tokenizer(local_path(files[found]))
     tok.name = known["hub"]
-    meta = dict(name=os.path.basename(target), source=known["hub"], kind="text", tokenizer=tok.name,
-                vocab_size=tok.vocab_size, eos_id=tok.eos_id, dtype=_dtype(tok).name)
+    meta = dict(name=os.path.basename(target), source=known["hub"], stamp=stamp, kind="text",
+                tokenizer=tok.name, vocab_size=tok.vocab_size, eos_id=tok.eos_id, dtype=_dtype(tok).name)
     for part in ("train", "val"):
         fetched = local_path(files[f"{where}{part}.bin"])
         shutil.copyfile(fetched, os.path.join(partial, part + ".bin"))
@@ -1295,7 +1293,7 @@ def _pack(files, settings, partial, target, workers):
     os.remove(journal)
     if not count["documents"]:
         raise UserError(f"{settings['source']}: nothing in it could be used{_examples(state['wrong'])}")
-    for part, other in (("train", "val"), ("val", "train")):
+    for part in ("train", "val"):
         key = part + ("_documents" if tok is None else "_tokens")
         if not count[key]:
             if first.kind in ("train", "val"):

@@ -144,7 +144,9 @@ def test_gpt2_is_tiktoken():
 @pytest.mark.parametrize("which", ["smollm2_tokenizer.json", "bpe:1000"])
 def test_fast_engine_gives_the_ids_of_tokenizers(which):
     """tiktoken's engine for a tokenizer.json: every character of Unicode, in contexts where words may end."""
-    text = WORDS if which.startswith("bpe") else read(shared("tinystories_sample.txt")) + read(shared("shakespeare.txt"))
+    text = WORDS
+    if not which.startswith("bpe"):
+        text = read(shared("tinystories_sample.txt")) + read(shared("shakespeare.txt"))
     tok = make_tokenizer(which, [text]) if which.startswith("bpe") else load_tokenizer(shared(which))
     exact = lambda text: tok.engine.encode(text, add_special_tokens=False).ids
     assert tok.fast().tik is not None
@@ -204,7 +206,8 @@ def test_one_text_is_split_as_nanogpt_does(here):
     assert ids_of(directory, "train").tolist() == ids[:cut]
     assert ids_of(directory, "val").tolist() == ids[cut:] + [65]
     meta = meta_of(directory)
-    assert meta["vocab_size"] == 66 and meta["dtype"] == "uint16" and meta["eos_id"] == 65 and meta["documents"] == 1
+    assert meta["vocab_size"] == 66 and meta["dtype"] == "uint16"
+    assert meta["eos_id"] == 65 and meta["documents"] == 1
     assert (meta["train_tokens"], meta["val_tokens"]) == (cut, len(ids) - cut + 1)
 
 
@@ -403,7 +406,8 @@ def counted(path, value, **options):
             f.write(b"what the journal does not know of")
         os.kill(os.getpid(), signal.SIGKILL)
 prepare.write_json = counted
-prepare.prepare({source!r}, tokenizer={tokenizer!r}, name="t", data_dir={data!r}, max_tokens={most}, val_fraction=0.05)
+prepare.prepare({source!r}, tokenizer={tokenizer!r}, name="t", data_dir={data!r}, max_tokens={most},
+                val_fraction=0.05)
 """
 
 
@@ -480,7 +484,8 @@ def test_bad_records(here, capsys):
     directory = prepare.prepare("chats.jsonl", tokenizer="byte", val_fraction=0.1, block_size=500)
     said = capsys.readouterr().out
     assert meta_of(directory)["left_out"] == 5 and meta_of(directory)["documents"] == 50
-    assert "left out: 5 records" in said and "chats.jsonl, line 51: the conversation begins with the assistant" in said
+    assert "left out: 5 records" in said
+    assert "chats.jsonl, line 51: the conversation begins with the assistant" in said
     assert "line 52: 'messages' is not a list" in said
 
 
@@ -538,7 +543,8 @@ def test_preferences(here):
                                         + [dict(prompt="Same?", chosen="a", rejected="a")]))
     directory = prepare.prepare("p.jsonl", val_fraction=0.2)
     meta = meta_of(directory)
-    assert meta["kind"] == "prefs" and meta["left_out"] == 1 and meta["train_records"] + meta["val_records"] == 100
+    assert meta["kind"] == "prefs" and meta["left_out"] == 1
+    assert meta["train_records"] + meta["val_records"] == 100
     assert json.loads(read(os.path.join(directory, "val.jsonl")).splitlines()[0])["chosen"] == "Hello."
 
 
@@ -620,7 +626,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
             self.server.faults.remove(fault)
         if fault and fault[1] != "cut":
             return self.say(fault[1], b"{}", {"Retry-After": "0"})
-        m = re.match(r"/(?:api/)?(?:models/)?((?:datasets/)?[^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.*))?)?$", path)
+        m = re.match(r"/(?:api/)?(?:models/)?((?:datasets/)?[^/]+/[^/]+)"
+                     r"(?:/(revision|tree|resolve)/([^/]+)(?:/(.*))?)?$", path)
         if path.startswith("/cdn/"):
             return self.content(path[5:], fault)
         repo, what, _, rest = m.groups()
@@ -785,14 +792,16 @@ def test_damaged_on_the_way(hub):
 
 
 def test_fetch_model(hub):
-    code = f"import sys; sys.path.insert(0, {ROOT!r}); import prepare; print(prepare.fetch_model(sys.argv[1]))"
+    code = (f"import sys; sys.path.insert(0, {ROOT!r}); import prepare; "
+            f"print(prepare.fetch_model(sys.argv[1]))")
 
     def fetched(repo):
         return subprocess.run([sys.executable, "-c", code, repo], capture_output=True, text=True)
     done = fetched("o/model")
     assert sorted(os.listdir(done.stdout.strip())) == ["config.json", "model.safetensors",
                                                        "tokenizer.json"], done.stderr
-    assert "no *.safetensors" in fetched("o/empty").stderr and "no such repository" in fetched("o/gone").stderr
+    assert "no *.safetensors" in fetched("o/empty").stderr
+    assert "no such repository" in fetched("o/gone").stderr
 
 
 def test_download_is_resumed_and_checked(hub, monkeypatch):
