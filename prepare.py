@@ -968,7 +968,7 @@ class Job:
 
     def __init__(self, tok, shape, field, val_fraction, block_size):
         self.tok, self.shape, self.field = tok, shape, field
-        self.val_fraction, self.block_size = val_fraction, block_size
+        self.threshold, self.block_size = int(val_fraction * 2 ** 64).to_bytes(8, "big"), block_size
         self.dtype = _dtype(tok) if tok else None
 
     def __call__(self, file, block):
@@ -996,17 +996,15 @@ class Job:
         """By a hash of the text itself, so that more data never moves a document across."""
         text = content if isinstance(content, str) else json.dumps(content, sort_keys=True)
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        return "val" if int.from_bytes(digest, "little") < self.val_fraction * 2 ** 64 else "train"
+        return "val" if digest < self.threshold else "train"
 
     def contents(self, block, result):
         """(where, text or record, bytes) of each document of a block; what is wrong is counted instead."""
         if block.kind == "documents":
-            at = block.at
-            for raw in block.data.split(EOT.encode()):
-                text = _decoded(raw, at, result).strip()
-                at += len(raw) + len(EOT)
+            for text in _decoded(block.data, block.at, result).split(EOT):
+                text = text.strip()
                 if text:
-                    yield at, text, len(raw)
+                    yield block.at, text, len(text) if text.isascii() else len(text.encode())
             return
         for at, record, size in self.records(block, result):
             try:
