@@ -1,0 +1,938 @@
+"""
+The whole model: one GPT that is a Llama block or a GPT-2 block by its config, its losses,
+its optimizers, generation with a KV cache, and the Hugging Face layout of a directory.
+
+    from model import GPT, GPTConfig
+    model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384))
+    logits, _ = model(idx)            # (B, T) token ids -> (B, T, vocab_size)
+    _, loss = model(idx, targets)     # targets (B, T), -1 where nothing is asked
+
+In order: config, layers, GPT (forward, generate, from_pretrained, save_pretrained), documents,
+loss, optimizers, schedule, arithmetic (FLOPs), the Hugging Face layout. Importing it does nothing.
+"""
+import dataclasses
+import json
+import math
+import os
+import typing
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from configurator import UserError
+
+
+# -----------------------------------------------------------------------------
+# config
+
+FOLLOWS = ("vocab_size", "n_kv_head", "head_dim", "ffn_dim", "max_positions")  # keys whose 0 follows another
+
+
+@dataclasses.dataclass
+class GPTConfig:
+    """The keys that shape a model.
+
+    Raises UserError where two keys contradict each other.
+    """
+    block_size: int = 1024        # tokens in a training window
+    vocab_size: int = 50304       # rows of the embedding
+    n_layer: int = 12             # blocks
+    n_head: int = 12              # query heads
+    n_embd: int = 768             # width of the residual stream
+    n_kv_head: int = 0            # key and value heads (GQA); 0: n_head
+    head_dim: int = 0             # width of a head; 0: n_embd / n_head
+    ffn_dim: int = 0              # hidden width of the MLP; 0: 4 n_embd (gelu), 8/3 n_embd in 64s (swiglu)
+    max_positions: int = 0        # the longest context that config.json declares; 0: block_size
+    dropout: float = 0.0
+    bias: bool = False            # in linear layers and LayerNorm
+    norm: str = "rmsnorm"         # 'rmsnorm' | 'layernorm'
+    norm_eps: float = 1e-5
+    mlp: str = "swiglu"           # 'swiglu' | 'gelu' (tanh form, as GPT-2)
+    pos: str = "rope"             # 'rope' | 'learned'
+    rope_theta: float = 10000.0
+    nope_every: int = 0           # every n-th layer has no RoPE (4: layers 3, 7, 11, ...); 0: never
+    qk_norm: bool = False         # RMSNorm on each head's queries and keys (Qwen3)
+    tie_embeddings: bool = True   # one matrix for embedding and head
+    embed_scale: bool = False     # embeddings x sqrt(n_embd)
+    unit_embed: bool = False      # embeddings begin at std 1, the final norm's gain at n_embd^-0.5
+    init: str = "normal"          # 'normal' | 'trunc_normal' (cut at 3 std)
+    init_std: float = 0.02
+    scale_residual: bool = True   # projections into the residual stream begin smaller by sqrt(2 n_layer)
+
+    def __post_init__(self):
+        for key, allowed in (("norm", ("rmsnorm", "layernorm")), ("mlp", ("swiglu", "gelu")),
+                             ("pos", ("rope", "learned")), ("init", ("normal", "trunc_normal"))):
+            if getattr(self, key) not in allowed:
+                raise UserError(f"{key}={getattr(self, key)!r}: expected one of {', '.join(map(repr, allowed))}")
+        for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key}={getattr(self, key)}: expected at least 1")
+        self.n_kv_head = self.n_kv_head or self.n_head
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise UserError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; set head_dim to free them")
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        if self.n_head % self.n_kv_head:
+            raise UserError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
+        if self.pos == "rope" and self.head_dim % 2:
+            raise UserError(f"head_dim={self.head_dim}: RoPE turns pairs, so it has to be even")
+        self.ffn_dim = self.ffn_dim or (4 * self.n_embd if self.mlp == "gelu"
+                                        else -(-8 * self.n_embd // (3 * 64)) * 64)
+        self.max_positions = self.max_positions or self.block_size
+        if self.block_size > self.max_positions:
+            raise UserError(f"block_size={self.block_size} is beyond max_positions={self.max_positions}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout={self.dropout}: expected at least 0 and less than 1")
+
+
+# -----------------------------------------------------------------------------
+# layers
+
+def make_norm(config):
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, config.norm_eps)
+    return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
+
+
+def rope_tables(config):
+    """cos and sin, (max_positions, head_dim) each, for Llama's layout: pair (i, i + head_dim/2).
+
+    RoFormer (Su et al. 2021), eq. 34. The sign of the rotation is folded into sin's first half, so that
+    rotating is x * cos + roll(x) * sin: three kernels where the textbook form takes seven.
+    """
+    half = config.head_dim // 2
+    angles = torch.outer(torch.arange(config.max_positions).float(),
+                         config.rope_theta ** (-torch.arange(half).float() / half))
+    return torch.cat([angles.cos()] * 2, dim=1), torch.cat([-angles.sin(), angles.sin()], dim=1)
+
+
+def rotate(x, cos, sin):
+    """RoPE: x (B, T, heads, head_dim), cos and sin (T or B x T, 1, head_dim)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries (Ainslie et al. 2023); q, k and v are one matrix."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.heads = (config.n_head, config.n_kv_head, config.n_kv_head)
+        self.head_dim, self.dropout = config.head_dim, config.dropout
+        self.qkv = nn.Linear(config.n_embd, sum(self.heads) * config.head_dim, bias=config.bias)
+        self.proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
+        self.qkv.weight.parts = [n * config.head_dim for n in self.heads]  # three matrices to Muon
+        self.has_rope = config.pos == "rope" and not (config.nope_every and (layer + 1) % config.nope_every == 0)
+        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x, rope, mask, cache):
+        B, T, _ = x.shape
+        q, k, v = self.qkv(x).view(B, T, -1, self.head_dim).split(self.heads, dim=2)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.has_rope:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.to(q.dtype).transpose(1, 2)  # (B, heads, T, head_dim)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def attend(q, k, v, mask, dropout=0.0):
+    """softmax(q k^T / sqrt(head_dim)) v, causal unless `mask` says otherwise.
+
+    q (B, n_head, T, head_dim), k and v (B, n_kv_head, S, head_dim) with S >= T. `mask` is None, a boolean
+    (B or 1, 1, T, S), True where a query may look, or a BlockMask of FlexAttention.
+    """
+    gqa = q.shape[1] != k.shape[1]
+    if mask is not None and not torch.is_tensor(mask):
+        from torch.nn.attention.flex_attention import flex_attention
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)
+    # a single query (a step of generation) sees every key, so it needs no mask at all
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=gqa,
+                                          is_causal=mask is None and q.shape[2] > 1)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020), gate and up in one matrix, or GPT-2's two layers with GELU."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gated = config.mlp == "swiglu"
+        self.up = nn.Linear(config.n_embd, config.ffn_dim * (2 if self.gated else 1), bias=config.bias)
+        self.down = nn.Linear(config.ffn_dim, config.n_embd, bias=config.bias)
+        if self.gated:
+            self.up.weight.parts = [config.ffn_dim] * 2  # gate, up: two matrices to Muon
+
+    def forward(self, x):
+        if self.gated:
+            gate, up = self.up(x).chunk(2, dim=-1)
+            return self.down(F.silu(gate) * up)
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.attn_norm, self.attn = make_norm(config), Attention(config, layer)
+        self.mlp_norm, self.mlp = make_norm(config), MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, rope=None, mask=None, cache=None):
+        x = x + self.drop(self.attn(self.attn_norm(x), rope, mask, cache))
+        return x + self.drop(self.mlp(self.mlp_norm(x)))
+
+
+class KVCache:
+    """Keys and values of every token so far, allocated once. `pad` (B,) counts the padding tokens at the
+    left of each row, where prompts of different lengths share a batch; None where there are none."""
+
+    def __init__(self, config, batch, length, device, dtype, pad=None):
+        shape = (config.n_layer, batch, config.n_kv_head, length, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.start, self.pad, self.layer = 0, pad, 0
+
+    def extend(self, k, v):
+        """Stores one layer's new keys and values (B, n_kv_head, T, head_dim); returns all so far."""
+        end = self.start + k.shape[2]
+        self.k[self.layer, :, :, self.start:end] = k
+        self.v[self.layer, :, :, self.start:end] = v
+        k, v = self.k[self.layer, :, :, :end], self.v[self.layer, :, :, :end]
+        self.layer += 1
+        return k, v
+
+    def advance(self, tokens):
+        self.start, self.layer = self.start + tokens, 0
+
+    def positions(self, tokens):
+        """Positions (tokens,) or (B, tokens), and the mask that padding and later tokens ask for."""
+        positions = torch.arange(self.start, self.start + tokens, device=self.k.device)
+        keys = torch.arange(self.start + tokens, device=self.k.device)
+        if self.pad is None:
+            # from an empty cache plain causal attention is right, and so is one query that sees all
+            return positions, None if tokens == 1 or not self.start else (keys <= positions[:, None])[None, None]
+        seen = (keys <= positions[:, None]) & (keys >= self.pad[:, None, None])
+        seen = seen | (keys == positions[:, None])  # padding sees itself: a row without any key would be NaN
+        return (positions - self.pad[:, None]).clamp(min=0), seen[:, None]
+
+
+# -----------------------------------------------------------------------------
+# the model
+
+class GPT(nn.Module):
+    """A decoder-only transformer. `grad_checkpoint=True` on the module trades time for memory."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.grad_checkpoint = config, False
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.pos_embed = nn.Embedding(config.max_positions, config.n_embd) if config.pos == "learned" else None
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = make_norm(config)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+        if config.pos == "rope":
+            cos, sin = rope_tables(config)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        c = self.config
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                (nn.init.zeros_ if name.endswith("bias") else nn.init.ones_)(p)
+                continue
+            std = 1.0 if c.unit_embed and name == "embed.weight" else c.init_std
+            if c.scale_residual and name.endswith(("proj.weight", "down.weight")):
+                std /= math.sqrt(2 * c.n_layer)  # GPT-2, section 2.3
+            if c.init == "normal":
+                nn.init.normal_(p, std=std)
+            else:
+                nn.init.trunc_normal_(p, std=std, a=-3 * std, b=3 * std)
+        if c.unit_embed:
+            # Embeddings of std 1 let a tiny model learn to copy names; the gain keeps the logits of a tied
+            # head at the size they would have had, without leaving Llama's layout
+            nn.init.constant_(self.norm.weight, c.n_embd ** -0.5)
+
+    def set_runtime(self, block_size, dropout):
+        """What a model that was loaded may be trained with, whatever it was trained with before."""
+        self.config.block_size, self.config.dropout = min(block_size, self.config.max_positions), dropout
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
+            elif isinstance(module, Attention):
+                module.dropout = dropout
+
+    def n_params(self):
+        """Unique parameters: a tied matrix counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def hidden(self, idx, docs=None, cache=None):
+        """(B, T) ids -> (B, T, n_embd), what the head reads."""
+        if cache is not None:
+            positions, mask = cache.positions(idx.shape[1])
+        elif docs is not None:
+            positions, mask = docs
+        else:
+            positions, mask = slice(0, idx.shape[1]), None
+        x = self.embed(idx)
+        if self.config.embed_scale:
+            x = x * math.sqrt(self.config.n_embd)
+        rope = None
+        if self.pos_embed is not None:
+            x = x + self.pos_embed.weight[positions]
+        else:
+            dtype = _compute_dtype(x)
+            rope = self.cos[positions].unsqueeze(-2).to(dtype), self.sin[positions].unsqueeze(-2).to(dtype)
+        x = self.drop(x)
+        for block in self.blocks:
+            if self.grad_checkpoint and self.training:
+                x = checkpoint(block, x, rope, mask, use_reentrant=False)
+            else:
+                x = block(x, rope, mask, cache)
+        if cache is not None:
+            cache.advance(idx.shape[1])
+        return self.norm(x)
+
+    def forward(self, idx, targets=None, docs=None):
+        """Token ids (B, T) -> (logits of every position, None), or with targets (B, T) -> (None, loss):
+        the mean of -log p over targets that are not -1, and 0 where there is none.
+
+        `docs` (see `documents`) keeps the documents of a window apart.
+        """
+        if idx.shape[1] > self.config.max_positions:
+            raise UserError(f"{idx.shape[1]} tokens are beyond max_positions={self.config.max_positions}")
+        x = self.hidden(idx, docs)
+        if targets is None:
+            return self.head(x).float(), None
+        return None, linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten())
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=None, stop=(), pad=None):
+        """Yields the next token of every row, a tensor (B,), at most max_new_tokens times.
+
+        idx (B, T): prompts; pad (B,): how many tokens at the left of each row are padding. Row r draws
+        from a stream of its own seeded with seed + r, so a text does not depend on its neighbours.
+        A row that has produced a token of `stop` repeats it; when all have, it ends. temperature 0 is
+        greedy. Past max_positions the context slides: its older half is dropped and the rest read anew.
+        """
+        B, limit, device = idx.shape[0], self.config.max_positions, idx.device
+        draws = torch.stack([torch.rand(max_new_tokens, generator=_generator(seed, r)) for r in range(B)], dim=1)
+        draws, stop = draws.to(device), torch.tensor(list(stop), dtype=idx.dtype, device=device)
+        done = torch.zeros(B, dtype=torch.bool, device=device)
+        cache, new = None, idx
+        training, _ = self.training, self.eval()
+        try:
+            for step in range(max_new_tokens):
+                if cache is None or cache.start + new.shape[1] > limit:
+                    new = idx if idx.shape[1] <= limit else idx[:, -(limit + 1) // 2:]
+                    dropped = idx.shape[1] - new.shape[1]
+                    left = None if pad is None else (pad - dropped).clamp(min=0)
+                    room = min(limit, new.shape[1] + max_new_tokens - step)
+                    cache = KVCache(self.config, B, room, device, _compute_dtype(self.embed.weight), left)
+                logits = self.head(self.hidden(new, cache=cache)[:, -1]).float()
+                token = sample_token(logits, draws[step], temperature, top_k, top_p)
+                token = torch.where(done, idx[:, -1], token)
+                done = done | torch.isin(token, stop)
+                yield token
+                if done.all():
+                    return
+                new = token[:, None]
+                idx = torch.cat([idx, new], dim=1)
+        finally:
+            self.train(training)
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=None, stop=(), pad=None):
+        """idx (B, T) continued: (B, T + at most max_new_tokens). The arguments are those of `stream`."""
+        tokens = list(self.stream(idx, max_new_tokens, temperature, top_k, top_p, seed, stop, pad))
+        return torch.cat([idx, torch.stack(tokens, dim=1)], dim=1) if tokens else idx
+
+    @classmethod
+    def from_pretrained(cls, directory):
+        """The model in a Hugging Face directory, ours or theirs: Llama, SmolLM3, Qwen3, GPT-2, nanosmol."""
+        return _load_hf(cls, directory)
+
+    def save_pretrained(self, directory, hf_layout=True, generation=None, state=None):
+        """Writes config.json, model.safetensors (float32) and generation_config.json.
+
+        `generation` goes into generation_config.json (eos_token_id and the like). `state` is a state dict to
+        write in place of the module's own: a copy made earlier, while training goes on. `hf_layout=False`
+        declares that the maths is no longer a known architecture's.
+        """
+        _save_hf(self.config, self.state_dict() if state is None else state, directory, hf_layout, generation or {})
+
+
+def _compute_dtype(x):
+    """The dtype in which matrices are multiplied here and now."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _generator(seed, row):
+    g = torch.Generator()
+    return g.manual_seed(seed + row) if seed is not None else g.manual_seed(int(torch.randint(2 ** 62, ())))
+
+
+def sample_token(logits, draw, temperature=1.0, top_k=0, top_p=1.0):
+    """One token a row from logits (B, V), given a uniform number a row, draw (B,).
+
+    top_k keeps the k likeliest (0: all), top_p the fewest that hold that much probability (nucleus,
+    Holtzman et al. 2020). The draw is inverted through the cumulative sum: same draw, same token.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    probs = logits.softmax(dim=-1)
+    if top_p < 1:
+        ordered, order = probs.sort(dim=-1, descending=True)
+        beyond = ordered.cumsum(dim=-1) - ordered >= top_p  # the likeliest token always stays
+        probs = probs.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
+    total = probs.double().cumsum(dim=-1)
+    return torch.searchsorted(total, draw[:, None].double() * total[:, -1:], right=True)[:, 0] \
+        .clamp(max=logits.shape[-1] - 1)
+
+
+# -----------------------------------------------------------------------------
+# documents that don't see each other
+
+class Documents(typing.NamedTuple):
+    positions: torch.Tensor  # (B, T): restart at 0 with each document
+    mask: typing.Any         # boolean (B, 1, T, T), or a BlockMask of FlexAttention
+
+
+def documents(idx, eos_id, flex=False):
+    """Where the documents packed in windows idx (B, T) lie: each ends with its eos_id.
+
+    Attention becomes block-diagonal and positions restart, so that a document's logits are those it
+    would have alone. `flex` gives FlexAttention's block-sparse mask, which is fast under torch.compile
+    on CUDA, in place of a boolean one.
+    """
+    B, T = idx.shape
+    ends = idx == eos_id
+    doc = ends.cumsum(dim=1) - ends.long()  # an end-of-text token still belongs to the text it ends
+    where = torch.arange(T, device=idx.device).expand(B, T)
+    first = torch.ones_like(ends)
+    first[:, 1:] = ends[:, :-1]
+    positions = where - (where * first).cummax(dim=1).values
+    if flex:
+        from torch.nn.attention.flex_attention import create_block_mask
+        mask = create_block_mask(lambda b, h, q, k: (q >= k) & (doc[b, q] == doc[b, k]), B, None, T, T,
+                                 device=idx.device)
+    else:
+        mask = ((doc[:, :, None] == doc[:, None, :]) & (where[:, :, None] >= where[:, None, :]))[:, None]
+    return Documents(positions, mask)
+
+
+# -----------------------------------------------------------------------------
+# loss
+
+LOGITS_IN_A_CHUNK = {"cuda": 2 ** 29, "cpu": 2 ** 26}
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """-log softmax(x @ weight.T)[target], summed. The logits exist one chunk of rows at a time, and
+    their gradient is taken at once while they do: at 49,152 tokens of vocabulary whole logits would
+    outweigh everything else in memory, and computing them again would cost a third more."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, dtype):
+        x_low, w_low = x.to(dtype), weight.to(dtype)
+        need_x, need_w = ctx.needs_input_grad[:2]
+        total = torch.zeros((), device=x.device)
+        grad_x = torch.empty_like(x_low) if need_x else None
+        grad_w = torch.zeros_like(weight) if need_w else None
+        rows = max(128, LOGITS_IN_A_CHUNK["cuda" if x.is_cuda else "cpu"] // weight.shape[0])
+        for lo in range(0, x.shape[0], rows):
+            part, target = x_low[lo:lo + rows], targets[lo:lo + rows]
+            valid = target >= 0
+            target = target.clamp(min=0)[:, None]
+            log_p = (part @ w_low.T).float().log_softmax(dim=-1)
+            total -= (log_p.gather(1, target)[:, 0] * valid).sum()
+            if need_x or need_w:
+                grad = log_p.exp_()  # d(-log p_target)/d logits = p - onehot(target)
+                grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
+                grad = grad.mul_(valid[:, None]).to(dtype)
+                if need_x:
+                    grad_x[lo:lo + rows] = grad @ w_low
+                if need_w:
+                    grad_w += grad.T @ part
+        ctx.save_for_backward(grad_x, grad_w)
+        ctx.x_dtype = x.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        grad_x, grad_w = ctx.saved_tensors
+        return (None if grad_x is None else grad_x.to(ctx.x_dtype) * grad_out,
+                None if grad_w is None else grad_w * grad_out, None, None)
+
+
+def linear_cross_entropy(x, weight, targets):
+    """Mean cross-entropy of logits x @ weight.T against targets, without ever holding the logits.
+
+    x (N, n_embd), weight (V, n_embd), targets (N,), -1 ignored. A mean over no target is 0, not NaN.
+    """
+    total = _LinearCrossEntropy.apply(x, weight, targets, _compute_dtype(x))
+    return total / (targets >= 0).sum().clamp(min=1)
+
+
+# -----------------------------------------------------------------------------
+# optimizers
+
+# Polar Express (Amsel et al. 2025), table for lower bound 1e-3: the best odd quintic for what interval
+# the one before has left the singular values in; a safety factor of 1.01 keeps rounding from diverging.
+_POLAR_EXPRESS = [(a / s, b / s ** 3, c / s ** 5) for (a, b, c), s in zip([
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+], [1.01] * 5 + [1.0])]
+
+
+def orthogonalize(G, dtype=torch.bfloat16):
+    """The nearest (semi-)orthogonal matrices to G (N, m, n) with m <= n: U V^T of each SVD, roughly.
+
+    Each iteration is X <- a X + (b A + c A A) X with A = X X^T: it moves singular values towards 1 and
+    leaves singular vectors alone.
+    """
+    X = G.to(dtype)
+    X = X / (X.float().norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-6).to(dtype)
+    for a, b, c in _POLAR_EXPRESS:
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
+    return X
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024), for the hidden matrices of a network.
+
+    All matrices of one shape are stepped at once: stack, one batched iteration, unstack. A parameter
+    with `.parts` holds several matrices stacked along its rows (q, k, v; gate, up), each on its own here.
+    A tall matrix joins the wide ones of its shape by its transpose. The rate is multiplied by
+    sqrt(max(1, rows / columns)), so that updates change outputs alike whatever the shape.
+    Across processes each orthogonalises its share and the results are gathered.
+    """
+
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, cautious=False, dtype=torch.bfloat16):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, cautious=cautious))
+        self.dtype, self._stacks = dtype, {}
+
+    def _group_stacks(self, group):
+        """[(first parameter, [(parameter, first row, rows, transposed)])], an entry a shape."""
+        if id(group) not in self._stacks:
+            shapes = {}
+            for p in group["params"]:
+                row = 0
+                for rows in getattr(p, "parts", [p.shape[0]]):
+                    tall = rows > p.shape[1]
+                    shape = (p.shape[1], rows) if tall else (rows, p.shape[1])
+                    shapes.setdefault(shape, []).append((p, row, rows, tall))
+                    row += rows
+            self._stacks[id(group)] = shapes
+        return self._stacks[id(group)]
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for shape, members in self._group_stacks(group).items():
+                members = [m for m in members if m[0].grad is not None]
+                if members:
+                    self._step_stack(group, shape, members)
+
+    def _step_stack(self, group, shape, members):
+        def views(tensors):
+            cut = [t[row:row + rows] for t, (_, row, rows, _) in zip(tensors, members)]
+            return [t.mT if tall else t for t, (*_, tall) in zip(cut, members)]
+
+        grad = torch.stack(views([p.grad for p, *_ in members]))
+        state = self.state[members[0][0]].setdefault(f"{shape[0]}x{shape[1]}", {})
+        if not state:
+            state["momentum"] = torch.zeros_like(grad)
+        momentum = state["momentum"].lerp_(grad, 1 - group["momentum"])
+        update = self._orthogonalize(grad.lerp_(momentum, group["momentum"]))  # Nesterov
+        params = views([p.data for p, *_ in members])
+        updates = list(update.to(params[0].dtype).unbind())
+        decay = group["lr"] * group["weight_decay"]
+        if decay and group["cautious"]:
+            for p, u in zip(params, updates):  # decay only where the update already pulls towards 0
+                p.mul_(1 - decay * (p * u > 0))
+        elif decay:
+            torch._foreach_mul_(params, 1 - decay)
+        for tall in (False, True):  # rows / columns of the matrix as it stands, not of its transpose
+            some = [i for i, m in enumerate(members) if m[3] == tall]
+            if some:
+                rate = group["lr"] * (math.sqrt(shape[1] / shape[0]) if tall else 1.0)
+                torch._foreach_add_([params[i] for i in some], [updates[i] for i in some], alpha=-rate)
+
+    def _orthogonalize(self, stack):
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return orthogonalize(stack, self.dtype)
+        world, rank = dist.get_world_size(), dist.get_rank()
+        share = -(-len(stack) // world)
+        mine = stack[rank * share:(rank + 1) * share]
+        out = torch.zeros(share, *stack.shape[1:], dtype=self.dtype, device=stack.device)
+        if len(mine):
+            out[:len(mine)] = orthogonalize(mine, self.dtype)
+        every = torch.empty(world * share, *stack.shape[1:], dtype=self.dtype, device=stack.device)
+        dist.all_gather_into_tensor(every, out)
+        return every[:len(stack)]
+
+
+def make_optimizers(model, optimizer="muon", learning_rate=3e-4, muon_lr=0.02, muon_momentum=0.95,
+                    weight_decay=0.0, betas=(0.9, 0.95), cautious=False, decay_embeddings=False,
+                    muon_dtype=torch.bfloat16):
+    """[AdamW] or [AdamW, Muon]: Muon takes the matrices inside the blocks, AdamW everything else.
+
+    Gains and biases are never decayed, embeddings and head only with `decay_embeddings` (as nanoGPT does).
+    Each group carries `base_lr`, which a schedule multiplies.
+    """
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    hidden = [p for n, p in named if p.dim() == 2 and n.startswith("blocks.")]
+    outer = [p for n, p in named if p.dim() == 2 and not n.startswith("blocks.")]
+    vectors = [p for n, p in named if p.dim() < 2]
+    if optimizer not in ("muon", "adamw"):
+        raise UserError(f"optimizer={optimizer!r}: expected 'muon' or 'adamw'")
+    groups = [dict(params=vectors, weight_decay=0.0),
+              dict(params=outer, weight_decay=weight_decay if decay_embeddings else 0.0)]
+    if optimizer == "adamw":
+        groups.append(dict(params=hidden, weight_decay=weight_decay))
+    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=True)]
+    if optimizer == "muon" and hidden:
+        optimizers.append(Muon(hidden, muon_lr, muon_momentum, weight_decay, cautious, muon_dtype))
+    for opt in optimizers:
+        for group in opt.param_groups:
+            group["base_lr"] = group["lr"]
+    return optimizers
+
+
+def schedule_factor(step, schedule, warmup_iters, decay_iters, floor=0.0, decay_frac=0.2, decay_shape="linear"):
+    """What multiplies every base rate at `step` (0 is the first): linear warm-up, then by `schedule`
+    'constant', 'cosine' (nanoGPT's) or 'wsd' (stable until the last decay_frac of decay_iters, then down,
+    linear or '1-sqrt', Hägele et al. 2024), to `floor` = min_lr / learning_rate at decay_iters and after."""
+    if step < warmup_iters:
+        return (step + 1) / (warmup_iters + 1)
+    if schedule == "constant":
+        return 1.0
+    if step >= decay_iters:
+        return floor
+    if schedule == "cosine":
+        progress = (step - warmup_iters) / max(1, decay_iters - warmup_iters)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    begin = max(warmup_iters, decay_iters - round(decay_frac * decay_iters))
+    if step < begin:
+        return 1.0
+    progress = (step - begin) / max(1, decay_iters - begin)
+    return floor + (1 - floor) * (1 - (math.sqrt(progress) if decay_shape == "1-sqrt" else progress))
+
+
+# -----------------------------------------------------------------------------
+# the machine
+
+def pick_device(device):
+    """'auto' -> the fastest that is here."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def pick_dtype(dtype, device, config):
+    """'auto' -> 'bfloat16' where the hardware multiplies it and the matrices are large enough to notice:
+    below a width of 256 a CPU spends more on converting than it saves."""
+    if dtype != "auto":
+        return dtype
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    native = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if native and config.n_embd >= 256 else "float32"
+
+
+# -----------------------------------------------------------------------------
+# arithmetic
+
+# name -> (peak bf16 FLOP/s without sparsity, by its data sheet; dollars an hour, about what clouds ask)
+GPUS = {"B200": (2250e12, 5.99), "H200": (989e12, 3.59), "H100": (989e12, 2.69), "A100": (312e12, 1.49),
+        "L40S": (362e12, 0.86), "A40": (150e12, 0.40), "L4": (121e12, 0.43), "RTX 4090": (165e12, 0.59),
+        "RTX 3090": (71e12, 0.43)}
+
+
+def flops_per_token(model):
+    """Training FLOPs a token, forward and backward: 6 for each weight that multiplies, and 12 n_layer n_head
+    head_dim T for attention (PaLM, appendix B; it counts the half that causal kernels skip)."""
+    c = model.config
+    looked_up = (0 if c.tie_embeddings else c.vocab_size * c.n_embd) + \
+        (c.max_positions * c.n_embd if c.pos == "learned" else 0)
+    return 6 * (model.n_params() - looked_up) + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
+
+
+def memory_estimate(model, batch_size, optimizer="muon", dtype="bfloat16", grad_checkpoint=False):
+    """Bytes of training, by what they hold: exact for weights, gradients and optimizer, an estimate of what
+    the backward pass keeps of the activations."""
+    c, n = model.config, model.n_params()
+    hidden = sum(p.numel() for k, p in model.named_parameters() if p.dim() == 2 and k.startswith("blocks."))
+    low = 4 if dtype == "float32" else 2
+    # of each block and token: both inputs of the residual stream and both norms in float32, then what the
+    # matrices read and write: normed x twice, q k v and the heads' output, the MLP's three
+    heads = (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim
+    block = 4 * 4 * c.n_embd + low * (2 * c.n_embd + 2 * heads + (4 if c.mlp == "swiglu" else 2) * c.ffn_dim)
+    kept = (c.n_layer * 4 * c.n_embd + block) if grad_checkpoint else c.n_layer * block
+    tokens = batch_size * c.block_size
+    logits = min(tokens * c.vocab_size, LOGITS_IN_A_CHUNK["cuda"]) * (4 + low)
+    return {"weights": 4 * n, "gradients": 4 * n,
+            "optimizer": 8 * n - (4 * hidden if optimizer == "muon" else 0), "activations": tokens * kept + logits}
+
+
+# -----------------------------------------------------------------------------
+# the Hugging Face layout
+
+def architecture(config):
+    """The Hugging Face model_type whose maths this config is, or 'nanosmol' where there is none, with the
+    keys that stand in the way."""
+    c, odd = config, []
+    if c.pos == "learned":
+        odd = [k for k, wrong in (("norm", c.norm != "layernorm"), ("mlp", c.mlp != "gelu"), ("qk_norm", c.qk_norm),
+                                  ("n_kv_head", c.n_kv_head != c.n_head), ("nope_every", c.nope_every),
+                                  ("head_dim", c.head_dim * c.n_head != c.n_embd)) if wrong]
+        return ("gpt2", []) if not odd else ("nanosmol", ["pos", *odd])
+    odd = [k for k, wrong in (("norm", c.norm != "rmsnorm"), ("mlp", c.mlp != "swiglu")) if wrong]
+    if c.nope_every and c.head_dim * c.n_head != c.n_embd:
+        odd += ["nope_every", "head_dim"]
+    if c.qk_norm and (c.nope_every or c.bias):
+        odd += ["qk_norm", "nope_every" if c.nope_every else "bias"]
+    kind = "smollm3" if c.nope_every else "qwen3" if c.qk_norm else "llama"
+    return (kind, []) if not odd else ("nanosmol", ["pos"] * ("norm" in odd or "mlp" in odd) + odd)
+
+
+def _to_hf_config(config, kind):
+    """config.json for a config. Keys that the architecture has no word for stand under 'nanosmol'."""
+    c = config
+    tied = c.tie_embeddings and not c.embed_scale
+    if kind == "nanosmol":
+        return {"model_type": "nanosmol", "architectures": ["NanosmolForCausalLM"], "dtype": "float32",
+                "nanosmol": dataclasses.asdict(c)}
+    if kind == "gpt2":
+        hf = {"architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size, "n_positions": c.max_positions,
+              "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head, "n_inner": c.ffn_dim,
+              "activation_function": "gelu_new", "layer_norm_epsilon": c.norm_eps,
+              "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
+              "initializer_range": c.init_std}
+    else:
+        name = {"llama": "Llama", "smollm3": "SmolLM3", "qwen3": "Qwen3"}[kind]
+        hf = {"architectures": [f"{name}ForCausalLM"], "vocab_size": c.vocab_size, "hidden_size": c.n_embd,
+              "intermediate_size": c.ffn_dim, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
+              "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim, "hidden_act": "silu",
+              "max_position_embeddings": c.max_positions, "rms_norm_eps": c.norm_eps,
+              # transformers 5 reads rope_parameters; transformers 4, vLLM and llama.cpp read rope_theta
+              "rope_theta": c.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+              "attention_bias": c.bias, "initializer_range": c.init_std}
+        if kind != "qwen3":
+            hf["mlp_bias"] = c.bias
+        if kind == "smollm3":
+            hf["no_rope_layer_interval"] = c.nope_every
+            hf["no_rope_layers"] = [int((i + 1) % c.nope_every != 0) for i in range(c.n_layer)]
+            hf["use_sliding_window"], hf["pad_token_id"] = False, None
+    hf |= {"model_type": kind, "tie_word_embeddings": tied, "dtype": "float32", "use_cache": True}
+    ours, said = dataclasses.asdict(c), dataclasses.asdict(_from_hf_config(hf, "config.json"))
+    hf["nanosmol"] = {k: v for k, v in ours.items() if said[k] != v}
+    return hf
+
+
+def _from_hf_config(hf, where):
+    """The GPTConfig that a config.json describes; UserError where it asks for maths that is not here."""
+    kind = hf.get("model_type")
+    own = {k: v for k, v in hf.get("nanosmol", {}).items() if k in GPTConfig.__dataclass_fields__}
+    if kind == "nanosmol":
+        return GPTConfig(**own)
+
+    def refuse(key, found, expected):
+        raise UserError(f"{where}: {key} is {found!r}; this model.py knows {expected}")
+
+    if kind == "gpt2":
+        if hf.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
+            refuse("activation_function", hf["activation_function"], "'gelu_new'")
+        for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+            if hf.get(key):
+                refuse(key, hf[key], "False")
+        n = hf.get("n_positions", 1024)
+        keys = dict(vocab_size=hf.get("vocab_size", 50257), max_positions=n, block_size=n,
+                    n_embd=hf.get("n_embd", 768), n_layer=hf.get("n_layer", 12), n_head=hf.get("n_head", 12),
+                    ffn_dim=hf.get("n_inner") or 0, norm_eps=hf.get("layer_norm_epsilon", 1e-5), bias=True,
+                    norm="layernorm", mlp="gelu", pos="learned", tie_embeddings=hf.get("tie_word_embeddings", True))
+    elif kind in ("llama", "smollm3", "qwen3"):
+        rope = hf.get("rope_parameters") or {}
+        scaling = hf.get("rope_scaling") or rope
+        if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+            refuse("rope_type", scaling.get("rope_type", scaling.get("type")), "'default'")
+        if hf.get("hidden_act", "silu") != "silu":
+            refuse("hidden_act", hf["hidden_act"], "'silu'")
+        if hf.get("use_sliding_window"):
+            refuse("use_sliding_window", True, "False")
+        bias = bool(hf.get("attention_bias", False))
+        if kind != "qwen3" and bool(hf.get("mlp_bias", False)) != bias:
+            refuse("mlp_bias", hf.get("mlp_bias", False), f"{bias}, the same as attention_bias")
+        if kind == "qwen3" and bias:
+            refuse("attention_bias", True, "False for qwen3, whose MLP has none")
+        theta = rope.get("rope_theta", hf.get("rope_theta", 2e6 if kind == "smollm3" else 10000.0))
+        n = hf.get("max_position_embeddings", 2048)
+        keys = dict(vocab_size=hf["vocab_size"], max_positions=n, block_size=n, n_embd=hf["hidden_size"],
+                    n_layer=hf["num_hidden_layers"], n_head=hf["num_attention_heads"],
+                    n_kv_head=hf.get("num_key_value_heads") or 0, head_dim=hf.get("head_dim") or 0,
+                    ffn_dim=hf["intermediate_size"], norm_eps=hf.get("rms_norm_eps", 1e-6), rope_theta=float(theta),
+                    bias=bias, qk_norm=kind == "qwen3", tie_embeddings=hf.get("tie_word_embeddings", kind == "smollm3"))
+        if kind == "smollm3":
+            layers = hf.get("no_rope_layers")
+            every = hf.get("no_rope_layer_interval", 4) if layers is None or 0 in layers else 0
+            if layers is not None and layers[:keys["n_layer"]] != \
+                    [int(not every or (i + 1) % every != 0) for i in range(keys["n_layer"])]:
+                refuse("no_rope_layers", layers, "every n-th layer")
+            keys["nope_every"] = every
+    else:
+        refuse("model_type", kind, "'llama', 'smollm3', 'qwen3', 'gpt2' and its own 'nanosmol'")
+    return GPTConfig(**{"init_std": hf.get("initializer_range", 0.02), **keys, **own})
+
+
+def _hf_names(config, kind):
+    """[(our name, [(their name, rows)], transposed)]: theirs, one above the other, are ours."""
+    c, names = config, []
+
+    def add(ours, theirs, rows=None, transposed=False):
+        theirs = [theirs] if isinstance(theirs, str) else theirs
+        for leaf in ("weight", "bias"):
+            names.append((f"{ours}.{leaf}", [(f"{t}.{leaf}", n) for t, n in zip(theirs, rows or [None] * len(theirs))],
+                          transposed and leaf == "weight"))
+
+    gpt2 = kind == "gpt2"
+    add("embed", "transformer.wte" if gpt2 else "model.embed_tokens")
+    add("pos_embed", "transformer.wpe")
+    add("norm", "transformer.ln_f" if gpt2 else "model.norm")
+    add("head", "lm_head")
+    for i in range(c.n_layer):
+        b, h = f"blocks.{i}", f"transformer.h.{i}" if gpt2 else f"model.layers.{i}"
+        if gpt2:  # its Conv1D keeps weights as (in, out)
+            add(f"{b}.attn_norm", f"{h}.ln_1")
+            add(f"{b}.attn.qkv", f"{h}.attn.c_attn", transposed=True)
+            add(f"{b}.attn.proj", f"{h}.attn.c_proj", transposed=True)
+            add(f"{b}.mlp_norm", f"{h}.ln_2")
+            add(f"{b}.mlp.up", f"{h}.mlp.c_fc", transposed=True)
+            add(f"{b}.mlp.down", f"{h}.mlp.c_proj", transposed=True)
+        else:
+            q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+            add(f"{b}.attn_norm", f"{h}.input_layernorm")
+            add(f"{b}.attn.qkv", [f"{h}.self_attn.{x}_proj" for x in "qkv"], [q, kv, kv])
+            add(f"{b}.attn.q_norm", f"{h}.self_attn.q_norm")
+            add(f"{b}.attn.k_norm", f"{h}.self_attn.k_norm")
+            add(f"{b}.attn.proj", f"{h}.self_attn.o_proj")
+            add(f"{b}.mlp_norm", f"{h}.post_attention_layernorm")
+            add(f"{b}.mlp.up", [f"{h}.mlp.gate_proj", f"{h}.mlp.up_proj"], [c.ffn_dim, c.ffn_dim])
+            add(f"{b}.mlp.down", f"{h}.mlp.down_proj")
+    return names
+
+
+def _save_hf(config, state, directory, hf_layout, generation):
+    from safetensors.torch import save_file
+    kind = architecture(config)[0] if hf_layout else "nanosmol"
+    hf = _to_hf_config(config, kind)
+    state = {k: v.detach().to("cpu", torch.float32) for k, v in state.items()}
+    if config.tie_embeddings:
+        state.pop("head.weight", None)
+    tensors = state
+    if kind != "nanosmol":
+        if config.embed_scale:  # folded into the embedding; the head keeps the matrix as it is
+            if config.tie_embeddings:
+                state["head.weight"] = state["embed.weight"]
+            state["embed.weight"] = state["embed.weight"] * math.sqrt(config.n_embd)
+        tensors = {}
+        for ours, theirs, transposed in _hf_names(config, kind):
+            if ours in state:
+                pieces = state[ours].split([n for _, n in theirs]) if len(theirs) > 1 else [state[ours]]
+                for (name, _), piece in zip(theirs, pieces):
+                    tensors[name] = (piece.T if transposed else piece).contiguous()
+            elif kind == "gpt2" and ours.endswith("bias") and ours[:-4] + "weight" in state \
+                    and not ours.startswith(("embed", "pos_embed", "head")):
+                # GPT-2 always has biases; without them ours are 0
+                weight = state[ours[:-4] + "weight"]
+                tensors[theirs[0][0]] = torch.zeros(weight.shape[0])
+    os.makedirs(directory, exist_ok=True)
+    save_file(tensors, os.path.join(directory, "model.safetensors"), metadata={"format": "pt"})
+    for name, content in (("config.json", hf | generation), ("generation_config.json", generation)):
+        with open(os.path.join(directory, name), "w", encoding="utf-8") as f:
+            json.dump(content, f, indent=2)
+
+
+def _load_hf(cls, directory):
+    path = os.path.join(directory, "config.json")
+    if not os.path.exists(path):
+        raise UserError(f"{directory}: not a model directory, it has no config.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            hf = json.load(f)
+    except ValueError as e:
+        raise UserError(f"{path}: not valid JSON: {e}") from None
+    try:
+        config = _from_hf_config(hf, path)
+    except KeyError as e:
+        raise UserError(f"{path}: the key {e} is missing") from None
+    tensors, kind = _read_safetensors(directory), hf["model_type"]
+    if kind == "gpt2" and "wte.weight" in tensors:  # the Hub's gpt2 leaves the prefix out
+        tensors = {f"transformer.{k}": v for k, v in tensors.items()}
+
+    with torch.device("meta"):
+        wanted = cls(config).state_dict()
+    if config.tie_embeddings:
+        wanted.pop("head.weight")
+    names = [(k, [(k, None)], False) for k in wanted] if kind == "nanosmol" else \
+        [n for n in _hf_names(config, kind) if n[0] in wanted]
+    state = {}
+    for ours, theirs, transposed in names:
+        if config.embed_scale and config.tie_embeddings and ours == "embed.weight" and kind != "nanosmol":
+            theirs = [("lm_head.weight", None)]  # the embedding beside it is the same, scaled and so rounded
+        pieces = []
+        for name, rows in theirs:
+            shape = torch.Size([rows or wanted[ours].shape[0], *wanted[ours].shape[1:]])
+            shape = shape[::-1] if transposed else shape
+            if name not in tensors:
+                raise UserError(f"{directory}: the tensor {name} is missing; expected one of shape {tuple(shape)}")
+            if tensors[name].shape != shape:
+                raise UserError(f"{directory}: the tensor {name} has shape {tuple(tensors[name].shape)}; "
+                                f"config.json asks for {tuple(shape)}")
+            pieces.append(tensors[name].T if transposed else tensors[name])
+        state[ours] = (torch.cat(pieces) if len(pieces) > 1 else pieces[0]).float()
+    if config.embed_scale and not config.tie_embeddings and kind != "nanosmol":
+        state["embed.weight"] = state["embed.weight"] / math.sqrt(config.n_embd)
+    if config.tie_embeddings:
+        state["head.weight"] = state["embed.weight"]
+    model = cls(config)
+    model.load_state_dict(state)
+    return model
+
+
+def _read_safetensors(directory):
+    """Every tensor of a directory, from one file or from the shards that its index names."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    index = os.path.join(directory, "model.safetensors.index.json")
+    files = ["model.safetensors"]
+    if os.path.exists(index):
+        with open(index, encoding="utf-8") as f:
+            files = sorted(set(json.load(f)["weight_map"].values()))
+    tensors = {}
+    for file in files:
+        path = os.path.join(directory, file)
+        if not os.path.exists(path):
+            raise UserError(f"{path}: no such file; a model directory holds its weights there")
+        try:
+            tensors |= load_file(path)
+        except SafetensorError as e:
+            raise UserError(f"{path}: damaged or cut short, not a readable safetensors file ({e})") from None
+    return tensors

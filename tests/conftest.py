@@ -1,0 +1,22 @@
+import os
+import sys
+
+import pytest
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+SHARED = os.path.join(os.path.dirname(ROOT), "shared", "data")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def shared():
+    """The directory of real texts; tests that need it are skipped, with the reason, where it is not."""
+    if not os.path.isdir(SHARED):
+        pytest.skip(f"needs the sample texts of {SHARED}")
+    return SHARED
