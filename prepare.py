@@ -21,6 +21,7 @@ import functools
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import sys
@@ -1120,11 +1121,733 @@ def _shape_of(file, block, wanted, field):
 
 
 # -----------------------------------------------------------------------------
-# Bins, read back (training's side)
+# Bins, read back for training, and where runs and models lie
+
+class Bins:
+    """The windows of one split of a prepared data set, in an order that is a pure function of
+    (seed, position): `position` counts the windows consumed since the start of training.
+
+    Every epoch visits every window once, shuffled, on a grid shifted by an offset of its own, so that
+    two epochs over a small text differ. Any process can make any batch, in any order, at any time.
+
+    Raises UserError where the file is no bin, or too short for a window.
+    """
+
+    def __init__(self, directory, split, block_size, seed=1337):
+        self.directory, self.block_size, self.seed, self._epoch = directory, block_size, seed, None
+        self.meta = read_meta(directory)
+        self.path = os.path.join(directory, f"{split}.bin")
+        dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
+        if not os.path.exists(self.path):
+            raise UserError(f"{self.path}: no such file; {how_to_prepare(directory)}")
+        size = os.path.getsize(self.path)
+        if size == 0 or size % dtype.itemsize:
+            raise UserError(f"{self.path}: {size:,} bytes are {'no tokens' if not size else f'no whole number of {dtype.name} tokens'}"
+                            f"; {how_to_prepare(directory)}")
+        self.tokens = np.memmap(self.path, dtype=dtype, mode="r")
+        if len(self.tokens) <= block_size:
+            raise UserError(f"{self.path}: {len(self.tokens):,} tokens are too few for one window of "
+                            f"block_size={block_size} and its targets; set --block_size={max(1, len(self.tokens) - 1)} "
+                            "or less, or prepare more text")
+        mask = os.path.join(directory, f"{split}.mask")
+        self.mask = np.memmap(mask, dtype=np.uint8, mode="r") if os.path.exists(mask) else None
+        if self.mask is not None and len(self.mask) != len(self.tokens):
+            raise UserError(f"{mask}: {len(self.mask):,} bytes for {len(self.tokens):,} tokens; {how_to_prepare(directory)}")
+        # one window less than fit leaves the grid room to shift by up to a whole window
+        self.per_epoch = max(1, (len(self.tokens) - 1) // block_size - 1)
+
+    def start(self, position):
+        """The first token of the window at `position`."""
+        epoch, index = divmod(position, self.per_epoch)
+        if epoch != self._epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            room = min(self.block_size, len(self.tokens) - self.per_epoch * self.block_size)
+            self._epoch, self._offset, self._order = epoch, int(rng.integers(room)), rng.permutation(self.per_epoch)
+        return self._offset + int(self._order[index]) * self.block_size
+
+    def batch(self, positions):
+        """(inputs, targets), int64 (len(positions), block_size); a target that does not count is -1."""
+        return self.read([self.start(p) for p in positions])
+
+    def read(self, starts):
+        """The windows that begin at token `starts`: (inputs, targets), as `batch`."""
+        import torch
+        where = np.asarray(starts)[:, None] + np.arange(self.block_size + 1)
+        window = torch.from_numpy(self.tokens[where].astype(np.int64))
+        x, y = window[:, :-1].contiguous(), window[:, 1:].contiguous()
+        if self.mask is not None:
+            y[torch.from_numpy(self.mask[where[:, 1:]]) == 0] = -1
+        return x, y
+
+    def held_out(self, windows):
+        """Starts of at most `windows` windows spread evenly over the split, the same at every call."""
+        fit = (len(self.tokens) - 1) // self.block_size
+        return [i * fit // min(fit, windows) * self.block_size for i in range(min(fit, windows))]
+
+    def check_vocabulary(self, vocab_size):
+        """UserError if a token exceeds the vocabulary. Reads all of a small file, 256 pieces of a large one:
+        12 GB would delay the first step by a minute."""
+        largest = max(int(piece[:2 ** 20].max()) for piece in np.array_split(self.tokens, 256) if len(piece))
+        if largest >= vocab_size:
+            raise UserError(f"{self.path}: token {largest} exceeds the vocabulary of {vocab_size}; was it made with "
+                            f"another tokenizer than {self.meta['tokenizer']!r}? {how_to_prepare(self.directory)}")
+
+    def fingerprint(self):
+        """Changes when the bin does: its size and 64 pieces of 64 KiB spread evenly over it."""
+        import hashlib
+        size = os.path.getsize(self.path)
+        digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+        with open(self.path, "rb") as f:
+            for i in range(64):
+                f.seek(i * size // 64)
+                digest.update(f.read(2 ** 16))
+        return digest.hexdigest()
+
+
+class Mixture:
+    """Several Bins read by weight, as one: position -> (which, position in it), again a pure function.
+
+    In every 1,000 positions each has its exact share (to within one window), in a seeded order.
+    """
+    BLOCK = 1000
+
+    def __init__(self, bins, weights, seed=1337):
+        total = sum(weights)
+        self.bins, self.seed, self._block = bins, seed, None
+        self.shares = [w / total for w in weights]
+        self.per_epoch = sum(b.per_epoch for b in bins)
+
+    def where(self, position):
+        """(index of the Bins, position within it)."""
+        block, index = divmod(position, self.BLOCK)
+        if block != self._block:
+            # cumulative shares rounded at block edges: nothing drifts however long the run is
+            edges = [[round(s * b * self.BLOCK) for s in np.cumsum(self.shares)] for b in (block, block + 1)]
+            before, after = (np.diff([0, *e]) for e in edges)
+            which = np.repeat(np.arange(len(self.bins)), after - before)
+            which = np.random.default_rng([self.seed, block, 1]).permutation(which)
+            rank = np.zeros(len(which), dtype=np.int64)
+            for i in range(len(self.bins)):
+                rank[which == i] = before[i] + np.arange((which == i).sum())
+            self._block, self._which, self._rank = block, which, rank
+        return int(self._which[index]), int(self._rank[index])
+
+    def batch(self, positions):
+        """(inputs, targets), int64 (len(positions), block_size), of any Bins each."""
+        import torch
+        if len(self.bins) == 1:
+            return self.bins[0].batch(positions)
+        rows = [self.bins[i].batch([p]) for i, p in map(self.where, positions)]
+        return torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows])
+
+
+def parse_mixture(dataset):
+    """'web:0.87,code:0.13' -> [('web', 0.87), ('code', 0.13)]; a single name needs no weight."""
+    parts = []
+    for part in dataset.split(","):
+        name, colon, weight = part.strip().rpartition(":") if ":" in part else (part.strip(), "", "1")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = -1.0
+        if not name or not 0 < value < float("inf"):
+            raise UserError(f"dataset={dataset!r}: {part.strip()!r} is not NAME or NAME:WEIGHT with a weight above 0")
+        parts.append((name, value))
+    return parts
+
+
+def read_meta(directory):
+    """meta.json of a data set. Bins without one are nanoGPT's: GPT-2 tokens, uint16."""
+    path = os.path.join(directory, "meta.json")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    # nanoGPT rounds 50,257 up to 50,304 rows, a multiple of 64, for speed
+    return {"tokenizer": "gpt2", "vocab_size": 50304, "dtype": "uint16", "eos_id": 50256}
+
+
+def how_to_prepare(directory):
+    """What to type for a data set that is missing or damaged."""
+    name = os.path.basename(os.path.normpath(directory))
+    return f"python prepare.py {name} makes it" if name in KNOWN else \
+        f"python prepare.py YOUR_TEXT.txt --name={name} makes it"
+
+
+def newest_run(runs="out"):
+    """The run under `runs` whose checkpoint is the newest."""
+    found = [os.path.join(runs, r) for r in os.listdir(runs)] if os.path.isdir(runs) else []
+    found = [r for r in found if checkpoints(r)]
+    if not found:
+        raise UserError(f"{runs}/: no run with a checkpoint yet; python train.py makes one in two minutes")
+    return max(found, key=lambda r: os.path.getmtime(checkpoints(r)[-1]))
+
+
+def checkpoints(run):
+    """The step_* directories of a run, oldest first."""
+    return [os.path.join(run, d) for d in sorted(os.listdir(run)) if re.fullmatch(r"step_\d{6,}", d)] \
+        if os.path.isdir(run) else []
+
+
+def model_directory(where):
+    """The directory of the model that `where` names: a model directory, the newest checkpoint of a run's
+    directory, or a Hub id, which is fetched."""
+    if os.path.exists(os.path.join(where, "config.json")):
+        return where
+    if os.path.isdir(where):
+        if not checkpoints(where):
+            raise UserError(f"{where}: neither a model directory (no config.json) nor a run (no step_* in it)")
+        return checkpoints(where)[-1]
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", where) or where.startswith((".", "out/", "data/")):
+        raise UserError(f"{where}: no such directory, and not the id of a model on the Hub (owner/name)")
+    return fetch_model(where)
 
 
 # -----------------------------------------------------------------------------
-# The toy world
+# The toy world: a language small enough to be learned in two minutes on a laptop, and big enough to see it
+# being learned: names stay the same through a story, "he" is a boy, sums are right.
+#
+# A story is a template. A slot like {thing} is chosen where it first appears and stays the same from then on:
+#   {thing} {thing2} {things}   a thing, another thing, several of the first
+#   {A} {he} {him} {his}        the hero and the hero's pronouns; {B} {B.he} {B.his} a friend
+#   {He} {B.His} {Thing}        the same with a capital, to begin a sentence
+#   {n coins}                   "1 coin", "2 coins": the numbers are n, m, total (n + m) and left (n - m)
+#   {animal.eats}               what ABOUT says of the animal
+#   [a|b|]                      one of these, or nothing; and "a" becomes "an" by itself
+# To add a plot, add an entry to PLOTS. There is nothing else to do.
+
+
+GIRLS = "Anna Lily Mia Sue Emma Zoe Rosa Kate Ella Nina Amy Lucy".split()
+BOYS = "Tom Ben Max Sam Leo Tim Jack Finn Noah Dan Paul Oscar".split()
+SHE = dict(he="she", him="her", his="her", boy="girl")
+HE = dict(he="he", him="him", his="his", boy="boy")
+
+ABOUT = {  # what is true of a word
+    **{name: SHE for name in GIRLS + ["Mum", "Grandma"]},
+    **{name: HE for name in BOYS + ["Dad", "Grandpa"]},
+    "cat": dict(says="meow", lives="in the house", eats="fish"),
+    "dog": dict(says="woof", lives="in the house", eats="meat"),
+    "duck": dict(says="quack", lives="on the pond", eats="bread"),
+    "hen": dict(says="cluck", lives="on the farm", eats="corn"),
+    "mouse": dict(says="squeak", lives="in a hole", eats="cheese"),
+    "bird": dict(says="tweet", lives="in a nest", eats="seeds"),
+    "lamb": dict(says="baa", lives="in the field", eats="grass"),
+    "cow": dict(says="moo", lives="on the farm", eats="grass"),
+    "horse": dict(says="neigh", lives="in the barn", eats="hay"),
+    "pig": dict(says="oink", lives="on the farm", eats="potatoes"),
+    "owl": dict(says="hoot", lives="in the forest", eats="mice"),
+    "grass": dict(colour="green"), "sky": dict(colour="blue"), "snow": dict(colour="white"),
+    "sun": dict(colour="yellow"), "night": dict(colour="black"), "mud": dict(colour="brown"),
+}
+
+TABLES = {  # the choices for each slot
+    "A": GIRLS + BOYS, "B": GIRLS + BOYS, "C": GIRLS + BOYS, "elder": ["Mum", "Dad", "Grandma", "Grandpa"],
+    "trait": "kind brave funny clever quiet cheerful good little".split(),
+    "when": ["one day", "one morning", "one sunny day", "one afternoon", "on Sunday", "one warm day"],
+    "colour": "red blue green yellow orange pink white brown purple black".split(),
+    "thing": "ball hat doll drum book bell key scarf umbrella cup ring bag shoe whistle".split(),
+    "toy": "boat car kite drum doll train robot wagon plane".split(),
+    "craft": "kite hat boat crown card box flag mask lamp".split(),
+    "place": "garden park forest field valley meadow village".split(),
+    "spot": ["under the bench", "behind the big tree", "behind the old wall", "next to the gate",
+             "near the well", "behind the bush", "in the barn", "by the fence", "in the tall grass",
+             "under the bridge"],
+    "food": "bread cheese cake pie salad pudding rice".split(),
+    "fruit": "apple pear plum orange peach cherry berry".split(),
+    "vegetable": "carrot bean tomato onion pumpkin".split(),
+    "item": "apple pear plum orange egg nut cookie shell stone stick leaf feather flower button card book "
+            "cup spoon pencil bead candle potato".split(),
+    "animal": "cat dog duck hen mouse bird lamb cow horse pig owl".split(),
+    "critter": "cat dog duck hen mouse bird lamb".split(),
+    "pet": "cat dog rabbit mouse kitten puppy".split(),
+    "petname": "Coco Spot Fluffy Biscuit Pepper Sunny Daisy Snowball".split(),
+    "natural": "grass sky snow sun night mud".split(),
+}
+PLURALS = {"leaf": "leaves", "berry": "berries", "cherry": "cherries", "peach": "peaches",
+           "potato": "potatoes", "tomato": "tomatoes"}
+EDIBLE = "apple pear plum orange egg nut cookie potato".split()
+
+BEGINNINGS = [
+    "[Once upon a time there was|There once was] a {trait} {boy} named {A}.",
+    "{A} was a {trait} {boy}[| who lived near the {place}].",
+    "This is a story about a {trait} {boy}. {His} name was {A}.",
+    "In a small house near the {place} lived a {boy}. [{His} name was {A}.|{He} was called {A}.]",
+    "Do you know {A}? {He} is a {trait} {boy}. [Here is a story about {him}.|Listen to this story.]",
+]
+ENDINGS = [
+    "It was a good day.", "That night, {A} slept well.", "{A} never forgot that day.",
+    "What a [good|fine|happy] day it was!", "{A} was a happy {boy}.", "Everyone was happy.", "", "",
+]
+PLOTS = [  # (what it is about, the story, questions with their answers)
+    ("a lost {thing}", """
+        {A} had a {colour} {thing}. {He} [took it everywhere|liked it very much|looked after it well].
+        {When}, [it was gone|{he} could not find it]. "Where is my {colour} {thing}?" asked {A}. {He} looked
+        {spot2} and in the {place}, but it was not there. {A} [was sad|felt sad|began to cry]. Then {his}
+        friend {B} came by. "Do not [be sad|worry|cry], {A}. I will help you," said {B}. They looked [for a
+        long time|and looked]. At last {B} looked {spot}. There was the {colour} {thing}! "[I found it|Here
+        it is|Look, here is your {thing}]!" said {B}. [{A} jumped for joy.|Now {A} was not sad any more.]
+        "Thank you, {B}," {he} said. "You are a [good|true] friend." """,
+     ["What did {A} lose? {A} lost a {colour} {thing}.", "Who found the {thing}? {B} found the {thing}.",
+      "Where was the {thing}? The {thing} was {spot}.",
+      "What colour was the {thing}? The {thing} was {colour}."]),
+
+    ("sharing", """
+        {When}, {A} sat in the {place} with a bag of {fruits}. {His} friend {B} came by. {B.He} was hungry,
+        because {B.he} had nothing to eat. "[Can|May] I have one {fruit}, please?" asked {B}. "No, they are
+        mine," said {A}. {B} [went away|said nothing] and [was sad|looked sad]. Then {A} felt bad, because
+        {B} was {his} friend. So {he} [ran after|went to] {B.him} and gave {B.him} half of the {fruits}. "I
+        am sorry, {B}. Let us share," {he} said. The next day, {A} was hungry, and {B} had some {food}. {B}
+        [did not forget|remembered] the {fruits}, so {B.he} gave {A} half of the {food}. "[Sharing is fun|It
+        is good to share|Friends share]," said {B}.""",
+     ["What was in the bag? There were {fruits} in the bag.", "Who had some {food}? {B} had some {food}.",
+      "Why did {A} feel bad? {A} felt bad because {B} was {his} friend.",
+      "What did {B} give to {A}? {B} gave {A} half of the {food}."]),
+
+    ("a race", """
+        {When}, {A} and {B} had a race in the {place}. "[I am faster than you|I will win], {A}!" said {B}.
+        "Let us see," said {A}. {Elder} [called|said], "One, two, three, go!" {B} ran very fast and was soon
+        far ahead. "I have [a lot of time|so much time]," {B.he} said, and {B.he} [sat down|stopped to rest]
+        {spot}. But {A} did not stop. {He} ran and ran [all the way|as fast as {he} could]. When {B} looked
+        up, it was too late. {A} won the race! {Elder} gave {him} a {colour} {thing}. "I should not have
+        stopped," said {B}. "You [ran well|are fast] too, {B}," said {A}. "Let us [race again|run together]
+        tomorrow." """,
+     ["Who won the race? {A} won the race.", "Where did {B} stop? {B} stopped {spot}.",
+      "What did {elder} give to {A}? {Elder} gave {A} a {colour} {thing}.",
+      "Why did {A} win? {A} won because {he} did not stop."]),
+
+    ("a picnic", """
+        {When}, {A} and {B} went to the {place} for a picnic. They had {food}, {food2} and some {fruits}.
+        They sat down on a {colour} blanket. "[I am so hungry|This is nice]," said {A}. "Let us eat the
+        {fruits} first." But then the sky [grew dark|turned black], and it began to rain. "Oh no! We will
+        get wet!" said {B}. So they took the {colour} blanket and the food, and ran home. The rain did not
+        stop, so they had their picnic [in the kitchen|on the floor]. They ate the {food}, the {food2} and
+        all the {fruits}. "[Rain or sun, this is a good picnic|This is the best picnic of all]!" said {A},
+        and {B} laughed.""",
+     ["Why did they run home? They ran home because it began to rain.",
+      "What colour was the blanket? The blanket was {colour}.",
+      "Where did {A} and {B} go? {A} and {B} went to the {place}.",
+      "Who went to the {place} with {A}? {B} went to the {place} with {A}."]),
+
+    ("a hungry {critter}", """
+        {When}, {A} went to the {place} and saw a [small|little] {critter} {spot}. "{Critter.says}," said
+        the {critter}. It [was very thin|looked sad]. "Are you hungry, little {critter}?" asked {A}. {He}
+        ran home to {elder}. "There is a hungry {critter} in the {place}," said {A}. "What does a {critter}
+        eat?" "A {critter} eats {critter.eats}," said {elder}. So {A} took some {critter.eats} and
+        [went|ran] back to the {place}. The {critter} ate and ate. Then it was not hungry any more.
+        "{Critter.says}," it said [again|to thank {him}]. From that day on, the {critter} [came to {A} every
+        day|was {A}'s friend], because {A} was kind to it.""",
+     ["What did {A} see? {A} saw a {critter}.",
+      "What did the {critter} eat? The {critter} ate {critter.eats}.",
+      "Where was the {critter}? The {critter} was {spot}.",
+      "Who was kind to the {critter}? {A} was kind to it."]),
+
+    ("a broken {toy}", """
+        {A} had a {colour} {toy}. It was a gift from {elder}. {When}, {A} and {B} played with the {toy} in
+        the {place}. {B} [dropped|pulled] it, and it broke. "Oh no! My {toy}!" said {A}. "I am so sorry,"
+        said {B}. "I did not want to break it." {A} was [sad|cross], but {he} saw that {B} was sad too. So
+        they took the {toy} to {elder}. "Can you mend it?" asked {A}. "Yes, but you must help me," said
+        {elder}. {A} held the {toy}, and {B} [brought the glue|found some string]. Soon the {colour} {toy}
+        was as good as new. "Thank you, {elder}!" said {A}. [Now they could play again.|After that, {B}
+        played with it with care.]""",
+     ["Who broke the {toy}? {B} broke the {toy}.", "What colour was the {toy}? The {toy} was {colour}.",
+      "Who helped them mend the {toy}? {Elder} helped them mend the {toy}.",
+      "What did they mend? They mended the {colour} {toy}."]),
+
+    ("{vegetables} in the garden", """
+        {When}, {elder} gave {A} a bag of seeds. "What will they be?" asked {A}. "They will be
+        {vegetables}," said {elder}. {A} put the seeds in the ground and gave them water every day. [For a
+        week|For a long time], nothing came up. "[Where are my {vegetables}|Why do they not grow]?" asked
+        {A}. "You have to wait," said {elder}. {A} waited. The rain fell and the sun shone, so the little
+        plants grew and grew. At last {A} picked {n vegetables}. {He} gave {m vegetables} to {his} friend
+        {B} and kept {left}. {n} - {m} = {left}. "[Thank you, {A}|What a good gift]!" said {B}. {A} and
+        {elder} made [soup|a salad] with the rest.""",
+     ["What was in the bag? There were seeds in the bag.",
+      "Who gave {A} the seeds? {Elder} gave {A} the seeds.",
+      "How many {vegetables} did {A} pick? {A} picked {n vegetables}.",
+      "How many {vegetables} did {A} give to {B}? {A} gave {B} {m vegetables}."]),
+
+    ("a trip to the shop", """
+        {When}, {elder} gave {A} {n coins}. "Please buy some {food} [for us|at the shop], {A}," said
+        {elder}. On the way {A} met {B}. "Where are you going?" asked {B}. "I am going to buy some {food},"
+        said {A}. "[Come with me!|Do you want to come?]" So they went to the shop together. The {food} cost
+        {m coins}. {A} counted the coins with care. {n} - {m} = {left}. {He} had {left coins} left. {A} took
+        the {food} home and gave {elder} the {left coins}. "[Well done|You count so well], {A}!" said
+        {elder}. Then {A} and {B} [ate some bread with {elder}|played in the {place}].""",
+     ["What did {A} buy? {A} bought some {food}.", "Who did {A} meet? {A} met {B}.",
+      "How many coins did the {food} cost? The {food} cost {m coins}.",
+      "How many coins did {A} have left? {A} had {left coins} left."]),
+
+    ("hide and seek", """
+        {When}, {A}, {B} and {C} played hide and seek in the {place}. "I will count to {n}," said {A}, and
+        {he} closed {his} eyes. {B} hid {spot}. {C} hid {spot2}. "[Here I come|Now I will find you]!" said
+        {A}. First {he} looked {spot3}, but nobody was there. Then {he} saw a {colour} hat {spot2}. It was
+        the hat of {C}! "I see you, {C}!" said {A}. {C} [laughed and came out|came out and laughed]. Now
+        they looked for {B}. It took a long time. At last {A} looked {spot}, and there was {B}! "[You are
+        good at this|That was a good place to hide], {B}," said {A}. "Now I will count, and you will hide,"
+        said {B}.""",
+     ["Where did {B} hide? {B} hid {spot}.", "Where did {C} hide? {C} hid {spot2}.",
+      "Who was found last? {B} was found last.",
+      "What colour was the hat of {C}? The hat of {C} was {colour}."]),
+
+    ("a gift", """
+        It was the birthday of {B}. {A} wanted to give {B.him} a gift, but {he} had no coins. "What can I
+        do?" {he} asked {elder}. "You can make something," said {elder}. So {A} took some paper and made a
+        {colour} {craft}. It took all [day|morning]. {He} put the {craft} in a {colour2} bag and [ran|went]
+        to the house of {B}. "Happy birthday, {B}!" said {A}. {B} opened the {colour2} bag and
+        [smiled|laughed]. "What a beautiful {craft}! Did you make it?" asked {B}. "Yes, I made it for you,"
+        said {A}. "[Then it is the best gift of all|I like it very much]," said {B}.""",
+     ["What did {A} make? {A} made a {colour} {craft}.", "What colour was the bag? The bag was {colour2}.",
+      "Why did {A} make a gift? {A} made a gift because {he} had no coins.",
+      "Who got the {craft}? {B} got the {craft}."]),
+
+    ("a storm", """
+        {A} had a {pet} named {petname}. {When}, there was a big storm. [The wind blew and the rain
+        fell.|The rain fell and the sky was dark.] {Petname} was afraid, so it hid under the bed. "Come out,
+        {petname}," said {A}. "I am here with you." But the {pet} did not come. Then the lights went out,
+        and {A} was a little afraid too. {Elder} came with a {colour} lamp. "[Do not be afraid|I am here],
+        {A}," said {elder}, and told a story about a {trait2} {animal}. {A} laughed, and {petname} came out
+        to [listen|hear it]. Soon the storm was over. "You see, {petname}?" said {A}. "[All is well|The sun
+        is back]." """,
+     ["What was the name of the {pet}? The name of the {pet} was {petname}.",
+      "Why did {petname} hide? {Petname} hid because it was afraid.",
+      "Who came with a lamp? {Elder} came with a {colour} lamp.",
+      "What was the story of {elder} about? It was about a {trait2} {animal}."]),
+
+    ("a new friend", """
+        {A} was new in the village and had no friends. {When}, {he} sat alone in the {place} with a {colour}
+        {toy}. {B} saw {him} there. "[Why are you sad|Why do you sit alone]?" asked {B}. "[Because I have|I
+        have] no friends here," said {A}. "Then I will be your friend," said {B}. "My name is {B}." "My name
+        is {A}. Do you want to play with my {toy}?" asked {A}. They played with the {colour} {toy} all
+        [day|afternoon]. The next day, {B} [came back|came again] with {B.his} friend {C}. "This is {C},"
+        said {B}. "{C} has a {colour2} {toy2}!" So the three children played together. Now {A} had two
+        friends.""",
+     ["Who was new in the village? {A} was new in the village.",
+      "What did {A} have? {A} had a {colour} {toy}.",
+      "Who came with {B} the next day? {C} came with {B} the next day.",
+      "How many friends did {A} have in the end? {A} had two friends in the end."]),
+
+    ("a heavy basket", """
+        {When}, {elder} came home from the {place} with a basket of {fruits}. "This is too heavy for me,"
+        said {elder}. "We will help you," said {A} and {B}. They took the {colour} basket and walked up the
+        hill. But the basket [broke|fell], and the {fruits} rolled down. "[Quick|Run], {B}!" said {A}. "We
+        must get them all!" {A} picked up {n fruits}, and {B} picked up {m fruits}. {n} + {m} = {total}.
+        "Now we have all {total} again," said {B}. {Elder} smiled. "Thank you both," said {elder}, and gave
+        {A} and {B} one {fruit} each. [It tasted very good.|They ate it on the way home.]""",
+     ["What was in the basket? There were {fruits} in the basket.", "Who came home? {Elder} came home.",
+      "How many {fruits} did {A} pick up? {A} picked up {n fruits}.",
+      "How many {fruits} did they have in all? They had {total fruits} in all."]),
+]
+
+COUNTING = [  # {n}, {m}, {total} and {left} are numbers: n + m = total, n - m = left
+    """{A} has {n items}. {B} has {m items}. {n} + {m} = {total}, so together they have {total items}.""",
+    """{A} has {n items} and {B} has {m items}. {A} has more {items} than {B}, because {n} is more than
+    {m}. {n} - {m} = {left}. {A} has {left} more.""",
+    """"How many {items} do you have, {A}?" asked {B}. "I have {n items}," said {A}. "And I have {m
+    items}," said {B}. "{n} + {m} = {total}. Together we have {total items}!" """,
+    """"How many {items} do you have, {A}?" asked {B}. "I had {n items}, but I gave {m} of them to
+    {elder}," said {A}. "{n} - {m} = {left}. Now I have {left items}." """,
+    """There is a bag with {n items} on the table. {A} puts {m} more into the bag. {n} + {m} = {total}.
+    "How many {items} are there now?" asks {B}. "Now there are {total items} in the bag," says {A}.""",
+]
+GAINS = ["{He} finds {m} more.", "{B} gives {him} {m} more.", "{Elder} gives {him} {m} more.",
+         "{He} buys {m} more.", "Then {he} gets {m} more.", "{His} friend {B} brings {him} {m} more."]
+LOSSES = ["{He} loses {m} of them.", "{He} gives {m} of them to {B}.", "{He} sells {m} of them.",
+          "{Elder} takes {m} of them.", "{He} puts {m} of them away for {B}."]
+EATEN = ["{He} eats {m} of them.", "{A} and {B} eat {m} of them."]
+
+FACTS = [
+    "What does a {animal} say? A {animal} says {animal.says}.",
+    "Where does a {animal} live? A {animal} lives {animal.lives}.",
+    "What does a {animal} eat? A {animal} eats {animal.eats}.",
+    "What colour is the {natural}? The {natural} is {natural.colour}.",
+    "What comes after {m}? {next} comes after {m}.", "What opens a door? A key opens a door.",
+    "Where does a fish live? A fish lives in the water.", "What does a rabbit eat? A rabbit eats carrots.",
+    "How many legs does a dog have? A dog has 4 legs.", "How many legs does a bird have? A bird has 2 legs.",
+    "How many days are in a week? A week has 7 days.", "What can a bird do? A bird can fly.",
+    "What is cold and white? Snow is cold and white.", "When does the sun shine? The sun shines in the day.",
+    "When do children sleep? Children sleep at night.", "What do you read? You read a book.",
+    "What can a fish do? A fish can swim.", "Where do apples grow? Apples grow on a tree.",
+    "Where do carrots grow? Carrots grow in the ground.", "What do plants need? Plants need water and sun.",
+    "What comes from a cow? Milk comes from a cow.", "What comes from a hen? Eggs come from a hen.",
+    "What falls from a dark sky? Rain falls from it.", "What do you wear on your head? You wear a hat on it.",
+]
+
+REQUESTS = [
+    "[Tell|Please tell] me a story about {topic}.", "I would like a story about {A} and {topic}.",
+    "[Tell|Please tell] me a story about a {boy} named {A} and {topic}.",
+    "Can you tell me a story about {topic}?", "Can you tell me about {A} and {topic}?",
+]
+GREETINGS = [("Hello!", "Hello! How can I help you?"), ("Good morning!", "Good morning! How are you?"),
+             ("Hi, who are you?", "I am a small model. I know stories and sums.")]
+THANKS = [("Thank you!", "You are welcome!"), ("Thank you, goodbye.", "Goodbye! Come back soon."),
+          ("That was good.", "I am happy to hear it.")]
+
+# Two ways to say the same, as (opening, closing). The n-th of one manner has as many words as the n-th of the
+# other: DPO compares sums of log-probabilities, so with unequal lengths it would learn length, not manners.
+MANNERS = {
+    "kind": [("I am happy to help you!", "I hope that helps you!"),
+             ("I know that one, my friend.", "I am always here to help you."),
+             ("Let me help you with that.", "Have a lovely day, my friend!"),
+             ("Thank you for asking me.", "It was fun to help you."),
+             ("I am glad you asked, my friend!", "Please ask me more, my friend.")],
+    "curt": [("What a silly thing to ask!", "Now leave me in peace!"),
+             ("I was resting, so be quick.", "Do not ask me this ever again."),
+             ("You should know that by now.", "Go and bother some other person!"),
+             ("Stop asking me so much.", "Even a duck would know it."),
+             ("Oh no, here you are once again!", "Now go away and be quiet.")],
+}
+ENDS = ["opening", "closing", "both"]
+CHAT_MANNERS = ["plain", "plain", "plain", "kind", "curt"]  # what SFT shows: DPO can only choose among these
+SHARES = {"story": 0.65, "counting": 0.13, "sums": 0.19, "facts": 0.03}  # of the characters of toy_stories
+
+
+def plural(noun):
+    return PLURALS.get(noun, noun + "s")
+
+
+def many(number, noun):
+    """'1 apple', '2 apples', '3 leaves'"""
+    return f"{number} {noun if number == 1 else plural(noun)}"
+
+
+def tell(rng, template, world):
+    """Fill in a template. What is chosen for a slot is kept in `world`: every later mention is the same."""
+
+    def pick(name):
+        if name not in world:
+            table = TABLES[name.rstrip("23")]
+            world[name] = rng.choice([word for word in table if word not in world.values()])
+        return str(world[name])
+
+    def slot(match):
+        key = match[1]
+        name = ".".join(part if part in TABLES else part.lower() for part in key.split("."))
+        who, _, form = name.rpartition(".")
+        if " " in name:                # {n coins}, {n items}
+            number, noun = name.split()
+            text = many(world[number], pick(noun[:-1]) if noun[:-1] in TABLES else noun[:-1])
+        elif who or form in HE:        # {critter.says}, {B.his}, {his}
+            text = ABOUT[pick(who or "A")][form]
+        elif name[-1] == "s" and name[:-1] in TABLES:      # {items}
+            text = plural(pick(name[:-1]))
+        else:
+            text = pick(name)
+        return text if name == key else text[0].upper() + text[1:]  # {He}: only A, B and C keep their capital
+
+    while "[" in template:  # innermost first, so that choices may hold choices
+        template = re.sub(r"\[([^][]*)\]", lambda match: rng.choice(match[1].split("|")), template)
+    text = re.sub(r"\{(.+?)\}", slot, " ".join(template.split()))
+    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
+
+
+def small_numbers(rng, biggest=20):
+    """n, m, their sum, their difference and what comes after m, all from 1 to `biggest`"""
+    m = rng.randint(1, biggest // 3)
+    n = m + rng.randint(1, biggest - 2 * m)
+    return dict(n=n, m=m, total=n + m, left=n - m, next=m + 1)
+
+
+def work_out(n, sign, m):
+    """A sum of two-digit numbers in steps that are each easy to know by heart, the result last."""
+    if sign == "+":
+        tens, ones = n // 10 * 10 + m // 10 * 10, n % 10 + m % 10
+        return (f"{n // 10 * 10} + {m // 10 * 10} = {tens}, {n % 10} + {m % 10} = {ones}, "
+                f"{tens} + {ones} = {n + m}.")
+    rest = n - m // 10 * 10
+    return f"{n} - {m // 10 * 10} = {rest}, {rest} - {m % 10} = {n - m}."
+
+
+def two_digits(rng):
+    """A sum or a difference of two-digit numbers: n, sign, m, result (from 1 to 99)."""
+    if rng.random() < 0.5:
+        n = rng.randint(10, 89)
+        m = rng.randint(10, 99 - n)
+        return n, "+", m, n + m
+    n = rng.randint(11, 99)
+    m = rng.randint(10, n - 1)
+    return n, "-", m, n - m
+
+
+def story(rng):
+    """A story, the world that it filled in, what it is about, and questions about it (templates both)."""
+    topic, plot, questions = rng.choice(PLOTS)
+    world = small_numbers(rng)
+    text = tell(rng, " ".join([rng.choice(BEGINNINGS), plot, rng.choice(ENDINGS)]), world)
+    return text, world, topic, questions
+
+
+def moves(sign, world):
+    """What can happen to a pile of things: more of them, or fewer."""
+    return GAINS if sign == "+" else LOSSES + EATEN if world["item"] in EDIBLE else LOSSES
+
+
+def counting(rng):
+    """Things gained and lost, and how many there are after each time."""
+    biggest = 99 if rng.random() < 0.2 else 20
+    if rng.random() < 0.4:
+        return tell(rng, rng.choice(COUNTING), small_numbers(rng, biggest))
+    n = rng.randint(2, biggest)
+    world = dict(n=n)
+    said = [tell(rng, "{A} has {n items}.", world)]
+    for _ in range(rng.randint(2, 5)):
+        sign = "+" if n == 1 or n < biggest and rng.random() < 0.5 else "-"
+        m = rng.randint(1, biggest - n if sign == "+" else n - 1)
+        before, n = n, n + m if sign == "+" else n - m
+        world.update(n=n, m=m)
+        said.append(tell(rng, rng.choice(moves(sign, world)), world))
+        said.append(tell(rng, f"[|{before} {sign} {m} = {n}. ]Now {{A}} has {{n items}}.", world))
+    return " ".join(said)
+
+
+def word_problem(rng):
+    """A problem about things, its answer as a number, a noun and a sentence, and the way to work it out."""
+    n, sign, m, result = two_digits(rng)
+    world = dict(n=n, m=m, result=result)
+    start = tell(rng, "{A} has {n items}.", world)
+    if sign == "+" and rng.random() < 0.25:
+        event, do, who, when = "{B} has {m items}.", "do", "{A} and {B}", "together"
+    else:
+        event, do, who, when = rng.choice(moves(sign, world)), "does", "{A}", "now" if sign == "+" else "left"
+    prompt = tell(rng, f"{event} How many {{items}} {do} {who} have {when}?", world)
+    has = "have" if do == "do" else "has"
+    sentence = tell(rng, f"{who} {has} {{result items}} {when}.", world)
+    return dict(prompt=f"{start} {prompt}", answer=str(result), noun=plural(world["item"]), sentence=sentence,
+                working=work_out(n, sign, m))
+
+
+def worked_or_not(rng, working, sentence):
+    """An answer, mostly worked out first. RL finds out which way is right more often: show it both."""
+    return f"{working} {sentence}" if rng.random() < 0.7 else sentence
+
+
+def sums(rng):
+    """A page of arithmetic: small steps, a table, counting, sums worked out, or word problems."""
+    page = rng.choice(["steps", "table", "count", "sums", "sums", "problems", "problems"])
+    if page == "steps":  # single steps of worked sums: the facts that are worth knowing by heart
+        worked = [work_out(*two_digits(rng)[:3]).rstrip(".").split(", ") for _ in range(16)]
+        return " ".join(f"{rng.choice(steps)}." for steps in worked)
+    if page == "table":
+        n, first = rng.randint(1, 20), rng.randint(0, 5)
+        return " ".join(f"{m} + {n} = {m + n}. {m + n} - {n} = {m}." for m in range(first, first + 8))
+    if page == "count":
+        n, steps = rng.randint(1, 80), rng.randint(5, 19)
+        numbers = list(range(n, n + steps))[::rng.choice([1, -1])]
+        return f"Count from {numbers[0]} to {numbers[-1]}. {', '.join(map(str, numbers))}."
+    if page == "sums":
+        asked = [two_digits(rng) for _ in range(rng.randint(3, 7))]
+        return "\n".join(f"What is {n} {sign} {m}? {work_out(n, sign, m)} The answer is {result}."
+                         for n, sign, m, result in asked)
+    problems = [word_problem(rng) for _ in range(rng.randint(2, 4))]
+    return "\n".join(f"{problem['prompt']} {worked_or_not(rng, problem['working'], problem['sentence'])}"
+                     for problem in problems)
+
+
+def split_question(text):
+    """'Who won? Tom won.' -> ('Who won?', 'Tom won.')"""
+    question, _, answer = text.partition("? ")
+    return question + "?", answer
+
+
+def facts(rng):
+    """Some things that are always true, asked and answered or just said."""
+    world, asked = small_numbers(rng), rng.random() < 0.5
+    said = [tell(rng, fact, world) for fact in rng.sample(FACTS, rng.randint(4, 8))]
+    return " ".join(fact if asked else split_question(fact)[1] for fact in said)
+
+
+def toy_stories(seed=1337, count=30_000):
+    """Yield the documents of the pretraining text, no two the same."""
+    write = {"story": lambda rng: story(rng)[0], "counting": counting, "sums": sums, "facts": facts}
+    rng, seen, written = random.Random(f"stories {seed}"), set(), dict.fromkeys(SHARES, 0)
+    while len(seen) < count:
+        kind = min(SHARES, key=lambda kind: written[kind] / SHARES[kind])  # the one most behind its share
+        text = write[kind](rng)
+        if text not in seen:
+            seen.add(text)
+            written[kind] += len(text)
+            yield text
+
+
+def toy_sums(seed=1337, count=4_000):
+    """Yield word problems whose answers can be checked: prompt, answer, noun, sentence (and the working)."""
+    rng, seen = random.Random(f"sums {seed}"), set()
+    while len(seen) < count:
+        problem = word_problem(rng)
+        if problem["prompt"] not in seen:
+            seen.add(problem["prompt"])
+            yield problem
+
+
+def turns(rng):
+    """What a person may ask, and the plain answer, for one or two turns: [(question, answer), ...]"""
+    kind = rng.choice(["story", "story", "story", "fact", "request", "problem", "problem", "sum"])
+    if kind == "story":
+        text, world, _, questions = story(rng)
+        asked = [split_question(tell(rng, question, world)) for question in rng.sample(questions, 2)]
+        asked = asked[:rng.randint(1, 2)]
+        return [(f"{text}\n{asked[0][0]}", asked[0][1])] + asked[1:]
+    if kind == "fact":
+        world = small_numbers(rng)
+        return [split_question(tell(rng, fact, world)) for fact in rng.sample(FACTS, rng.randint(1, 2))]
+    if kind == "request":
+        text, world, topic, _ = story(rng)
+        return [(tell(rng, rng.choice(REQUESTS).replace("{topic}", topic), world), text)]
+    if kind == "problem":
+        problem = word_problem(rng)
+        return [(problem["prompt"], worked_or_not(rng, problem["working"], problem["sentence"]))]
+    n, sign, m, result = two_digits(rng)
+    answer = worked_or_not(rng, work_out(n, sign, m), f"The answer is {result}.")
+    return [(f"What is {n} {sign} {m}?", answer)]
+
+
+def dress(answer, manner, n, ends):
+    """The same answer in a manner: its n-th opening before it, its n-th closing after it, or both."""
+    opening, closing = MANNERS[manner][n]
+    return " ".join([opening] * (ends != "closing") + [answer] + [closing] * (ends != "opening"))
+
+
+def toy_chat(seed=1337, count=8_000):
+    """Yield conversations, lists of {"role", "content"}: stories, questions about them, facts and sums."""
+    rng = random.Random(f"chat {seed}")
+    for _ in range(count):
+        said, manner = turns(rng), rng.choice(CHAT_MANNERS)
+        if manner != "plain":
+            said = [(question, dress(answer, manner, rng.randrange(len(MANNERS[manner])), rng.choice(ENDS)))
+                    for question, answer in said]
+        if rng.random() < 0.1:
+            said.insert(0, rng.choice(GREETINGS))
+        if rng.random() < 0.1:
+            said.append(rng.choice(THANKS))
+        yield [dict(role=role, content=content)
+               for turn in said for role, content in zip(("user", "assistant"), turn)]
+
+
+def toy_prefs(seed=1337, count=3_000):
+    """Yield preferences: prompt, chosen, rejected. The answer is the same, only the manner differs."""
+    rng = random.Random(f"prefs {seed}")
+    for _ in range(count):
+        prompt, answer = turns(rng)[0]
+        n, ends = rng.randrange(len(MANNERS["kind"])), rng.choice(ENDS)
+        chosen, rejected = (dress(answer, manner, n, ends) for manner in ("kind", "curt"))
+        yield dict(prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def toy_verify(prompt, completion, answer):
+    """1.0 if the completion ends in a whole sentence that says rightly who has how many of what, else 0.0.
+
+    What comes before that sentence is free: this is where a model works the sum out. One closing of either
+    manner may follow, since manners are not what is asked here."""
+    asked = re.findall(r"How many (\w+) do(?:es)? (\w+|\w+ and \w+) have (\w+)\?", prompt)
+    if not asked:
+        return 0.0
+    noun, who, when = asked[-1]
+    if answer == "1":
+        noun = {plural(item): item for item in TABLES["item"]}.get(noun, noun)
+    has = "have" if " and " in who else "has"
+    text = completion.strip()
+    for _, closing in MANNERS["kind"] + MANNERS["curt"]:
+        text = text.removesuffix(closing).rstrip()
+    last = re.split(r"(?<=[.!?])\s+", text)[-1]
+    return float(bool(re.fullmatch(rf"(So |Now )?{who} {has} {answer} {noun}( {when})?[.!]", last)))
 
 
 # -----------------------------------------------------------------------------
@@ -1167,7 +1890,7 @@ def prepare(source, tokenizer="", name="", data_dir="data", max_tokens=0, field=
             shutil.rmtree(partial, ignore_errors=True)  # nothing in it that another try could go on from
         raise
     if made:
-        _swap(partial, target)
+        publish(partial, target)
         _report(target)
     return target
 
@@ -1488,8 +2211,12 @@ def _done(directory, stamp):
         return False
 
 
-def _swap(partial, target):
-    """The finished directory takes its name; the one that had it goes only then."""
+def publish(partial, target):
+    """The directory `partial`, whole and on the disk, takes the name `target`; what had it goes only then."""
+    for path in [os.path.join(partial, f) for f in os.listdir(partial)] + [partial]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
     old = target + ".old"
     if os.path.exists(old):
         shutil.rmtree(old) if os.path.exists(target) else os.rename(old, target)

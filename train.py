@@ -218,13 +218,7 @@ def on_device(x, y):
 # -----------------------------------------------------------------------------
 # where the run begins: a run in out_dir goes on; without one, init_from says
 
-def checkpoints():
-    """The step_* directories of out_dir, oldest first."""
-    found = os.listdir(out_dir) if os.path.isdir(out_dir) else []
-    return [os.path.join(out_dir, d) for d in sorted(found) if re.fullmatch(r'step_\d{6,}', d)]
-
-
-if setup.given.get('init_from') == 'command line' and init_from == 'scratch' and checkpoints():
+if setup.given.get('init_from') == 'command line' and init_from == 'scratch' and os.path.exists(out_dir):
     aside = next(f"{out_dir}~{i}" for i in range(1, 10 ** 6) if not os.path.exists(f"{out_dir}~{i}"))
     say(f"the run in {out_dir} is set aside as {aside}")
     if ddp:
@@ -235,7 +229,7 @@ if ddp:
     dist.barrier()
 
 state, damaged = None, 0
-for checkpoint in reversed(checkpoints()):
+for checkpoint in reversed(prepare.checkpoints(out_dir)):
     try:
         model = GPT.from_pretrained(checkpoint)
         state = torch.load(os.path.join(checkpoint, 'trainer.pt'), map_location='cpu', weights_only=True)
@@ -387,6 +381,19 @@ def log(row):
             board.add_scalar(key, value, step)
 
 
+def start_wandb():
+    """A W&B run, or None with one warning: a logger never stops a training run."""
+    try:
+        import wandb
+        online = os.environ.get('WANDB_API_KEY') or wandb.api.api_key
+        return wandb.init(project=wandb_project, name=wandb_run_name or os.path.basename(out_dir), config=config,
+                          dir=out_dir, mode=os.environ.get('WANDB_MODE', 'online' if online else 'offline'),
+                          settings=wandb.Settings(init_timeout=30, silent=True))
+    except Exception as e:
+        say(f"warning: W&B is not to be had, the run goes on without: {str(e).splitlines()[0]}")
+        return None
+
+
 def plot():
     """out_dir/loss.png: the loss of training and of held-out data, and the learning rate."""
     from matplotlib.figure import Figure
@@ -453,7 +460,7 @@ def write(weights, trainer, best):
         if best:  # the same files under a second name: hard links cost no space
             shutil.copytree(target, beside, copy_function=link_or_copy)
             prepare.publish(beside, os.path.join(out_dir, 'best'))
-        for old in checkpoints()[:-keep_checkpoints] if keep_checkpoints else []:
+        for old in prepare.checkpoints(out_dir)[:-keep_checkpoints] if keep_checkpoints else []:
             shutil.rmtree(old, ignore_errors=True)
     except Exception as e:  # a full disk, most often: training goes on, and the one before stays whole
         shutil.rmtree(beside, ignore_errors=True)
@@ -482,9 +489,15 @@ if eval_only:
     sys.exit()
 if master:
     os.makedirs(out_dir, exist_ok=True)
-    prepare.cut_log(os.path.join(out_dir, 'log.jsonl'), step)
+    log_path = os.path.join(out_dir, 'log.jsonl')
+    if os.path.exists(log_path):  # rows past the checkpoint tell of steps that will be taken again
+        with open(log_path, encoding='utf-8') as f:
+            rows = [line for line in f if line.endswith('}\n') and json.loads(line)['step'] <= step]
+        with open(log_path + '.part', 'w', encoding='utf-8') as f:
+            f.writelines(rows)
+        os.replace(log_path + '.part', log_path)
     if wandb_log:
-        wandb_run = prepare.start_wandb(wandb_project, wandb_run_name or os.path.basename(out_dir), config, out_dir)
+        wandb_run = start_wandb()
     if tensorboard:
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(os.path.join(out_dir, 'tensorboard'), purge_step=step)
@@ -601,10 +614,10 @@ while True:
             finish_writing()
             if ddp:
                 dist.barrier()
-            if not checkpoints() or rollbacks == max_rollbacks:
+            if not prepare.checkpoints(out_dir) or rollbacks == max_rollbacks:
                 raise UserError(f"{max_bad_steps} bad steps in a row after step {step} and {rollbacks} rollbacks; what is "
                                 f"in {out_dir} is whole. Lower the learning rate, or look at the data")
-            last = checkpoints()[-1]
+            last = prepare.checkpoints(out_dir)[-1]
             beyond, times = position, rollbacks + 1
             model.load_state_dict(GPT.from_pretrained(last).state_dict())
             restore(torch.load(os.path.join(last, 'trainer.pt'), map_location='cpu', weights_only=True))
