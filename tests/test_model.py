@@ -1,0 +1,266 @@
+"""The model: its sizes, its loss, its optimizers, its cache."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+
+from configurator import UserError
+from model import (GPT, GPTConfig, Muon, documents, linear_cross_entropy, make_optimizers, orthogonalize, sample_token,
+                   schedule_factor)
+
+SMALL = dict(vocab_size=97, block_size=48, n_layer=3, n_head=4, n_embd=64)
+LLAMA = dict(n_kv_head=2)
+GPT2 = dict(norm="layernorm", mlp="gelu", pos="learned", bias=True)
+ALL = dict(n_kv_head=2, qk_norm=True, nope_every=2, embed_scale=True, tie_embeddings=False, head_dim=24)
+
+
+def make(**keys):
+    model = GPT(GPTConfig(**{**SMALL, **keys})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn_like(p)
+    return model
+
+
+# --- shapes and their contradictions
+
+@pytest.mark.parametrize("keys, said", [
+    (dict(n_embd=65), "n_embd=65 is not divisible by n_head=4"), (dict(n_kv_head=3), "n_head=4 .* n_kv_head=3"),
+    (dict(block_size=64, max_positions=32), "block_size=64 is beyond max_positions=32"),
+    (dict(norm="batchnorm"), "norm='batchnorm': expected one of 'rmsnorm', 'layernorm'"),
+    (dict(head_dim=15), "head_dim=15"), (dict(dropout=1.0), "dropout=1.0"), (dict(n_layer=0), "n_layer=0")])
+def test_contradictions_are_named(keys, said):
+    with pytest.raises(UserError, match=said) as e:
+        GPTConfig(**{**SMALL, **keys})
+    assert "\n" not in str(e.value)
+
+
+def test_zero_follows():
+    c = GPTConfig(n_embd=576, n_head=9, block_size=128)
+    assert (c.n_kv_head, c.head_dim, c.ffn_dim, c.max_positions) == (9, 64, 1536, 128)
+    assert GPTConfig(n_embd=960, n_head=15).ffn_dim == 2560 and GPTConfig(mlp="gelu", pos="learned").ffn_dim == 3072
+
+
+def test_longer_than_the_positions_is_refused():
+    with pytest.raises(UserError, match="49 tokens are beyond max_positions=48"):
+        make()(torch.zeros(1, 49, dtype=torch.long))
+
+
+# --- forward and loss
+
+@pytest.mark.parametrize("keys", [LLAMA, GPT2, ALL])
+def test_no_token_sees_a_later_one(keys):
+    model, idx = make(**keys), torch.randint(97, (2, 20))
+    changed = idx.clone()
+    changed[:, 12:] = (changed[:, 12:] + 1) % 97
+    a, b = model(idx)[0], model(changed)[0]
+    assert torch.equal(a[:, :12], b[:, :12]) and (a[:, 12:] - b[:, 12:]).abs().amax(-1).min() > 1e-4
+
+
+@pytest.mark.parametrize("keys", [LLAMA, GPT2, ALL])
+def test_loss_and_gradients_equal_the_plain_way(keys, monkeypatch):
+    monkeypatch.setattr("model.LOGITS_IN_A_CHUNK", {"cpu": 97 * 5})  # several chunks, the last one short
+    model, idx, targets = make(**keys), torch.randint(97, (11, 48)), torch.randint(97, (11, 48))
+    targets[torch.rand(targets.shape) < 0.3] = -1
+    _, loss = model(idx, targets)
+    loss.backward()
+    ours = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    plain = F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten(), ignore_index=-1)
+    plain.backward()
+    assert abs(loss.item() - plain.item()) < 1e-5
+    for a, p in zip(ours, model.parameters()):
+        assert (a - p.grad).abs().max() < 1e-5
+
+
+def test_no_target_gives_zero_and_zero_gradients():
+    x, w = torch.randn(6, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
+    loss = linear_cross_entropy(x, w, torch.full((6,), -1))
+    loss.backward()
+    assert loss.item() == 0 and not x.grad.any() and not w.grad.any()
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model, idx = make(**LLAMA).train(), torch.randint(97, (2, 48))
+    grads = []
+    for model.grad_checkpoint in (False, True):
+        model.zero_grad()
+        model(idx, idx)[1].backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("keys", [LLAMA, GPT2, dict(nope_every=2), dict(qk_norm=True)])
+def test_packed_documents_are_as_if_alone(keys):
+    """The logits of a document in a packed window are those that it has alone, positions restarted."""
+    model, eos = make(**keys), 0
+    docs = [torch.cat([torch.randint(1, 97, (n,)), torch.tensor([eos])]) for n in (9, 1, 21, 13)]
+    window = torch.cat(docs)[None, :48]
+    packed = model(window, docs=documents(window, eos))[0][0]
+    start = 0
+    for doc in docs:
+        doc = doc[:48 - start]
+        assert (model(doc[None])[0][0] - packed[start:start + len(doc)]).abs().max() < 1e-5
+        start += len(doc)
+    assert (model(window)[0][0] - packed).abs().max() > 1e-3  # and without the mask they are not
+
+
+def test_initial_sizes():
+    model = GPT(GPTConfig(**{**SMALL, "n_layer": 8, "n_embd": 128}))
+    assert abs(model.blocks[3].attn.qkv.weight.std() - 0.02) < 2e-3
+    assert abs(model.blocks[3].mlp.down.weight.std() - 0.02 / 4) < 5e-4  # sqrt(2 * 8)
+    cut = GPT(GPTConfig(**SMALL, init="trunc_normal", init_std=0.1, scale_residual=False)).blocks[0].mlp.down.weight
+    assert cut.abs().max() <= 0.3 and cut.std() > 0.09
+    unit = GPT(GPTConfig(**SMALL, unit_embed=True))
+    assert abs(unit.embed.weight.std() - 1) < 0.05 and torch.allclose(unit.norm.weight, torch.tensor(64 ** -0.5))
+
+
+# --- generation
+
+@pytest.mark.parametrize("keys", [LLAMA, GPT2, ALL])
+def test_cached_generation_equals_uncached(keys):
+    model, idx = make(**keys), torch.randint(97, (3, 7))
+    out = model.generate(idx, 40, temperature=0)
+    assert out.shape == (3, 47)
+    for t in range(7, 47):
+        assert torch.equal(model(out[:, :t])[0][:, -1].argmax(-1), out[:, t])
+
+
+@pytest.mark.parametrize("keys", [LLAMA, GPT2, ALL])
+def test_cached_logits_equal_uncached(keys):
+    from model import KVCache
+    model, idx = make(**keys), torch.randint(97, (3, 30))
+    cache = KVCache(model.config, 3, 30, "cpu", torch.float32)
+    parts = [model.head(model.hidden(idx[:, a:b], cache=cache)) for a, b in ((0, 11), (11, 12), (12, 20), (20, 30))]
+    assert (torch.cat(parts, 1) - model(idx)[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("keys", [LLAMA, GPT2, ALL])
+def test_prompts_of_different_lengths_share_a_batch(keys):
+    model, lengths = make(**keys), [3, 9, 6]
+    prompts = [torch.randint(97, (n,)) for n in lengths]
+    pad = torch.tensor([9 - n for n in lengths])
+    batch = torch.stack([F.pad(p, (9 - len(p), 0)) for p in prompts])
+    together = model.generate(batch, 20, temperature=0.9, seed=3, pad=pad)
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(prompt[None], 20, temperature=0.9, seed=3 + row)
+        assert torch.equal(together[row, 9:], alone[0, len(prompt):])
+
+
+def test_generation_ends_slides_and_repeats():
+    model, idx = make(**LLAMA), torch.randint(97, (2, 5))
+    long = model.generate(idx, 100, seed=1)  # beyond its 48 positions
+    assert long.shape == (2, 105) and long.max() < 97
+    assert torch.equal(long, model.generate(idx, 100, seed=1)) and not torch.equal(long, model.generate(idx, 100, seed=2))
+    stop = long[0, 8].item()
+    ended = model.generate(idx, 100, seed=1, stop=[stop])[0]
+    first = (ended[5:] == stop).nonzero()[0].item() + 5
+    assert torch.equal(ended[:first + 1], long[0, :first + 1]) and (ended[first:] == stop).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 12), st.floats(0.05, 1.0), st.floats(0.0, 0.999))
+def test_sampling_stays_within_top_k_and_top_p(k, p, u):
+    logits = torch.randn(4, 30)
+    token = sample_token(logits, torch.full((4,), u), 1.0, k, p)
+    ordered = logits.argsort(descending=True)
+    probs = logits.gather(1, ordered[:, :k]).softmax(-1)  # what is left by top_k
+    for row in range(4):
+        rank = (ordered[row] == token[row]).nonzero().item()
+        assert rank < k and probs[row, :rank].sum() < p
+
+
+def test_sampling_follows_the_probabilities():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(20000, 4)
+    counts = sample_token(logits, torch.rand(20000)).bincount(minlength=4) / 20000
+    assert (counts - logits[0].exp()).abs().max() < 0.015
+
+
+# --- optimizers and schedules
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (2, 48, 160)])
+def test_orthogonalize_against_the_svd(shape):
+    G = torch.randn(shape)
+    U, S, V = torch.linalg.svd(G, full_matrices=False)
+    out = orthogonalize(G, torch.float32)
+    # the singular vectors stay, the values become 1: all that are above the 1e-3 that it is made for
+    values = torch.diagonal(U.mT @ out @ V.mT, dim1=1, dim2=2)
+    assert (U @ torch.diag_embed(values) @ V - out).abs().max() < 1e-3
+    large = S / S.norm(dim=1, keepdim=True) > 2e-3
+    assert large.float().mean() > 0.9 and (values[large] - 1).abs().max() < 0.1
+    assert values.min() > 0 and values.max() < 1.1
+    assert (orthogonalize(G).float() - out).norm() / out.norm() < 0.1  # bf16
+
+
+def test_muon_steps_each_matrix_as_if_alone():
+    """Fused q, k, v and gate, up, wide and tall, all of one shape at once: the same as a loop over matrices."""
+    torch.manual_seed(1)
+    fused, tall, wide = (torch.nn.Parameter(torch.randn(s)) for s in ((32, 16), (24, 16), (16, 24)))
+    fused.parts = [16, 8, 8]
+    start = [p.detach().clone() for p in (fused, tall, wide)]
+    optimizer = Muon([fused, tall, wide], lr=0.1, momentum=0.9, weight_decay=0.5, dtype=torch.float32)
+    momenta = None
+    for _ in range(3):
+        grads = [torch.randn_like(p) for p in (fused, tall, wide)]
+        for p, g in zip((fused, tall, wide), grads):
+            p.grad = g.clone()
+        optimizer.step()
+        cut = lambda ts: [*ts[0].split([16, 8, 8]), ts[1], ts[2]]
+        momenta = momenta or [torch.zeros_like(g) for g in cut(grads)]
+        for p, g, m in zip(cut(start), cut(grads), momenta):
+            m.mul_(0.9).add_(0.1 * g)
+            u = 0.1 * g + 0.9 * m
+            u = orthogonalize(u.mT[None], torch.float32)[0].mT if u.shape[0] > u.shape[1] else \
+                orthogonalize(u[None], torch.float32)[0]
+            p.mul_(1 - 0.1 * 0.5).sub_(0.1 * math.sqrt(max(1, p.shape[0] / p.shape[1])) * u)
+    for p, s in zip((fused, tall, wide), start):
+        assert torch.allclose(p, s, atol=1e-5)
+
+
+def test_who_steps_what_and_what_decays():
+    model = GPT(GPTConfig(**SMALL, tie_embeddings=False))
+    adam, muon = make_optimizers(model, "muon", weight_decay=0.1)
+    hidden = {id(p) for n, p in model.named_parameters() if n.startswith("blocks.") and p.dim() == 2}
+    assert {id(p) for g in muon.param_groups for p in g["params"]} == hidden
+    decayed = lambda opt: {id(p) for g in opt.param_groups if g["weight_decay"] for p in g["params"]}
+    assert decayed(adam) == set() and decayed(muon) == hidden
+    adam, = make_optimizers(model, "adamw", weight_decay=0.1)
+    assert decayed(adam) == hidden
+    adam, = make_optimizers(model, "adamw", weight_decay=0.1, decay_embeddings=True)
+    assert decayed(adam) == {id(p) for p in model.parameters() if p.dim() == 2}
+    assert sum(len(g["params"]) for g in adam.param_groups) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_it_learns(optimizer):
+    model = GPT(GPTConfig(**SMALL))
+    opts = make_optimizers(model, optimizer, learning_rate=3e-3)
+    idx = torch.randint(97, (4, 49))
+    for _ in range(60):
+        loss = model(idx[:, :-1], idx[:, 1:])[1]
+        loss.backward()
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+    assert loss.item() < 0.5  # from ln(97) = 4.6: it knows the batch by heart
+
+
+def test_schedules_at_their_corners():
+    cosine = lambda s: schedule_factor(s, "cosine", 10, 100, 0.1)
+    assert cosine(0) == 1 / 11 and cosine(9) == 10 / 11 and cosine(10) == 1.0
+    assert cosine(55) == pytest.approx(0.55) and cosine(100) == cosine(500) == 0.1
+    wsd = lambda s, shape="linear": schedule_factor(s, "wsd", 10, 100, 0.0, 0.2, shape)
+    assert wsd(5) == 6 / 11 and wsd(10) == wsd(80) == 1.0 and wsd(90) == pytest.approx(0.5) and wsd(100) == 0
+    assert wsd(85, "1-sqrt") == pytest.approx(0.5) and wsd(99, "1-sqrt") < wsd(99) + 0.03
+    assert schedule_factor(10 ** 9, "constant", 10, 100) == 1.0
+    for step in range(200):  # nanoGPT's own numbers: 6e-4, 6e-5
+        ours = 6e-4 * schedule_factor(step, "cosine", 20, 150, 0.1)
+        if step < 20:
+            theirs = 6e-4 * (step + 1) / 21
+        elif step > 150:
+            theirs = 6e-5
+        else:
+            theirs = 6e-5 + 0.5 * (1 + math.cos(math.pi * (step - 20) / 130)) * (6e-4 - 6e-5)
+        assert ours == pytest.approx(theirs, abs=1e-12)
