@@ -42,7 +42,11 @@ if start.startswith('FILE:'):
             start = f.read()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"start={start}: {e}") from None
-directory = prepare.model_directory((out_dir or prepare.newest_run('out')) if init_from == 'resume' else init_from)
+if init_from == 'resume':
+    init_from = out_dir or prepare.newest_run('out')
+    if not os.path.isdir(init_from):
+        raise UserError(f"out_dir={out_dir}: no such directory")
+directory = prepare.model_directory(init_from)
 tokenizer = prepare.load_tokenizer(directory)
 model = GPT.from_pretrained(directory)
 device = pick_device(device)

@@ -572,7 +572,7 @@ while True:
     # the step: one mean over all targets of all micro-batches of all processes
     begun = time.perf_counter()
     factor = schedule_factor(step, schedule if decay_lr else 'constant', min(warmup_iters, max_iters),
-                             lr_decay_iters or max_iters, min_lr / learning_rate, decay_frac, decay_shape)
+                             lr_decay_iters or max_iters, min_lr / (learning_rate or 1), decay_frac, decay_shape)
     for opt in optimizers:
         for group in opt.param_groups:
             group['lr'] = group['base_lr'] * factor
@@ -618,10 +618,11 @@ while True:
                 raise UserError(f"{max_bad_steps} bad steps in a row after step {step} and {rollbacks} rollbacks; what is "
                                 f"in {out_dir} is whole. Lower the learning rate, or look at the data")
             last = prepare.checkpoints(out_dir)[-1]
-            beyond, times = position, rollbacks + 1
+            beyond, times, spent = position, rollbacks + 1, wall_s
             model.load_state_dict(GPT.from_pretrained(last).state_dict())
             restore(torch.load(os.path.join(last, 'trainer.pt'), map_location='cpu', weights_only=True))
-            position, rollbacks, bad_in_a_row, resumed_at = beyond, times, 0, step
+            position, rollbacks, wall_s, bad_in_a_row, resumed_at = beyond, times, spent, 0, step
+            marked = tokens_seen, train_s
             say(f"{max_bad_steps} bad steps in a row: back to {last}, past the data that did it")
             log({'event': 'rollback', 'position': position})
         continue

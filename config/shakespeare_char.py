@@ -16,7 +16,7 @@ tie_embeddings = False        # 66 characters: a head of its own costs 1% and ga
 unit_embed = False            # there are no names to copy in 64 characters
 rope_theta = 1000.0           # the slowest pair still turns within the window
 
-learning_rate = 2e-2
+learning_rate = 1e-2
 muon_lr = 0.012
 muon_momentum = 0.9           # a short memory: there are few steps
 max_iters = 1400
