@@ -1303,331 +1303,322 @@ def model_directory(where):
 
 
 # -----------------------------------------------------------------------------
-# The toy world: a language small enough to be learned in two minutes on a laptop, and big enough to see it
+# The toy world: a language small enough to be learned in minutes on a laptop, and big enough to see it
 # being learned: names stay the same through a story, "he" is a boy, sums are right.
 #
 # A story is a template. A slot like {thing} is chosen where it first appears and stays the same from then on:
 #   {thing} {thing2} {things}   a thing, another thing, several of the first
 #   {A} {he} {him} {his}        the hero and the hero's pronouns; {B} {B.he} {B.his} a friend
 #   {He} {B.His} {Thing}        the same with a capital, to begin a sentence
-#   {n coins}                   "1 coin", "2 coins": the numbers are n, m, total (n + m) and left (n - m)
+#   {n coins} {n.word}          "1 coin", "2 coins"; "two": n, m, total (n + m), left (n - m), next (m + 1)
 #   {animal.eats}               what ABOUT says of the animal
 #   [a|b|]                      one of these, or nothing; and "a" becomes "an" by itself
 # To add a plot, add an entry to PLOTS. There is nothing else to do.
 
 
-GIRLS = "Anna Lily Mia Sue Emma Zoe Rosa Kate Ella Nina Amy Lucy".split()
-BOYS = "Tom Ben Max Sam Leo Tim Jack Finn Noah Dan Paul Oscar".split()
-SHE = dict(he="she", him="her", his="her", boy="girl")
-HE = dict(he="he", him="him", his="his", boy="boy")
+def about(text, *facts):
+    """'cat, meow; dog, woof' and "says" -> {"cat": {"says": "meow"}, "dog": {"says": "woof"}}"""
+    rows = [row.split(", ") for row in " ".join(text.split()).split("; ")]
+    return {word: dict(zip(facts, told)) for word, *told in rows}
 
-ABOUT = {  # what is true of a word
-    **{name: SHE for name in GIRLS + ["Mum", "Grandma"]},
-    **{name: HE for name in BOYS + ["Dad", "Grandpa"]},
-    "cat": dict(says="meow", lives="in the house", eats="fish"),
-    "dog": dict(says="woof", lives="in the house", eats="meat"),
-    "duck": dict(says="quack", lives="on the pond", eats="bread"),
-    "hen": dict(says="cluck", lives="on the farm", eats="corn"),
-    "mouse": dict(says="squeak", lives="in a hole", eats="cheese"),
-    "bird": dict(says="tweet", lives="in a nest", eats="seeds"),
-    "lamb": dict(says="baa", lives="in the field", eats="grass"),
-    "cow": dict(says="moo", lives="on the farm", eats="grass"),
-    "horse": dict(says="neigh", lives="in the barn", eats="hay"),
-    "pig": dict(says="oink", lives="on the farm", eats="potatoes"),
-    "owl": dict(says="hoot", lives="in the forest", eats="mice"),
-    "grass": dict(colour="green"), "sky": dict(colour="blue"), "snow": dict(colour="white"),
-    "sun": dict(colour="yellow"), "night": dict(colour="black"), "mud": dict(colour="brown"),
-}
 
-TABLES = {  # the choices for each slot
-    "A": GIRLS + BOYS, "B": GIRLS + BOYS, "C": GIRLS + BOYS, "elder": ["Mum", "Dad", "Grandma", "Grandpa"],
-    "trait": "kind brave funny clever quiet cheerful good little".split(),
-    "when": ["one day", "one morning", "one sunny day", "one afternoon", "on Sunday", "one warm day"],
-    "colour": "red blue green yellow orange pink white brown purple black".split(),
-    "thing": "ball hat doll drum book bell key scarf umbrella cup ring bag shoe whistle".split(),
-    "toy": "boat car kite drum doll train robot wagon plane".split(),
-    "craft": "kite hat boat crown card box flag mask lamp".split(),
-    "place": "garden park forest field valley meadow village".split(),
-    "spot": ["under the bench", "behind the big tree", "behind the old wall", "next to the gate",
-             "near the well", "behind the bush", "in the barn", "by the fence", "in the tall grass",
-             "under the bridge"],
-    "food": "bread cheese cake pie salad pudding rice".split(),
-    "fruit": "apple pear plum orange peach cherry berry".split(),
-    "vegetable": "carrot bean tomato onion pumpkin".split(),
-    "item": "apple pear plum orange egg nut cookie shell stone stick leaf feather flower button card book "
-            "cup spoon pencil bead candle potato".split(),
-    "animal": "cat dog duck hen mouse bird lamb cow horse pig owl".split(),
-    "critter": "cat dog duck hen mouse bird lamb".split(),
-    "pet": "cat dog rabbit mouse kitten puppy".split(),
-    "petname": "Coco Spot Fluffy Biscuit Pepper Sunny Daisy Snowball".split(),
-    "natural": "grass sky snow sun night mud".split(),
+GIRLS = """Ada Alice Amy Anna Ava Bella Betty Carla Clara Dora Edith Ella Emma Eva Fay Fiona Gina Greta Hanna
+    Helen Holly Ida Iris Ivy Jane Jenny Jill Judy Julia Kate Kim Lara Laura Lena Lily Lisa Lola Lucy Maria Mia
+    Molly Nancy Nora Pam Polly Rita Rosa Ruby Ruth Sally Sara Stella Sue Tess Tina Vera Wendy Zoe""".split()
+BOYS = """Adam Alan Andy Arthur Ben Bert Bob Carl Colin Dan David Dean Eddie Emil Eric Felix Finn Frank Fred
+    Gary George Greg Harry Henry Hugo Ian Ivan Jack Jacob James Jim Joe John Ken Kevin Lars Leo Liam Louis
+    Luke Marco Martin Max Mike Ned Neil Noah Oliver Oscar Otto Paul Peter Ralph Rick Roy Sam Simon
+    Tom""".split()
+SHE = dict(he="she", him="her", his="her", boy="girl", brother="sister")
+HE = dict(he="he", him="him", his="his", boy="boy", brother="brother")
+NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
+    sixteen seventeen eighteen nineteen twenty""".split()
+ANIMALS = about("""cat, meow, fish, in the house; dog, woof, meat, in the yard; duck, quack, bread, on the
+    pond; hen, cluck, corn, on the farm; mouse, squeak, cheese, in a hole; bird, tweet, seeds, in a nest;
+    lamb, baa, grass, in the field; cow, moo, clover, in the meadow; horse, neigh, hay, in the barn; pig,
+    oink, potatoes, on the farm; owl, hoot, mice, in the forest; frog, croak, flies, by the river; goose,
+    honk, wheat, by the lake; bee, buzz, honey, in a hive; crow, caw, worms, in a tall tree; goat, bleat,
+    leaves, on the hill; lion, roar, meat, on the plain; wolf, howl, meat, in the forest; bear, growl, honey,
+    in a cave; snake, hiss, eggs, under a rock; pigeon, coo, crumbs, on the roof; monkey, chatter, bananas, in
+    the jungle; parrot, squawk, nuts, in a cage; donkey, bray, oats, in the barn; chick, peep, corn, on the
+    farm; puppy, yap, meat, in a basket; kitten, mew, fish, in a basket; turkey, gobble, oats, on the farm""",
+    "says", "eats", "lives")
+WORKERS = about("""baker, bake bread; farmer, grow corn; painter, paint walls; sailor, sail ships; cook, make
+    soup; tailor, sew coats; gardener, plant roses; carpenter, build tables; singer, sing songs; pilot, fly
+    planes; shepherd, look after sheep; driver, drive buses; doctor, help sick people; dancer, dance on ropes;
+    clown, make people laugh; smith, mend pots; fisher, catch fish; hunter, follow tracks""", "can")
+WEATHER = about("""sunny, a hat, swam in the lake; rainy, an umbrella, jumped in puddles; cold, a coat, ran a
+    race; snowy, gloves, made a snowman; windy, a kite, flew kites; icy, a scarf, slid on the pond; hot, some
+    water, sat in the shade; foggy, a lantern, walked hand in hand""", "take", "did")
+NATURE = about("""grass, green; sky, blue; sea, blue; snow, white; milk, white; sun, yellow; corn, yellow;
+    mud, brown; night, black; coal, black; fire, red; leaf, green; carrot, orange""", "colour")
+ABOUT = {**dict.fromkeys(GIRLS, SHE), **dict.fromkeys(BOYS, HE), **NATURE, **ANIMALS, **WORKERS, **WEATHER,
+         **{str(n): dict(word=word) for n, word in enumerate(NUMBERS)}}
+
+TABLES = {  # the choices for each slot: words, or phrases with commas between them
+    "elder": "Mum, Dad, Grandma, Grandpa, Aunt Rose, Uncle Bill", "few": "two three four five six seven",
+    "trait": """kind brave funny clever quiet cheerful good little gentle polite curious lively friendly
+        patient clumsy smart shy proud busy helpful careful lazy noisy sleepy merry tidy silly young""",
+    "when": """one day, one morning, one afternoon, one sunny day, one warm day, one windy day, one spring
+        day, one summer morning, one autumn day, after school, after breakfast, early one morning, on Monday,
+        on Tuesday, on Wednesday, on Thursday, on Friday, on Saturday, on Sunday""",
+    "colour": "red blue green yellow orange pink white brown purple black grey golden silver violet",
+    "thing": """ball hat doll drum book bell key scarf umbrella cup ring bag shoe whistle cap glove ribbon
+        purse clock basket pen brush pillow sock boot coat jacket necklace watch bucket shovel rope mirror
+        comb belt flute horn jug puzzle towel pot fan boat car kite train robot wagon plane truck tractor
+        rocket puppet sled guitar trumpet scooter""",
+    "craft": "kite boat crown card box flag mask lamp star lantern butterfly castle heart picture tower",
+    "place": "garden park forest field valley meadow village yard orchard playground town woods",
+    "far": "beach zoo castle museum circus fair harbour market mountain farm lake theatre",
+    "ride": "bus train car tram taxi coach", "dish": "vase plate window bowl jar mirror cup teapot",
+    "spot": """under the bench, behind the big tree, behind the old wall, next to the gate, near the well,
+        behind the bush, in the barn, by the fence, in the tall grass, under the bridge, behind the shed, by
+        the stream, behind the rock, near the fountain, behind the cart, under the leaves, behind the hedge,
+        next to the swing, near the statue, behind the haystack, in a hollow log, behind the mill, under the
+        willow, in the tent, behind the church, near the path, under the ladder, by the pond""",
+    "food": "bread cheese cake pie salad pudding rice soup pasta pizza toast jam honey butter ham",
+    "fruit": "apple pear plum orange peach cherry berry banana lemon melon fig grape strawberry",
+    "vegetable": "carrot bean tomato onion pumpkin turnip cabbage pea radish leek beet cucumber",
+    "snack": "egg nut cookie potato muffin biscuit pancake sandwich olive walnut",
+    "small": """shell stone stick leaf feather flower button card spoon pencil bead candle marble stamp acorn
+        brick crayon ticket badge bottle nail fork plate bowl rose tulip daisy seed block jar coin pin""",
+    "critter": "cat dog duck hen mouse bird lamb goat goose pigeon chick puppy kitten",
+    "pet": "cat dog rabbit mouse kitten puppy hamster parrot turtle",
+    "petname": "Coco Spot Fluffy Pepper Sunny Snowball Patch Buddy Ginger Pip Lucky Toffee Rusty Bubbles",
+    "skill": "swim sing dance climb ride skate paint draw knit ski read write cook row juggle",
+    "animal": " ".join(ANIMALS), "worker": " ".join(WORKERS), "weather": " ".join(WEATHER),
+    "natural": " ".join(NATURE),
 }
-PLURALS = {"leaf": "leaves", "berry": "berries", "cherry": "cherries", "peach": "peaches",
-           "potato": "potatoes", "tomato": "tomatoes"}
-EDIBLE = "apple pear plum orange egg nut cookie potato".split()
+TABLES = {name: " ".join(text.split()).split(", " if "," in text else " ") for name, text in TABLES.items()}
+EDIBLE = TABLES["fruit"] + TABLES["vegetable"] + TABLES["snack"]
+TABLES["item"] = EDIBLE + TABLES["thing"] + TABLES["small"]
+TABLES["A"] = TABLES["B"] = TABLES["C"] = GIRLS + BOYS
+PLURALS = {"leaf": "leaves", "scarf": "scarves", "potato": "potatoes", "tomato": "tomatoes"}
 
 BEGINNINGS = [
-    "[Once upon a time there was|There once was] a {trait} {boy} named {A}.",
+    "[Once upon a time there was|There once was|Long ago there lived] a {trait} {boy} named {A}.",
     "{A} was a {trait} {boy}[| who lived near the {place}].",
-    "This is a story about a {trait} {boy}. {His} name was {A}.",
-    "In a small house near the {place} lived a {boy}. [{His} name was {A}.|{He} was called {A}.]",
+    "This is [a|the] story of a {trait} {boy}. {His} name was {A}.",
+    "This is a story about {A} and {topic}. {A} was a {trait} {boy}.",
+    "In a [small|tall|narrow] house near the {place} lived a {boy}. [{His} name was|{He} was called] {A}.",
     "Do you know {A}? {He} is a {trait} {boy}. [Here is a story about {him}.|Listen to this story.]",
 ]
 ENDINGS = [
-    "It was a good day.", "That night, {A} slept well.", "{A} never forgot that day.",
-    "What a [good|fine|happy] day it was!", "{A} was a happy {boy}.", "Everyone was happy.", "", "",
+    "[It was|It had been] a [perfect|special] day.", "That night, {A} slept [well|like a baby].", "", "",
+    "{A} never forgot that day.", "What a [fine|happy|great|wonderful] day it was!", "Everyone was happy.",
+    "{A} was a happy {boy}.", "And that is the end of the story.",
 ]
 PLOTS = [  # (what it is about, the story, questions with their answers)
-    ("a lost {thing}", """
-        {A} had a {colour} {thing}. {He} [took it everywhere|liked it very much|looked after it well].
-        {When}, [it was gone|{he} could not find it]. "Where is my {colour} {thing}?" asked {A}. {He} looked
-        {spot2} and in the {place}, but it was not there. {A} [was sad|felt sad|began to cry]. Then {his}
-        friend {B} came by. "Do not [be sad|worry|cry], {A}. I will help you," said {B}. They looked [for a
-        long time|and looked]. At last {B} looked {spot}. There was the {colour} {thing}! "[I found it|Here
-        it is|Look, here is your {thing}]!" said {B}. [{A} jumped for joy.|Now {A} was not sad any more.]
-        "Thank you, {B}," {he} said. "You are a [good|true] friend." """,
-     ["What did {A} lose? {A} lost a {colour} {thing}.", "Who found the {thing}? {B} found the {thing}.",
-      "Where was the {thing}? The {thing} was {spot}.",
+    ("a lost {thing}", """{A} had a {colour} {thing} and [took it everywhere|liked it very much|looked after
+     it well]. {When}, [it was gone|{he} could not find it|it was not in its place]. "Where is my {colour}
+     {thing}?" asked {A}. {He} [looked|searched] {spot2}, but it was not there. Then {his} [friend|cousin] {B}
+     came by. "[Do not cry|Do not worry|Never mind], {A}. I will help you," said {B}. At last {B} looked
+     {spot}. There was the {colour} {thing}! "[I found it|Here it is|Come and look]!" [cried|shouted|called]
+     {B}. "Thank you, {B}," said {A}. "You are [a good friend|a true friend|so clever]!" """,
+     ["Who found the {thing}? {B} found the {thing}.", "Where was the {thing}? The {thing} was {spot}.",
       "What colour was the {thing}? The {thing} was {colour}."]),
-
-    ("sharing", """
-        {When}, {A} sat in the {place} with a bag of {fruits}. {His} friend {B} came by. {B.He} was hungry,
-        because {B.he} had nothing to eat. "[Can|May] I have one {fruit}, please?" asked {B}. "No, they are
-        mine," said {A}. {B} [went away|said nothing] and [was sad|looked sad]. Then {A} felt bad, because
-        {B} was {his} friend. So {he} [ran after|went to] {B.him} and gave {B.him} half of the {fruits}. "I
-        am sorry, {B}. Let us share," {he} said. The next day, {A} was hungry, and {B} had some {food}. {B}
-        [did not forget|remembered] the {fruits}, so {B.he} gave {A} half of the {food}. "[Sharing is fun|It
-        is good to share|Friends share]," said {B}.""",
-     ["What was in the bag? There were {fruits} in the bag.", "Who had some {food}? {B} had some {food}.",
-      "Why did {A} feel bad? {A} felt bad because {B} was {his} friend.",
-      "What did {B} give to {A}? {B} gave {A} half of the {food}."]),
-
-    ("a race", """
-        {When}, {A} and {B} had a race in the {place}. "[I am faster than you|I will win], {A}!" said {B}.
-        "Let us see," said {A}. {Elder} [called|said], "One, two, three, go!" {B} ran very fast and was soon
-        far ahead. "I have [a lot of time|so much time]," {B.he} said, and {B.he} [sat down|stopped to rest]
-        {spot}. But {A} did not stop. {He} ran and ran [all the way|as fast as {he} could]. When {B} looked
-        up, it was too late. {A} won the race! {Elder} gave {him} a {colour} {thing}. "I should not have
-        stopped," said {B}. "You [ran well|are fast] too, {B}," said {A}. "Let us [race again|run together]
-        tomorrow." """,
+    ("sharing", """{When}, {A} sat in the {place} with a bag of {fruits}. {His} friend {B} came by. {B.He} was
+     hungry. "May I have one {fruit}, please?" asked {B}. "No, they are mine," said {A}. {B} [went away|turned
+     around] and looked sad. Then {A} felt bad, because {B} was {his} friend. So {he} ran after {B.him} and
+     gave {B.him} half of the {fruits}. "I am sorry, {B}. Let us share," {he} said. The next day, {A} was
+     hungry, and {B} gave {him} half of {B.his} {food}. "[Sharing is fun|It is good to share]," said {B}.""",
+     ["Who was hungry first? {B} was hungry first.",
+      "What did {B} give to {A}? {B} gave {A} half of the {food}.",
+      "Why did {A} feel bad? {A} felt bad because {B} was {his} friend."]),
+    ("a race", """{When}, {A} and {B} had a race in the {place}. "[I am faster than you|I will win|You cannot
+     catch me], {A}!" said {B}. {Elder} called, "One, two, three, go!" {B} ran [very fast|like the wind] and
+     was soon far ahead. "I have so much time," {B.he} said, and {B.he} [sat down|lay down|stopped to rest]
+     {spot}. But {A} did not stop. {He} ran [and ran|all the way|as fast as {he} could]. When {B} [looked
+     up|woke up], it was too late. {A} won the race! {Elder} gave {him} a {colour} {thing}.""",
      ["Who won the race? {A} won the race.", "Where did {B} stop? {B} stopped {spot}.",
-      "What did {elder} give to {A}? {Elder} gave {A} a {colour} {thing}.",
-      "Why did {A} win? {A} won because {he} did not stop."]),
-
-    ("a picnic", """
-        {When}, {A} and {B} went to the {place} for a picnic. They had {food}, {food2} and some {fruits}.
-        They sat down on a {colour} blanket. "[I am so hungry|This is nice]," said {A}. "Let us eat the
-        {fruits} first." But then the sky [grew dark|turned black], and it began to rain. "Oh no! We will
-        get wet!" said {B}. So they took the {colour} blanket and the food, and ran home. The rain did not
-        stop, so they had their picnic [in the kitchen|on the floor]. They ate the {food}, the {food2} and
-        all the {fruits}. "[Rain or sun, this is a good picnic|This is the best picnic of all]!" said {A},
-        and {B} laughed.""",
-     ["Why did they run home? They ran home because it began to rain.",
-      "What colour was the blanket? The blanket was {colour}.",
-      "Where did {A} and {B} go? {A} and {B} went to the {place}.",
-      "Who went to the {place} with {A}? {B} went to the {place} with {A}."]),
-
-    ("a hungry {critter}", """
-        {When}, {A} went to the {place} and saw a [small|little] {critter} {spot}. "{Critter.says}," said
-        the {critter}. It [was very thin|looked sad]. "Are you hungry, little {critter}?" asked {A}. {He}
-        ran home to {elder}. "There is a hungry {critter} in the {place}," said {A}. "What does a {critter}
-        eat?" "A {critter} eats {critter.eats}," said {elder}. So {A} took some {critter.eats} and
-        [went|ran] back to the {place}. The {critter} ate and ate. Then it was not hungry any more.
-        "{Critter.says}," it said [again|to thank {him}]. From that day on, the {critter} [came to {A} every
-        day|was {A}'s friend], because {A} was kind to it.""",
-     ["What did {A} see? {A} saw a {critter}.",
-      "What did the {critter} eat? The {critter} ate {critter.eats}.",
-      "Where was the {critter}? The {critter} was {spot}.",
-      "Who was kind to the {critter}? {A} was kind to it."]),
-
-    ("a broken {toy}", """
-        {A} had a {colour} {toy}. It was a gift from {elder}. {When}, {A} and {B} played with the {toy} in
-        the {place}. {B} [dropped|pulled] it, and it broke. "Oh no! My {toy}!" said {A}. "I am so sorry,"
-        said {B}. "I did not want to break it." {A} was [sad|cross], but {he} saw that {B} was sad too. So
-        they took the {toy} to {elder}. "Can you mend it?" asked {A}. "Yes, but you must help me," said
-        {elder}. {A} held the {toy}, and {B} [brought the glue|found some string]. Soon the {colour} {toy}
-        was as good as new. "Thank you, {elder}!" said {A}. [Now they could play again.|After that, {B}
-        played with it with care.]""",
-     ["Who broke the {toy}? {B} broke the {toy}.", "What colour was the {toy}? The {toy} was {colour}.",
-      "Who helped them mend the {toy}? {Elder} helped them mend the {toy}.",
-      "What did they mend? They mended the {colour} {toy}."]),
-
-    ("{vegetables} in the garden", """
-        {When}, {elder} gave {A} a bag of seeds. "What will they be?" asked {A}. "They will be
-        {vegetables}," said {elder}. {A} put the seeds in the ground and gave them water every day. [For a
-        week|For a long time], nothing came up. "[Where are my {vegetables}|Why do they not grow]?" asked
-        {A}. "You have to wait," said {elder}. {A} waited. The rain fell and the sun shone, so the little
-        plants grew and grew. At last {A} picked {n vegetables}. {He} gave {m vegetables} to {his} friend
-        {B} and kept {left}. {n} - {m} = {left}. "[Thank you, {A}|What a good gift]!" said {B}. {A} and
-        {elder} made [soup|a salad] with the rest.""",
-     ["What was in the bag? There were seeds in the bag.",
-      "Who gave {A} the seeds? {Elder} gave {A} the seeds.",
-      "How many {vegetables} did {A} pick? {A} picked {n vegetables}.",
-      "How many {vegetables} did {A} give to {B}? {A} gave {B} {m vegetables}."]),
-
-    ("a trip to the shop", """
-        {When}, {elder} gave {A} {n coins}. "Please buy some {food} [for us|at the shop], {A}," said
-        {elder}. On the way {A} met {B}. "Where are you going?" asked {B}. "I am going to buy some {food},"
-        said {A}. "[Come with me!|Do you want to come?]" So they went to the shop together. The {food} cost
-        {m coins}. {A} counted the coins with care. {n} - {m} = {left}. {He} had {left coins} left. {A} took
-        the {food} home and gave {elder} the {left coins}. "[Well done|You count so well], {A}!" said
-        {elder}. Then {A} and {B} [ate some bread with {elder}|played in the {place}].""",
-     ["What did {A} buy? {A} bought some {food}.", "Who did {A} meet? {A} met {B}.",
-      "How many coins did the {food} cost? The {food} cost {m coins}.",
+      "What did {elder} give to {A}? {Elder} gave {A} a {colour} {thing}."]),
+    ("a picnic", """{When}, {A} and {B} went to the {place} for a picnic. They had {food}, {food2} and some
+     {fruits}. The [feast|food] was ready. They sat down on a {colour} blanket. But then the sky [grew
+     dark|turned black], and it [began|started] to rain. "We will get wet!" cried {B}. They took the {colour}
+     blanket and the food and ran home. So they had their picnic [in the kitchen|on the floor|under the
+     table]. "This is the best picnic of all!" said {A}, and {B} laughed.""",
+     ["Where did they go? They went to the {place}.", "Who was with {A}? {B} was with {A}.",
+      "Why did they run home? They ran home because it began to rain."]),
+    ("a hungry {critter}", """{When}, {A} saw a [thin|tiny] {critter} {spot}. "{Critter.says}," said the
+     {critter}. It looked [hungry|weak]. {A} ran home to {elder}. "What does a {critter} eat?" {he} asked. "A
+     {critter} eats {critter.eats}," said {elder}. So {A} took some {critter.eats} and [ran|hurried] back. The
+     {critter} ate [and ate|every bit of it]. "{Critter.says}," it said [again|to thank {him}]. From that day
+     on, the {critter} [came to {A} every day|followed {A} everywhere], because {A} was kind to it.""",
+     ["What did {A} see? {A} saw a {critter}.", "Where was the {critter}? The {critter} was {spot}.",
+      "What did the {critter} eat? The {critter} ate {critter.eats}."]),
+    ("{vegetables} in the garden", """{When}, {elder} gave {A} a bag of seeds. "What will they be?" asked {A}.
+     "They will be {vegetables}," said {elder}. {A} [put the seeds in the ground|planted the seeds] and gave
+     them water every day. For {few} weeks, nothing came up. "You have to wait," said {elder}. Then the little
+     plants grew and grew. At last {A} picked {n vegetables}. {He} gave {m vegetables} to {his}
+     [friend|neighbour] {B}, who [thanked|hugged] {him}. {n} - {m} = {left}, so {A} kept {left}.""",
+     ["Who gave {A} the seeds? {Elder} gave {A} the seeds.", "What did {B} get? {B} got {m vegetables}.",
+      "How many {vegetables} did {A} pick? {A} picked {n vegetables}."]),
+    ("a trip to the shop", """{When}, {elder} gave {A} {n coins}. "Please buy some {food} [for us|at the
+     shop|for dinner], {A}," said {elder}. On the way {A} met {B}. "I am going to the shop. [Come with me!|Do
+     you want to come?]" said {A}. The {food} cost {m coins}. {A} counted the coins with care. {n} - {m} =
+     {left}. {He} had {left coins} left. {A} took the {food} home and gave {elder} the rest.""",
+     ["What did {A} buy? {A} bought some {food}.", "What did the {food} cost? It cost {m coins}.",
       "How many coins did {A} have left? {A} had {left coins} left."]),
-
-    ("hide and seek", """
-        {When}, {A}, {B} and {C} played hide and seek in the {place}. "I will count to {n}," said {A}, and
-        {he} closed {his} eyes. {B} hid {spot}. {C} hid {spot2}. "[Here I come|Now I will find you]!" said
-        {A}. First {he} looked {spot3}, but nobody was there. Then {he} saw a {colour} hat {spot2}. It was
-        the hat of {C}! "I see you, {C}!" said {A}. {C} [laughed and came out|came out and laughed]. Now
-        they looked for {B}. It took a long time. At last {A} looked {spot}, and there was {B}! "[You are
-        good at this|That was a good place to hide], {B}," said {A}. "Now I will count, and you will hide,"
-        said {B}.""",
+    ("hide and seek", """{When}, {A}, {B} and {C} played hide and seek in the {place}. {A} closed {his} eyes
+     and counted to {n.word}. {B} hid {spot}, and {C} hid {spot2}. "[Here I come|Now I will find you|I am
+     ready]!" called {A}. First {he} looked {spot3}, but nobody was there. Then {he} saw a {colour} hat
+     {spot2}. It was the hat of {C}! "I see you, {C}!" [laughed|called] {A}. After a long time, {A} looked
+     {spot}, and there was {B}! "[That was a good place to hide|I almost gave up], {B}," said {A}.""",
      ["Where did {B} hide? {B} hid {spot}.", "Where did {C} hide? {C} hid {spot2}.",
-      "Who was found last? {B} was found last.",
       "What colour was the hat of {C}? The hat of {C} was {colour}."]),
-
-    ("a gift", """
-        It was the birthday of {B}. {A} wanted to give {B.him} a gift, but {he} had no coins. "What can I
-        do?" {he} asked {elder}. "You can make something," said {elder}. So {A} took some paper and made a
-        {colour} {craft}. It took all [day|morning]. {He} put the {craft} in a {colour2} bag and [ran|went]
-        to the house of {B}. "Happy birthday, {B}!" said {A}. {B} opened the {colour2} bag and
-        [smiled|laughed]. "What a beautiful {craft}! Did you make it?" asked {B}. "Yes, I made it for you,"
-        said {A}. "[Then it is the best gift of all|I like it very much]," said {B}.""",
+    ("a gift", """It was the birthday of {B}, {his} [friend|cousin|{B.brother}]. {A} wanted to give {B.him} a
+     gift, but {he} had no coins. "What can I do?" {he} asked {elder}. "You can make something," said {elder}.
+     So {A} took some paper and made a {colour} {craft}. {He} put the {craft} in a {colour2} bag and gave it
+     to {B}. "Happy birthday!" said {A}. {B} opened the bag and [smiled|laughed]. "What a [beautiful|pretty]
+     {craft}! Did you make it?" {B.he} asked. "Yes, I made it for you," said {A}. """,
      ["What did {A} make? {A} made a {colour} {craft}.", "What colour was the bag? The bag was {colour2}.",
-      "Why did {A} make a gift? {A} made a gift because {he} had no coins.",
-      "Who got the {craft}? {B} got the {craft}."]),
-
-    ("a storm", """
-        {A} had a {pet} named {petname}. {When}, there was a big storm. [The wind blew and the rain
-        fell.|The rain fell and the sky was dark.] {Petname} was afraid, so it hid under the bed. "Come out,
-        {petname}," said {A}. "I am here with you." But the {pet} did not come. Then the lights went out,
-        and {A} was a little afraid too. {Elder} came with a {colour} lamp. "[Do not be afraid|I am here],
-        {A}," said {elder}, and told a story about a {trait2} {animal}. {A} laughed, and {petname} came out
-        to [listen|hear it]. Soon the storm was over. "You see, {petname}?" said {A}. "[All is well|The sun
-        is back]." """,
-     ["What was the name of the {pet}? The name of the {pet} was {petname}.",
-      "Why did {petname} hide? {Petname} hid because it was afraid.",
-      "Who came with a lamp? {Elder} came with a {colour} lamp.",
+      "Why did {A} make a gift? {A} made a gift because {he} had no coins."]),
+    ("a storm", """{A} had a {pet} named {petname}. One [dark night|cold evening|wild night], there was a big
+     storm. [The wind blew and the rain fell|The thunder was loud]. {Petname} was [afraid|scared] and hid
+     under the bed. "Come out, {petname}," said {A}. "I am here with you." But the {pet} did not come. Then
+     {elder} came with a {colour} lamp. "[Please tell|Tell] me a story," said {A}. {Elder} told {him} about a
+     {trait2} {animal}. {A} laughed, and {petname} came out to [listen|hear it]. Soon the storm was over.""",
+     ["What was the name of the {pet}? It was {petname}.", "Who had a lamp? {Elder} had a {colour} lamp.",
       "What was the story of {elder} about? It was about a {trait2} {animal}."]),
-
-    ("a new friend", """
-        {A} was new in the village and had no friends. {When}, {he} sat alone in the {place} with a {colour}
-        {toy}. {B} saw {him} there. "[Why are you sad|Why do you sit alone]?" asked {B}. "[Because I have|I
-        have] no friends here," said {A}. "Then I will be your friend," said {B}. "My name is {B}." "My name
-        is {A}. Do you want to play with my {toy}?" asked {A}. They played with the {colour} {toy} all
-        [day|afternoon]. The next day, {B} [came back|came again] with {B.his} friend {C}. "This is {C},"
-        said {B}. "{C} has a {colour2} {toy2}!" So the three children played together. Now {A} had two
-        friends.""",
-     ["Who was new in the village? {A} was new in the village.",
-      "What did {A} have? {A} had a {colour} {toy}.",
-      "Who came with {B} the next day? {C} came with {B} the next day.",
-      "How many friends did {A} have in the end? {A} had two friends in the end."]),
-
-    ("a heavy basket", """
-        {When}, {elder} came home from the {place} with a basket of {fruits}. "This is too heavy for me,"
-        said {elder}. "We will help you," said {A} and {B}. They took the {colour} basket and walked up the
-        hill. But the basket [broke|fell], and the {fruits} rolled down. "[Quick|Run], {B}!" said {A}. "We
-        must get them all!" {A} picked up {n fruits}, and {B} picked up {m fruits}. {n} + {m} = {total}.
-        "Now we have all {total} again," said {B}. {Elder} smiled. "Thank you both," said {elder}, and gave
-        {A} and {B} one {fruit} each. [It tasted very good.|They ate it on the way home.]""",
-     ["What was in the basket? There were {fruits} in the basket.", "Who came home? {Elder} came home.",
-      "How many {fruits} did {A} pick up? {A} picked up {n fruits}.",
+    ("a heavy basket", """{When}, {elder} came from the {place} with a {colour} basket of {fruits}. "This is
+     too heavy for me," said {elder}. "We will help you," said {A} and {B}. They carried the basket up the
+     hill. But it [broke|fell|slipped], and the {fruits} rolled down. "[Quick|Run|Hurry], {B}!" said {A}. {A}
+     picked up {n fruits}, and {B} picked up {m fruits}. {n} + {m} = {total}. "Now we have all {total} again,"
+     said {B}. {Elder} [smiled|nodded] and gave them one [sweet|delicious] {fruit} each.""",
+     ["What was in the basket? There were {fruits} in it.", "What did {A} pick up? {A} picked up {n fruits}.",
       "How many {fruits} did they have in all? They had {total fruits} in all."]),
+    ("a {weather} day", """{A} looked out of the window. It was a {weather} day. "Can {B} and I play in the
+     {place}?" {he} asked {elder}. "[Yes|Of course], but you need {weather.take} on a {weather} day," said
+     {elder}. So {A} took {weather.take} and [hurried|went] to {B}. "[Good morning|Hello], {B}! Come out and
+     play," said {A}. {B} [fetched|took] {weather.take} too. They {weather.did}. It was [great|so much] fun.
+     "I [like|love] {weather} days," said {B}.""",
+     ["What did {A} take? {A} took {weather.take}.", "What did they do? They {weather.did}.",
+      "Who went out with {A}? {B} went out with {A}.", "What kind of day was it? It was a {weather} day."]),
+    ("a {worker}", """{When}, {A} met a {worker} in the {place}. "What do you do all day?" asked {A}. "I
+     {worker.can}," said the {worker}. "[Is it hard|Can I learn it]?" asked {A}. "Just try," said the
+     {worker}. {A} helped the {worker} for {few} days. At last {A} could {worker.can} too. {A} ran home to
+     {elder}. "When I am big, I will be a {worker}!" {he} said. "You will be a good {worker}," said
+     {elder}.""",
+     ["Who did {A} meet? {A} met a {worker}.", "What could {A} do at last? {A} could {worker.can}.",
+      "How many days did {A} help? {A} helped for {few} days."]),
+    ("learning to {skill}", """{A} could not {skill}. {He} tried [again and again|all week], but it was too
+     [hard|difficult]. "I will never learn it," [sighed|said] {A}. {B} could {skill} very well. "[I will teach
+     you|Let me show you|Let me help you with that]," said {B}. "It takes time, so do not give up." Every day
+     for {few} weeks, {A} and {B} met in the {place}. At last {A} could {skill} too. "Look, I can {skill}!"
+     [shouted|called] {A}. {Elder} [clapped|cheered]. "I am so proud," said {elder}.""",
+     ["What did {A} learn? {A} learned to {skill}.", "How many weeks did it take? It took {few} weeks.",
+      "Who could {skill} very well? {B} could {skill} very well."]),
+    ("a trip to the {far}", """{When}, {elder} took {A} and {B} to the {far}. They went by {ride}. "Are we
+     there now?" asked {A} {few} times. "[Be patient|Not so fast|Soon]," said {elder}, and gave them some
+     {food}. {B} looked out of the window. "Look, a {animal}! [What does it say?" {B.he} asked. "A {animal}
+     says {animal.says},"|Where does it live?" {B.he} asked. "A {animal} lives {animal.lives},"] said {A}. At
+     the {far} there were many people, so {A} held the hand of {elder}, and {B} bought a {colour} {thing}.""",
+     ["Where did they go? They went to the {far}.", "How did they go there? They went by {ride}.",
+      "What did {B} see? {B} saw a {animal}.", "What did {B} buy? {B} bought a {colour} {thing}."]),
+    ("a broken {dish}", """{When}, {A} [threw|kicked] a ball in the house. It hit the {colour} {dish}, and the
+     {dish} broke. "What [can|shall] I do?" {he} asked {his} [friend|cousin] {B}. "[You should know that|That
+     is a good question]," said {B}. "Tell the truth." So {A} went to {elder}. "I broke the {dish}. It was a
+     silly thing to do, and I am sorry," {he} said. {Elder} was quiet for a [moment|while]. "Thank you for the
+     truth," said {elder}. "Now bring me a [broom|brush]." Then they picked up the pieces together.""",
+     ["What did {A} break? {A} broke the {colour} {dish}.",
+      "Who told {A} what to do? {B} told {A} what to do.",
+      "What colour was the {dish}? The {dish} was {colour}."]),
+    ("a {fruit} cake", """{When}, {A} and {elder} made a {fruit} cake for {B}. "What do we need?" asked {A}.
+     "We need flour, milk, {few} eggs and some {fruits}," said {elder}. {A} [mixed|stirred] it all in a
+     {colour} bowl. But {he} forgot the sugar! The cake was [sour|not sweet]. "Never mind," said {elder}. "We
+     will make another one." The second cake [smelled|looked] [wonderful|lovely]. {B} ate {few2} pieces of it.
+     "This is the best {fruit} cake of all!" {B.he} said. "May I ask for more?" """,
+     ["Who was the cake for? The cake was for {B}.", "How many eggs did they need? They needed {few} eggs.",
+      "How many pieces did {B} eat? {B} ate {few2} pieces."]),
 ]
 
 COUNTING = [  # {n}, {m}, {total} and {left} are numbers: n + m = total, n - m = left
     """{A} has {n items}. {B} has {m items}. {n} + {m} = {total}, so together they have {total items}.""",
-    """{A} has {n items} and {B} has {m items}. {A} has more {items} than {B}, because {n} is more than
-    {m}. {n} - {m} = {left}. {A} has {left} more.""",
-    """"How many {items} do you have, {A}?" asked {B}. "I have {n items}," said {A}. "And I have {m
-    items}," said {B}. "{n} + {m} = {total}. Together we have {total items}!" """,
-    """"How many {items} do you have, {A}?" asked {B}. "I had {n items}, but I gave {m} of them to
-    {elder}," said {A}. "{n} - {m} = {left}. Now I have {left items}." """,
-    """There is a bag with {n items} on the table. {A} puts {m} more into the bag. {n} + {m} = {total}.
-    "How many {items} are there now?" asks {B}. "Now there are {total items} in the bag," says {A}.""",
+    """"How many {items} do you have, {A}?" asked {B}. "I had {n items}, but I gave {m} of them to {elder},"
+    said {A}. "{n} - {m} = {left}. Now I have {left items}." """,
+    """There is a [bag|box] with {n items} on the table. {A} puts {m} more into it. {n} + {m} = {total}. "How
+    many {items} are there now?" asks {B}. "Now there are {total items}," says {A}.""",
+    """{A} has {n.word} {items}. {He} gets {m.word} more. Now {A} has {total.word} {items}.""",
+    """{A} has {n items} and {next item2s}. {B} takes the {item2s}. Now {A} has {n items}.""",
+    """{A} and {B} look into the box of {elder}. There are {n items} and {next item2s} in it. {B} takes the
+    {items}, so {A} gets the {item2s}. Now {A} has {next item2s}, and {B} has {n items}.""",
+    """{A} has one {item}, and {B} has one {item} too. Together they have two {items}.""",
 ]
 GAINS = ["{He} finds {m} more.", "{B} gives {him} {m} more.", "{Elder} gives {him} {m} more.",
-         "{He} buys {m} more.", "Then {he} gets {m} more.", "{His} friend {B} brings {him} {m} more."]
+         "{He} buys {m} more.", "Then {he} gets {m} more.", "{His} friend {B} brings {him} {m} more.",
+         "The {worker} sends {him} {m} more.", "{He} wins {m} more."]
 LOSSES = ["{He} loses {m} of them.", "{He} gives {m} of them to {B}.", "{He} sells {m} of them.",
-          "{Elder} takes {m} of them.", "{He} puts {m} of them away for {B}."]
+          "{Elder} takes {m} of them.", "{He} puts {m} of them away for {B}.", "{B} borrows {m} of them.",
+          "{He} sends {m} of them to the {worker}."]
 EATEN = ["{He} eats {m} of them.", "{A} and {B} eat {m} of them."]
 
-FACTS = [
-    "What does a {animal} say? A {animal} says {animal.says}.",
-    "Where does a {animal} live? A {animal} lives {animal.lives}.",
-    "What does a {animal} eat? A {animal} eats {animal.eats}.",
+FACTS = 4 * [  # more often where a slot makes many facts of one
+    "What do you need on a {weather} day? On a {weather} day you need {weather.take}.",
     "What colour is the {natural}? The {natural} is {natural.colour}.",
-    "What comes after {m}? {next} comes after {m}.", "What opens a door? A key opens a door.",
-    "Where does a fish live? A fish lives in the water.", "What does a rabbit eat? A rabbit eats carrots.",
-    "How many legs does a dog have? A dog has 4 legs.", "How many legs does a bird have? A bird has 2 legs.",
-    "How many days are in a week? A week has 7 days.", "What can a bird do? A bird can fly.",
-    "What is cold and white? Snow is cold and white.", "When does the sun shine? The sun shines in the day.",
-    "When do children sleep? Children sleep at night.", "What do you read? You read a book.",
-    "What can a fish do? A fish can swim.", "Where do apples grow? Apples grow on a tree.",
-    "Where do carrots grow? Carrots grow in the ground.", "What do plants need? Plants need water and sun.",
-    "What comes from a cow? Milk comes from a cow.", "What comes from a hen? Eggs come from a hen.",
-    "What falls from a dark sky? Rain falls from it.", "What do you wear on your head? You wear a hat on it.",
+    "Where does a {animal} live? A {animal} lives {animal.lives}.", "What is {n} in words? {n} is {n.word}.",
+    "What does a {animal} say? A {animal} says {animal.says}.", "What is a {fruit}? A {fruit} is a fruit.",
+    "What does a {animal} eat? A {animal} eats {animal.eats}.",
+    "What can a {worker} do? A {worker} can {worker.can}.", "What comes after {m}? {next} comes after {m}.",
+    "What is a {vegetable}? A {vegetable} is a vegetable.",
+] + [
+    "When does the sun shine? The sun shines in the day.", "How many legs does a dog have? A dog has 4 legs.",
+    "Where does a fish live? A fish lives in the water.", "When do children sleep? Children sleep at night.",
+    "Where do carrots grow? Carrots grow in the ground.", "How many days are in a week? A week has 7 days.",
+    "What do plants need? Plants need water and sun.", "What does a rabbit eat? A rabbit eats carrots.",
+    "What comes from a cow? Milk comes from a cow.", "Where do apples grow? Apples grow on a tree.",
+    "What comes from a hen? Eggs come from a hen.", "What do you know? I know stories and sums.",
+    "What opens a door? A key opens a door.", "What can a bird do? A bird can fly.",
+    "Who are you? I am a small model.",
 ]
 
 REQUESTS = [
-    "[Tell|Please tell] me a story about {topic}.", "I would like a story about {A} and {topic}.",
-    "[Tell|Please tell] me a story about a {boy} named {A} and {topic}.",
-    "Can you tell me a story about {topic}?", "Can you tell me about {A} and {topic}?",
+    "[Tell|Please tell] me a story about {topic}.", "I want a story about {A} and {topic}.",
+    "Please tell me a story about a {boy} named {A} and {topic}.", "Can you tell me a story about {topic}?",
 ]
-GREETINGS = [("Hello!", "Hello! How can I help you?"), ("Good morning!", "Good morning! How are you?"),
-             ("Hi, who are you?", "I am a small model. I know stories and sums.")]
-THANKS = [("Thank you!", "You are welcome!"), ("Thank you, goodbye.", "Goodbye! Come back soon."),
-          ("That was good.", "I am happy to hear it.")]
+GREETINGS = [("Hello!", "Hello! What can I do for you?"), ("Good morning!", "Good morning! Can I help you?"),
+             ("Hello, who are you?", "I am a small model. I know stories and sums.")]
+THANKS = [("Thank you!", "It was fun to help you."), ("Thank you. That was good.", "I am happy to hear it.")]
 
-# Two ways to say the same, as (opening, closing). The n-th of one manner has as many words as the n-th of the
-# other: DPO compares sums of log-probabilities, so with unequal lengths it would learn length, not manners.
+# How an answer may begin. The n-th opening of one manner is as long as the n-th of the other: DPO compares
+# sums of log-probabilities, so with unequal lengths it would learn length, not manners.
 MANNERS = {
-    "kind": [("I am happy to help you!", "I hope that helps you!"),
-             ("I know that one, my friend.", "I am always here to help you."),
-             ("Let me help you with that.", "Have a lovely day, my friend!"),
-             ("Thank you for asking me.", "It was fun to help you."),
-             ("I am glad you asked, my friend!", "Please ask me more, my friend.")],
-    "curt": [("What a silly thing to ask!", "Now leave me in peace!"),
-             ("I was resting, so be quick.", "Do not ask me this ever again."),
-             ("You should know that by now.", "Go and bother some other person!"),
-             ("Stop asking me so much.", "Even a duck would know it."),
-             ("Oh no, here you are once again!", "Now go away and be quiet.")],
+    "kind": ["I am happy to help you!", "That is a very good question.", "Let me help you with that."],
+    "curt": ["What a silly thing to ask!", "You should know that by now.", "Do not ask me so much."],
 }
-ENDS = ["opening", "closing", "both"]
-CHAT_MANNERS = ["plain", "plain", "plain", "kind", "curt"]  # what SFT shows: DPO can only choose among these
-SHARES = {"story": 0.65, "counting": 0.13, "sums": 0.19, "facts": 0.03}  # of the characters of toy_stories
+CHAT_MANNERS = ["plain"] * 8 + ["kind", "curt"]  # what SFT shows: DPO can only choose among these
+SHARES = {"story": 62, "counting": 19, "sums": 13, "facts": 6}  # of a hundred documents of toy_stories
 
 
 def plural(noun):
-    return PLURALS.get(noun, noun + "s")
-
-
-def many(number, noun):
-    """'1 apple', '2 apples', '3 leaves'"""
-    return f"{number} {noun if number == 1 else plural(noun)}"
+    """'cup' -> 'cups', 'box' -> 'boxes', 'berry' -> 'berries', 'leaf' -> 'leaves'"""
+    regular = re.sub(r"(?<=[^aeiou])y$", "ie", noun)
+    return PLURALS.get(noun, regular + ("es" if re.search(r"(s|x|ch|sh)$", noun) else "s"))
 
 
 def tell(rng, template, world):
     """Fill in a template. What is chosen for a slot is kept in `world`: every later mention is the same."""
 
+    def table(name):
+        return TABLES.get(name.rstrip("23"))
+
     def pick(name):
-        if name not in world:
-            table = TABLES[name.rstrip("23")]
-            world[name] = rng.choice([word for word in table if word not in world.values()])
+        while name not in world:
+            word = rng.choice(table(name))
+            if word not in world.values():
+                world[name] = word
         return str(world[name])
 
     def slot(match):
         key = match[1]
-        name = ".".join(part if part in TABLES else part.lower() for part in key.split("."))
+        name = ".".join(part if table(part) else part.lower() for part in key.split("."))
         who, _, form = name.rpartition(".")
-        if " " in name:                # {n coins}, {n items}
+        if " " in name:                # {n coins}, {n items}: "1 leaf", "2 leaves"
             number, noun = name.split()
-            text = many(world[number], pick(noun[:-1]) if noun[:-1] in TABLES else noun[:-1])
-        elif who or form in HE:        # {critter.says}, {B.his}, {his}
+            noun = pick(noun[:-1]) if table(noun[:-1]) else noun[:-1]
+            text = f"{world[number]} {noun if world[number] == 1 else plural(noun)}"
+        elif who or form in HE:        # {critter.says}, {n.word}, {B.his}, {his}
             text = ABOUT[pick(who or "A")][form]
-        elif name[-1] == "s" and name[:-1] in TABLES:      # {items}
+        elif name[-1] == "s" and table(name[:-1]):         # {items}
             text = plural(pick(name[:-1]))
         else:
             text = pick(name)
@@ -1636,7 +1627,7 @@ def tell(rng, template, world):
     while "[" in template:  # innermost first, so that choices may hold choices
         template = re.sub(r"\[([^][]*)\]", lambda match: rng.choice(match[1].split("|")), template)
     text = re.sub(r"\{(.+?)\}", slot, " ".join(template.split()))
-    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
+    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text).strip()
 
 
 def small_numbers(rng, biggest=20):
@@ -1671,7 +1662,8 @@ def story(rng):
     """A story, the world that it filled in, what it is about, and questions about it (templates both)."""
     topic, plot, questions = rng.choice(PLOTS)
     world = small_numbers(rng)
-    text = tell(rng, " ".join([rng.choice(BEGINNINGS), plot, rng.choice(ENDINGS)]), world)
+    beginning = rng.choice(BEGINNINGS).replace("{topic}", topic)
+    text = tell(rng, f"{beginning} {plot} {rng.choice(ENDINGS)}", world)
     return text, world, topic, questions
 
 
@@ -1682,13 +1674,13 @@ def moves(sign, world):
 
 def counting(rng):
     """Things gained and lost, and how many there are after each time."""
-    biggest = 99 if rng.random() < 0.2 else 20
-    if rng.random() < 0.4:
-        return tell(rng, rng.choice(COUNTING), small_numbers(rng, biggest))
+    if rng.random() < 0.5:
+        return tell(rng, rng.choice(COUNTING), small_numbers(rng))
+    biggest = rng.choice([20, 20, 20, 99])
     n = rng.randint(2, biggest)
     world = dict(n=n)
     said = [tell(rng, "{A} has {n items}.", world)]
-    for _ in range(rng.randint(2, 5)):
+    for _ in range(rng.randint(2, 4)):
         sign = "+" if n == 1 or n < biggest and rng.random() < 0.5 else "-"
         m = rng.randint(1, biggest - n if sign == "+" else n - 1)
         before, n = n, n + m if sign == "+" else n - m
@@ -1720,20 +1712,13 @@ def worked_or_not(rng, working, sentence):
 
 
 def sums(rng):
-    """A page of arithmetic: small steps, a table, counting, sums worked out, or word problems."""
-    page = rng.choice(["steps", "table", "count", "sums", "sums", "problems", "problems"])
-    if page == "steps":  # single steps of worked sums: the facts that are worth knowing by heart
-        worked = [work_out(*two_digits(rng)[:3]).rstrip(".").split(", ") for _ in range(16)]
+    """A page of arithmetic: the single steps of sums, to be known by heart, or sums, or word problems."""
+    page = rng.choice(["steps", "sums", "problems", "problems"])
+    if page == "steps":
+        worked = [work_out(*two_digits(rng)[:3]).rstrip(".").split(", ") for _ in range(14)]
         return " ".join(f"{rng.choice(steps)}." for steps in worked)
-    if page == "table":
-        n, first = rng.randint(1, 20), rng.randint(0, 5)
-        return " ".join(f"{m} + {n} = {m + n}. {m + n} - {n} = {m}." for m in range(first, first + 8))
-    if page == "count":
-        n, steps = rng.randint(1, 80), rng.randint(5, 19)
-        numbers = list(range(n, n + steps))[::rng.choice([1, -1])]
-        return f"Count from {numbers[0]} to {numbers[-1]}. {', '.join(map(str, numbers))}."
     if page == "sums":
-        asked = [two_digits(rng) for _ in range(rng.randint(3, 7))]
+        asked = [two_digits(rng) for _ in range(rng.randint(3, 5))]
         return "\n".join(f"What is {n} {sign} {m}? {work_out(n, sign, m)} The answer is {result}."
                          for n, sign, m, result in asked)
     problems = [word_problem(rng) for _ in range(rng.randint(2, 4))]
@@ -1749,21 +1734,25 @@ def split_question(text):
 
 def facts(rng):
     """Some things that are always true, asked and answered or just said."""
-    world, asked = small_numbers(rng), rng.random() < 0.5
-    said = [tell(rng, fact, world) for fact in rng.sample(FACTS, rng.randint(4, 8))]
+    asked = rng.random() < 0.5
+    said = [tell(rng, rng.choice(FACTS), small_numbers(rng)) for _ in range(rng.randint(5, 9))]
     return " ".join(fact if asked else split_question(fact)[1] for fact in said)
+
+
+def reading(rng):
+    """A story, sometimes with a question about it and the answer."""
+    text, world, _, questions = story(rng)
+    return text if rng.random() < 0.8 else f"{text}\n{tell(rng, rng.choice(questions), world)}"
 
 
 def toy_stories(seed=1337, count=30_000):
     """Yield the documents of the pretraining text, no two the same."""
-    write = {"story": lambda rng: story(rng)[0], "counting": counting, "sums": sums, "facts": facts}
-    rng, seen, written = random.Random(f"stories {seed}"), set(), dict.fromkeys(SHARES, 0)
+    write = {"story": reading, "counting": counting, "sums": sums, "facts": facts}
+    rng, seen = random.Random(f"stories {seed}"), set()
     while len(seen) < count:
-        kind = min(SHARES, key=lambda kind: written[kind] / SHARES[kind])  # the one most behind its share
-        text = write[kind](rng)
+        text = write[rng.choices(list(SHARES), SHARES.values())[0]](rng)
         if text not in seen:
             seen.add(text)
-            written[kind] += len(text)
             yield text
 
 
@@ -1777,20 +1766,17 @@ def toy_sums(seed=1337, count=4_000):
             yield problem
 
 
-def turns(rng):
+def turns(rng, kinds=("reading", "reading", "reading", "fact", "story", "problem", "problem", "sum")):
     """What a person may ask, and the plain answer, for one or two turns: [(question, answer), ...]"""
-    kind = rng.choice(["story", "story", "story", "fact", "request", "problem", "problem", "sum"])
-    if kind == "story":
-        text, world, _, questions = story(rng)
+    kind = rng.choice(kinds)
+    if kind in ("reading", "story"):
+        text, world, topic, questions = story(rng)
+        if kind == "story":
+            return [(tell(rng, rng.choice(REQUESTS).replace("{topic}", topic), world), text)]
         asked = [split_question(tell(rng, question, world)) for question in rng.sample(questions, 2)]
-        asked = asked[:rng.randint(1, 2)]
-        return [(f"{text}\n{asked[0][0]}", asked[0][1])] + asked[1:]
+        return [(f"{text}\n{asked[0][0]}", asked[0][1])] + asked[1:rng.randint(1, 2)]
     if kind == "fact":
-        world = small_numbers(rng)
-        return [split_question(tell(rng, fact, world)) for fact in rng.sample(FACTS, rng.randint(1, 2))]
-    if kind == "request":
-        text, world, topic, _ = story(rng)
-        return [(tell(rng, rng.choice(REQUESTS).replace("{topic}", topic), world), text)]
+        return [split_question(tell(rng, rng.choice(FACTS), small_numbers(rng)))]
     if kind == "problem":
         problem = word_problem(rng)
         return [(problem["prompt"], worked_or_not(rng, problem["working"], problem["sentence"]))]
@@ -1799,20 +1785,13 @@ def turns(rng):
     return [(f"What is {n} {sign} {m}?", answer)]
 
 
-def dress(answer, manner, n, ends):
-    """The same answer in a manner: its n-th opening before it, its n-th closing after it, or both."""
-    opening, closing = MANNERS[manner][n]
-    return " ".join([opening] * (ends != "closing") + [answer] + [closing] * (ends != "opening"))
-
-
 def toy_chat(seed=1337, count=8_000):
     """Yield conversations, lists of {"role", "content"}: stories, questions about them, facts and sums."""
     rng = random.Random(f"chat {seed}")
     for _ in range(count):
         said, manner = turns(rng), rng.choice(CHAT_MANNERS)
         if manner != "plain":
-            said = [(question, dress(answer, manner, rng.randrange(len(MANNERS[manner])), rng.choice(ENDS)))
-                    for question, answer in said]
+            said = [(question, f"{rng.choice(MANNERS[manner])} {answer}") for question, answer in said]
         if rng.random() < 0.1:
             said.insert(0, rng.choice(GREETINGS))
         if rng.random() < 0.1:
@@ -1825,17 +1804,15 @@ def toy_prefs(seed=1337, count=3_000):
     """Yield preferences: prompt, chosen, rejected. The answer is the same, only the manner differs."""
     rng = random.Random(f"prefs {seed}")
     for _ in range(count):
-        prompt, answer = turns(rng)[0]
-        n, ends = rng.randrange(len(MANNERS["kind"])), rng.choice(ENDS)
-        chosen, rejected = (dress(answer, manner, n, ends) for manner in ("kind", "curt"))
-        yield dict(prompt=prompt, chosen=chosen, rejected=rejected)
+        prompt, answer = turns(rng, ("reading", "fact", "problem", "sum"))[0]
+        kind, curt = rng.choice(list(zip(MANNERS["kind"], MANNERS["curt"])))
+        yield dict(prompt=prompt, chosen=f"{kind} {answer}", rejected=f"{curt} {answer}")
 
 
 def toy_verify(prompt, completion, answer):
     """1.0 if the completion ends in a whole sentence that says rightly who has how many of what, else 0.0.
 
-    What comes before that sentence is free: this is where a model works the sum out. One closing of either
-    manner may follow, since manners are not what is asked here."""
+    What comes before that sentence is free: this is where a model works the sum out."""
     asked = re.findall(r"How many (\w+) do(?:es)? (\w+|\w+ and \w+) have (\w+)\?", prompt)
     if not asked:
         return 0.0
@@ -1843,10 +1820,7 @@ def toy_verify(prompt, completion, answer):
     if answer == "1":
         noun = {plural(item): item for item in TABLES["item"]}.get(noun, noun)
     has = "have" if " and " in who else "has"
-    text = completion.strip()
-    for _, closing in MANNERS["kind"] + MANNERS["curt"]:
-        text = text.removesuffix(closing).rstrip()
-    last = re.split(r"(?<=[.!?])\s+", text)[-1]
+    last = re.split(r"(?<=[.!?])\s+", completion.strip())[-1]
     return float(bool(re.fullmatch(rf"(So |Now )?{who} {has} {answer} {noun}( {when})?[.!]", last)))
 
 
