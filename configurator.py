@@ -23,12 +23,13 @@ class UserError(ValueError):
     """Something that the user can mend: told in one line, without a traceback."""
 
 
-def configure(variables, words=False, argv=None):
+def configure(variables, words=False, also=None, argv=None):
     """Applies config files and --key=value arguments to `variables`, the globals() of a script.
 
     The keys are the script's lower-case top-level variables that hold a literal, assigned before its
     first function, class or call of configure(). A word on the command line that is neither an option
     nor a .py file is an error, unless `words` is true (prepare.py's `python prepare.py tinystories`).
+    `also` names a second script whose keys, with its defaults, are taken too (bench.py takes train.py's).
 
     Returns a namespace: `.keys` (the names), `.given` (name -> where it was set: a config file's path
     or 'command line'; absent where the default holds), `.files` (the config files), `.words`.
@@ -38,6 +39,10 @@ def configure(variables, words=False, argv=None):
     sys.excepthook = _one_line
     script = variables["__file__"]
     defaults, help_text = _read_block(script)
+    if also:
+        other, more_help = _read_block(os.path.join(os.path.dirname(os.path.abspath(script)), also))
+        variables.update({k: v for k, v in other.items() if k not in defaults})
+        defaults, help_text = {**other, **defaults}, f"{help_text}\n\nand the keys of {also}:\n{more_help}"
     if "--help" in argv or "-h" in argv:
         print(help_text)
         sys.exit(0)

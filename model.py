@@ -7,10 +7,14 @@ its optimizers, generation with a KV cache, and the Hugging Face layout of a dir
     logits, _ = model(idx)            # (B, T) token ids -> (B, T, vocab_size)
     _, loss = model(idx, targets)     # targets (B, T), -1 where nothing is asked
 
-In order: config, layers, GPT (forward, generate, from_pretrained, save_pretrained), documents,
-loss, optimizers, schedule, arithmetic (FLOPs), the Hugging Face layout. Importing it does nothing.
+In order: config, layers, GPT (forward, generate, from_pretrained, save_pretrained), documents, loss,
+optimizers and schedule, the machine, arithmetic (FLOPs, memory), the Hugging Face layout. Importing it does nothing.
 """
 import dataclasses
+import functools
+import importlib
+import importlib.util
+import inspect
 import json
 import math
 import os
@@ -144,15 +148,55 @@ def attend(q, k, v, mask, dropout=0.0):
     """softmax(q k^T / sqrt(head_dim)) v, causal unless `mask` says otherwise.
 
     q (B, n_head, T, head_dim), k and v (B, n_kv_head, S, head_dim) with S >= T. `mask` is None, a boolean
-    (B or 1, 1, T, S), True where a query may look, or a BlockMask of FlexAttention.
+    (B or 1, 1, T, S), True where a query may look, a BlockMask of FlexAttention, or Segments.
     """
     gqa = q.shape[1] != k.shape[1]
+    if isinstance(mask, Segments):
+        heads_last = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]
+        y = _varlen(mask.kernel)(*heads_last, mask.ends, q.shape[2])
+        return y.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
     if mask is not None and not torch.is_tensor(mask):
         from torch.nn.attention.flex_attention import flex_attention
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)
     # a single query (a step of generation) sees every key, so it needs no mask at all
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=gqa,
                                           is_causal=mask is None and q.shape[2] > 1)
+
+
+def pick_attention(device, dtype, doc_mask, compiled, dropout=0.0):
+    """The name of the attention to train with, chosen once at the start.
+
+    'sdpa' is PyTorch's own choice, FlashAttention-2 on CUDA in bf16 or fp16. Documents that don't see each other
+    want a kernel for sequences of different lengths: FlashAttention-3 or -2 where their packages are installed,
+    PyTorch's own (2.10 and later), or FlexAttention; elsewhere 'sdpa' with a boolean mask.
+    """
+    if not (doc_mask and device.startswith("cuda") and dtype in ("bfloat16", "float16")) or dropout:
+        return "sdpa"
+    for package in ("flash_attn_interface", "flash_attn", "torch.nn.attention.varlen"):
+        if importlib.util.find_spec(package):
+            return package
+    return "flex" if compiled else "sdpa"
+
+
+@functools.cache
+def _varlen(package):
+    """attention(q, k, v, ends, longest): causal within segments of (tokens, heads, head_dim) that end at `ends`."""
+    module = importlib.import_module(package)
+    if package != "torch.nn.attention.varlen":
+        def flash(q, k, v, ends, longest):
+            y = module.flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True)
+            return y[0] if isinstance(y, tuple) else y
+        return flash
+    known = inspect.signature(module.varlen_attn).parameters  # they changed between torch 2.10 and 2.13
+    options = dict(window_size=(-1, 0)) if "window_size" in known else dict(is_causal=True)
+
+    def varlen(q, k, v, ends, longest):
+        if "enable_gqa" in known:
+            options["enable_gqa"] = q.shape[1] != k.shape[1]
+        elif q.shape[1] != k.shape[1]:
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+        return module.varlen_attn(q, k, v, ends, ends, longest, longest, **options)
+    return varlen
 
 
 class MLP(nn.Module):
@@ -404,31 +448,38 @@ def sample_token(logits, draw, temperature=1.0, top_k=0, top_p=1.0):
 # -----------------------------------------------------------------------------
 # documents that don't see each other
 
+class Segments(typing.NamedTuple):
+    ends: torch.Tensor       # (documents + 1,) int32: 0, and where each document of the flattened batch ends
+    kernel: str              # what pick_attention chose
+
+
 class Documents(typing.NamedTuple):
     positions: torch.Tensor  # (B, T): restart at 0 with each document
-    mask: typing.Any         # boolean (B, 1, T, T), or a BlockMask of FlexAttention
+    mask: typing.Any         # boolean (B, 1, T, T), a BlockMask of FlexAttention, or Segments
 
 
-def documents(idx, eos_id, flex=False):
+def documents(idx, eos_id, attention="sdpa"):
     """Where the documents packed in windows idx (B, T) lie: each ends with its eos_id.
 
     Attention becomes block-diagonal and positions restart, so that a document's logits are those it
-    would have alone. `flex` gives FlexAttention's block-sparse mask, which is fast under torch.compile
-    on CUDA, in place of a boolean one.
+    would have alone. `attention` is what pick_attention chose.
     """
     B, T = idx.shape
     ends = idx == eos_id
-    doc = ends.cumsum(dim=1) - ends.long()  # an end-of-text token still belongs to the text it ends
     where = torch.arange(T, device=idx.device).expand(B, T)
     first = torch.ones_like(ends)
-    first[:, 1:] = ends[:, :-1]
+    first[:, 1:] = ends[:, :-1]  # an end-of-text token still belongs to the text it ends
     positions = where - (where * first).cummax(dim=1).values
-    if flex:
+    doc = first.cumsum(dim=1)
+    if attention == "sdpa":
+        mask = ((doc[:, :, None] == doc[:, None, :]) & (where[:, :, None] >= where[:, None, :]))[:, None]
+    elif attention == "flex":
         from torch.nn.attention.flex_attention import create_block_mask
         mask = create_block_mask(lambda b, h, q, k: (q >= k) & (doc[b, q] == doc[b, k]), B, None, T, T,
                                  device=idx.device)
-    else:
-        mask = ((doc[:, :, None] == doc[:, None, :]) & (where[:, :, None] >= where[:, None, :]))[:, None]
+    else:  # a window's first token begins a document too, so none crosses from row to row
+        starts = first.flatten().nonzero()[:, 0].int()
+        mask = Segments(F.pad(starts, (0, 1), value=B * T), attention)
     return Documents(positions, mask)
 
 
@@ -661,10 +712,11 @@ def pick_dtype(dtype, device, config):
 # -----------------------------------------------------------------------------
 # arithmetic
 
-# name -> (peak bf16 FLOP/s without sparsity, by its data sheet; dollars an hour, about what clouds ask)
-GPUS = {"B200": (2250e12, 5.99), "H200": (989e12, 3.59), "H100": (989e12, 2.69), "A100": (312e12, 1.49),
-        "L40S": (362e12, 0.86), "A40": (150e12, 0.40), "L4": (121e12, 0.43), "RTX 4090": (165e12, 0.59),
-        "RTX 3090": (71e12, 0.43)}
+# name -> (peak bf16 FLOP/s without sparsity and GB of memory, by its data sheet; dollars an hour, about what
+# clouds ask)
+GPUS = {"B200": (2250e12, 180, 5.99), "H200": (989e12, 141, 3.59), "H100": (989e12, 80, 2.69),
+        "A100": (312e12, 80, 1.49), "L40S": (362e12, 48, 0.86), "A40": (150e12, 48, 0.40), "L4": (121e12, 24, 0.43),
+        "RTX 4090": (165e12, 24, 0.59), "RTX 3090": (71e12, 24, 0.43)}
 
 
 def flops_per_token(model):

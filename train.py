@@ -116,7 +116,7 @@ import torch.distributed as dist
 
 import prepare
 from model import (FOLLOWS, GPT, GPUS, GPTConfig, architecture, documents, flops_per_token, make_optimizers,
-                   memory_estimate, pick_device, pick_dtype, schedule_factor)
+                   memory_estimate, pick_attention, pick_device, pick_dtype, schedule_factor)
 
 name = os.path.splitext(os.path.basename(setup.files[-1]))[0] if setup.files else 'toy'
 out_dir = config['out_dir'] = out_dir or os.path.join('out', name)
@@ -140,16 +140,20 @@ if dry_run:
     print(f"FLOPs a token     {flops:.4g}")
     print(f"tokens a step     {tokens:,}")
     print(f"total tokens      {tokens * max_iters:,} in {max_iters:,} steps")
-    for what, size in memory_estimate(model, batch_size, optimizer, dtype, grad_checkpoint).items():
-        print(f"{what:17} {size / 2 ** 30:.2f} GiB")
+    memory = memory_estimate(model, batch_size, optimizer, dtype, grad_checkpoint)
+    for what, size in memory.items():
+        print(f"{what:17} {size / 1e9:.2f} GB")
     if gpu:
         if gpu.upper() not in GPUS:
             raise UserError(f"gpu={gpu!r}: expected one of {', '.join(GPUS)}")
-        peak, price = GPUS[gpu.upper()]
+        peak, room, price = GPUS[gpu.upper()]
         speed, price = peak * mfu / flops, gpu_cost_per_hour or price
         hours = tokens * max_iters / speed / 3600
         print(f"on one {gpu.upper():10} {hours:,.1f} hours, ${hours * price:,.2f}, at {speed:,.0f} tok/s "
               f"({mfu:.0%} of {peak / 1e12:.0f} TFLOP/s) and ${price:.2f} an hour")
+        if sum(memory.values()) > 0.95 * room * 1e9:
+            print(f"it won't fit {room} GB: halve batch_size and double gradient_accumulation_steps until it does (the "
+                  "tokens a step stay the same), or set grad_checkpoint=True")
     sys.exit()
 
 # -----------------------------------------------------------------------------
@@ -212,7 +216,7 @@ def on_device(x, y):
         x, y = (t.pin_memory().to(device, non_blocking=True) for t in (x, y))
     else:
         x, y = x.to(device), y.to(device)
-    return x, y, documents(x, meta['eos_id'], flex) if doc_mask else None
+    return x, y, documents(x, meta['eos_id'], attention) if doc_mask else None
 
 
 # -----------------------------------------------------------------------------
@@ -281,7 +285,7 @@ config |= vars(model.config) | {'init_from': origin}
 dtype = pick_dtype(dtype, device, model.config)
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-flex = device_type == 'cuda' and compile  # FlexAttention is fast only when compiled
+attention = pick_attention(device, dtype, doc_mask, compile, model.config.dropout)
 
 model.to(device)
 model.grad_checkpoint = grad_checkpoint
@@ -292,7 +296,7 @@ if odd and hf_layout:
 optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, muon_momentum, weight_decay, (beta1, beta2),
                              cautious, decay_embeddings, torch.float32 if dtype == 'float32' else torch.bfloat16)
 flops = flops_per_token(model)
-peak_flops = next((peak for gpu_name, (peak, _) in GPUS.items()
+peak_flops = next((peak for gpu_name, (peak, *_) in GPUS.items()
                    if device_type == 'cuda' and gpu_name in torch.cuda.get_device_name(device).upper()), 0)
 
 # what a checkpoint counts
@@ -515,10 +519,9 @@ def ask_to_stop(number, frame):
 
 signal.signal(signal.SIGINT, ask_to_stop)
 signal.signal(signal.SIGTERM, ask_to_stop)
-attention = 'FlexAttention' if doc_mask and flex else 'SDPA with a document mask' if doc_mask else 'causal SDPA'
 say(f"{model.n_params() / 1e6:.2f}M parameters; {dataset}: {sum(len(b.tokens) for b in train_sets):,} tokens; "
     f"{max_iters:,} steps of {sequences} x {block_size} = {sequences * block_size:,} tokens")
-say(f"{out_dir}: {device}, {dtype}, {optimizer}, {attention}")
+say(f"{out_dir}: {device}, {dtype}, {optimizer}, attention: {attention}{', documents apart' if doc_mask else ''}")
 if master and sys.stdout.isatty():
     from tqdm import tqdm
     bar = tqdm(total=max_iters, initial=step, unit='step', dynamic_ncols=True)

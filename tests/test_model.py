@@ -1,14 +1,17 @@
 """The model: its sizes, its loss, its optimizers, its cache."""
 import math
+import sys
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
+import model as model_module
 from configurator import UserError
-from model import (GPT, GPTConfig, Muon, documents, linear_cross_entropy, make_optimizers, orthogonalize, sample_token,
-                   schedule_factor)
+from model import (GPT, GPTConfig, Muon, documents, linear_cross_entropy, make_optimizers, orthogonalize,
+                   pick_attention, sample_token, schedule_factor)
 
 SMALL = dict(vocab_size=97, block_size=48, n_layer=3, n_head=4, n_embd=64)
 LLAMA = dict(n_kv_head=2)
@@ -105,6 +108,46 @@ def test_packed_documents_are_as_if_alone(keys):
         assert (model(doc[None])[0][0] - packed[start:start + len(doc)]).abs().max() < 1e-5
         start += len(doc)
     assert (model(window)[0][0] - packed).abs().max() > 1e-3  # and without the mask they are not
+
+
+@pytest.mark.parametrize("package", ["flash_attn", "torch.nn.attention.varlen"])
+def test_kernels_for_segments_get_what_they_expect(package, monkeypatch):
+    """The kernels need CUDA; a stand-in of each, a loop over documents, shows that they are called right."""
+    def loop(q, k, v, starts, starts_k, longest, longest_k, causal=False, window_size=(-1, -1), enable_gqa=False):
+        assert (causal or window_size == (-1, 0)) and starts.dtype == torch.int32 and torch.equal(starts, starts_k)
+        assert starts[0] == 0 and starts[-1] == len(q) and starts.diff().max() <= longest == longest_k
+        return torch.cat([F.scaled_dot_product_attention(*(t[a:b].transpose(0, 1) for t in (q, k, v)), is_causal=True,
+                                                         enable_gqa=True).transpose(0, 1)
+                          for a, b in zip(starts, starts[1:])])
+    if package == "flash_attn":
+        monkeypatch.setitem(sys.modules, package, types.SimpleNamespace(flash_attn_varlen_func=loop))
+    else:
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", loop)
+    model_module._varlen.cache_clear()
+    model, idx = make(**LLAMA), torch.randint(97, (3, 48))
+    idx[:, ::7] = 0
+    plain, fast = (model(idx, docs=documents(idx, 0, kind))[0] for kind in ("sdpa", package))
+    assert (plain - fast).abs().max() < 1e-5
+    model_module._varlen.cache_clear()
+
+
+@torch.no_grad()  # on a CPU it has no backward
+def test_flex_attention_agrees():
+    model, idx = make(**LLAMA), torch.randint(97, (3, 48))
+    idx[:, ::7] = 0
+    plain, flex = (model(idx, docs=documents(idx, 0, kind))[0] for kind in ("sdpa", "flex"))
+    assert (plain - flex).abs().max() < 1e-5
+
+
+def test_attention_is_picked_by_what_is_there(monkeypatch):
+    assert pick_attention("cpu", "bfloat16", True, True) == "sdpa"
+    assert pick_attention("cuda", "bfloat16", False, True) == "sdpa"
+    assert pick_attention("cuda:1", "bfloat16", True, True) == "torch.nn.attention.varlen"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "flash_attn")
+    assert pick_attention("cuda", "bfloat16", True, True) == "flash_attn"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert pick_attention("cuda", "bfloat16", True, True) == "flex"
+    assert pick_attention("cuda", "bfloat16", True, False) == pick_attention("cuda", "float32", True, True) == "sdpa"
 
 
 def test_initial_sizes():
