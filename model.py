@@ -368,15 +368,15 @@ class GPT(nn.Module):
         neighbours (in bfloat16 rounding still lets it: a batch is summed in another order). A row that has
         produced a token of `stop` repeats it; when all have, it ends. temperature 0 is greedy.
         repetition_penalty (CTRL, Keskar et al. 2019, section 4.1) makes less likely what a row already holds,
-        its prompt included. Past max_positions the context slides: its older half is dropped and the rest read
-        anew.
+        its prompt included. Past max_positions the context slides: its older half is dropped and the rest
+        read anew.
         """
         (B, T), limit, device = idx.shape, self.config.max_positions, idx.device
         draws = torch.stack([torch.rand(max_new_tokens, generator=_generator(seed, r)) for r in range(B)], dim=1)
         draws, stop = draws.to(device), torch.tensor(list(stop), dtype=idx.dtype, device=device)
         idx = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)  # prompts, and room for what follows
         done = torch.zeros(B, dtype=torch.bool, device=device)
-        pad = None if pad is None or not pad.any() else pad.to(device)   # without padding there is no mask to pay for
+        pad = None if pad is None or not pad.any() else pad.to(device)  # without it there is no mask to pay for
         seen = None
         if repetition_penalty != 1:
             seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=device)
@@ -449,7 +449,7 @@ def sample_token(logits, draw, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     top_k keeps the k likeliest (0: all), top_p the fewest that hold that much probability (nucleus,
     Holtzman et al. 2020), min_p those at least that many times as likely as the likeliest (Nguyen et al.
     2024). The draw is inverted through the cumulative sum in the order of the ids: same draw, same token, and
-    a rounding error moves a boundary by as little; in the order of likelihood it would make equals change places.
+    a rounding error moves a boundary by as little; ordered by likelihood, it would make equals change places.
     """
     if temperature < 1e-5:  # 0, or what float32 can't divide by
         return logits.argmax(dim=-1)

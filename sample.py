@@ -447,7 +447,7 @@ def serve():
             with gr.Column(scale=3):
                 if chatting:
                     with gr.Tab("Chat"):
-                        box = gr.Chatbot(height=460, show_label=False, render_markdown=False, buttons=['copy'])
+                        box = gr.Chatbot(height=460, show_label=False, render_markdown=False)
                         gr.ChatInterface(reply, chatbot=box, additional_inputs=[*chosen, told])
                 with gr.Tab("Text"):
                     text = gr.Textbox(start, lines=18, show_label=False, elem_id='text')
