@@ -345,17 +345,20 @@ class GPT(nn.Module):
             cache.advance(idx.shape[1])
         return self.norm(x)
 
-    def forward(self, idx, targets=None, docs=None):
+    def forward(self, idx, targets=None, docs=None, per_token=False):
         """Token ids (B, T) -> (logits of every position, None), or with targets (B, T) -> (None, loss):
         the mean of -log p over targets that are not -1, and 0 where there is none.
 
-        `docs` (see `documents`) keeps the documents of a window apart.
+        `docs` (see `documents`) keeps the documents of a window apart. `per_token` gives log p of each target,
+        (B, T), 0 where it is -1, in place of the loss.
         """
         if idx.shape[1] > self.config.max_positions:
             raise UserError(f"{idx.shape[1]} tokens are beyond max_positions={self.config.max_positions}")
         x = self.hidden(idx, docs)
         if targets is None:
             return self.head(x).float(), None
+        if per_token:
+            return None, token_log_probs(x.flatten(0, 1), self.head.weight, targets.flatten()).view(idx.shape)
         return None, linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten())
 
     @torch.inference_mode()
@@ -575,6 +578,64 @@ def linear_cross_entropy(x, weight, targets):
     """
     total = _LinearCrossEntropy.apply(x, weight, targets, _compute_dtype(x))
     return total / (targets >= 0).sum().clamp(min=1)
+
+
+def token_log_probs(x, weight, targets):
+    """log softmax(x @ weight.T)[target] of each row: x (N, n_embd), targets (N,) -> (N,), 0 where a target is -1.
+
+    What losses over whole answers are made of. The logits are chunked as above, and made again in the backward
+    pass, where alone each row's share of the loss is known.
+    """
+    def chunk(x, weight, targets):
+        logits = (x.to(dtype) @ weight.to(dtype).T).float()
+        return -F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+
+    dtype = _compute_dtype(x)
+    rows = max(128, LOGITS_IN_A_CHUNK["cuda" if x.is_cuda else "cpu"] // weight.shape[0])
+    return torch.cat([checkpoint(chunk, x[lo:lo + rows], weight, targets[lo:lo + rows], use_reentrant=False)
+                      for lo in range(0, x.shape[0], rows)])
+
+
+def pref_loss(kind, chosen, rejected, beta=0.1, label_smoothing=0.0):
+    """The loss of each preference pair (B,) from log-ratios (B,): of each answer, log p under the policy less
+    log p under the reference, summed over its tokens.
+
+    'sigmoid': DPO (Rafailov et al. 2023, eq. 7), conservative with label_smoothing; 'apo_zero', 'apo_down': Anchored
+    Preference Optimization (D'Oosterlinck et al. 2024), which raises the chosen and lowers the rejected, or lowers
+    both, the rejected more.
+    """
+    if kind == "sigmoid":
+        margin = beta * (chosen - rejected)
+        return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    if kind == "apo_zero":
+        return (1 - torch.sigmoid(beta * chosen)) + torch.sigmoid(beta * rejected)
+    return torch.sigmoid(beta * chosen) + (1 - torch.sigmoid(beta * (chosen - rejected)))
+
+
+def policy_loss(log_probs, old, advantages, clip_eps=0.2, reference=None, kl_coef=0.0):
+    """The loss of each sampled token: the clipped policy gradient (PPO, Schulman et al. 2017, eq. 7; GRPO, Shao et al.
+    2024, eq. 3), and with kl_coef the k3 estimate of the divergence from a reference (Schulman 2020).
+
+    All (B, T): log_probs with a gradient, `old` those that the tokens were sampled under, `advantages` of the
+    answer that each token belongs to.
+    """
+    ratio = (log_probs - old).exp()
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages)
+    if kl_coef:
+        loss = loss + kl_coef * k3(log_probs, reference)
+    return loss
+
+
+def k3(log_probs, reference):
+    """An unbiased, never negative estimate of KL(policy || reference) from tokens sampled under the policy."""
+    return (reference - log_probs).exp() - (reference - log_probs) - 1
+
+
+def group_advantages(rewards, scale=False):
+    """Rewards (groups, group_size) -> advantages within each group: less its mean, with `scale` over its deviation.
+    A group whose rewards are all equal teaches nothing: 0."""
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    return centred / (rewards.std(dim=1, keepdim=True) + 1e-4) if scale else centred
 
 
 # -----------------------------------------------------------------------------

@@ -253,7 +253,7 @@ else:  # the weights bring their shape; only what was asked for in so many words
     asked = {k: v for k, v in model_keys.items() if k in setup.given and not (k in FOLLOWS and v == 0)}
 if state:  # it goes on only with the same data and model; otherwise nothing is touched
     before = state['config']
-    for key, value in {'dataset': dataset, 'seed': seed, 'doc_mask': doc_mask, **asked}.items():
+    for key, value in {'dataset': dataset, 'seed': seed, 'doc_mask': doc_mask, 'optimizer': optimizer, **asked}.items():
         if before[key] != value:
             raise UserError(f"{out_dir} holds a run with {key}={before[key]!r}, this one asks for {value!r}; choose "
                             "another --out_dir, or --init_from=scratch to set the old run aside")
@@ -386,16 +386,26 @@ def log(row):
 
 
 def start_wandb():
-    """A W&B run, or None with one warning: a logger never stops a training run."""
+    """A W&B run: online where it can be, else offline (`wandb sync` uploads it later). It never stops a run."""
+    import wandb
+    options = dict(project=wandb_project, name=wandb_run_name or os.path.basename(out_dir), config=config, dir=out_dir)
+    quiet = dict(silent=True, init_timeout=20)
     try:
-        import wandb
-        online = os.environ.get('WANDB_API_KEY') or wandb.api.api_key
-        return wandb.init(project=wandb_project, name=wandb_run_name or os.path.basename(out_dir), config=config,
-                          dir=out_dir, mode=os.environ.get('WANDB_MODE', 'online' if online else 'offline'),
-                          settings=wandb.Settings(init_timeout=30, silent=True))
+        known = os.environ.get('WANDB_API_KEY') or wandb.api.api_key
+        if known or os.environ.get('WANDB_MODE'):
+            return wandb.init(**options, settings=wandb.Settings(**quiet))
+        say("warning: not logged in to W&B (wandb login), so it logs offline; wandb sync uploads it later")
     except Exception as e:
-        say(f"warning: W&B is not to be had, the run goes on without: {str(e).splitlines()[0]}")
-        return None
+        say(f"warning: W&B can't be reached, so it logs offline; wandb sync uploads it later: {str(e).splitlines()[0]}")
+    return wandb.init(**options, mode='offline', settings=wandb.Settings(**quiet))
+
+
+def start_tensorboard():
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+        return SummaryWriter(os.path.join(out_dir, 'tensorboard'), purge_step=step)
+    except ImportError:
+        say("warning: tensorboard=True, but it is not installed (pip install tensorboard); the run goes on without")
 
 
 def plot():
@@ -442,17 +452,19 @@ def in_memory(value):
 def save(best):
     """A checkpoint of this step. Training waits for the copy to memory; a thread writes it."""
     global writer
+    begun = time.perf_counter()
     finish_writing()
     weights = {k: v for k, v in model.state_dict().items() if k != 'head.weight' or not model.config.tie_embeddings}
     trainer = {k: globals()[k] for k in COUNTERS}
     trainer |= {'config': config, 'fingerprint': fingerprint, 'optimizers': [opt.state_dict() for opt in optimizers],
                 'scaler': scaler.state_dict(), 'rng': torch.get_rng_state(),
                 'cuda_rng': torch.cuda.get_rng_state() if device_type == 'cuda' else None}
-    writer = threading.Thread(target=write, args=(in_memory(weights), in_memory(trainer), best))
+    weights, trainer = in_memory(weights), in_memory(trainer)
+    writer = threading.Thread(target=write, args=(weights, trainer, best, time.perf_counter() - begun))
     writer.start()
 
 
-def write(weights, trainer, best):
+def write(weights, trainer, best, waited):
     """Written beside, synced, renamed: a directory under its final name is whole."""
     target, beside = os.path.join(out_dir, f"step_{trainer['step']:06d}"), os.path.join(out_dir, '.writing')
     try:
@@ -466,10 +478,13 @@ def write(weights, trainer, best):
             prepare.publish(beside, os.path.join(out_dir, 'best'))
         for old in prepare.checkpoints(out_dir)[:-keep_checkpoints] if keep_checkpoints else []:
             shutil.rmtree(old, ignore_errors=True)
+        size = sum(os.path.getsize(os.path.join(target, f)) for f in os.listdir(target))
+        log({'step': trainer['step'], 'event': 'checkpoint', 'path': target, 'best': best, 'bytes': size,
+             'training_waited_s': waited})
     except Exception as e:  # a full disk, most often: training goes on, and the one before stays whole
         shutil.rmtree(beside, ignore_errors=True)
         say(f"warning: {target} could not be written, the one before it stays: {str(e).splitlines()[0]}")
-        log({'event': 'checkpoint failed', 'path': target, 'error': str(e)})
+        log({'step': trainer['step'], 'event': 'checkpoint failed', 'path': target, 'error': str(e)})
 
 
 def link_or_copy(source, target):
@@ -500,11 +515,8 @@ if master:
         with open(log_path + '.part', 'w', encoding='utf-8') as f:
             f.writelines(rows)
         os.replace(log_path + '.part', log_path)
-    if wandb_log:
-        wandb_run = start_wandb()
-    if tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(os.path.join(out_dir, 'tensorboard'), purge_step=step)
+    wandb_run = start_wandb() if wandb_log else None
+    board = start_tensorboard() if tensorboard else None
     log({'event': 'resume' if state else 'start', 'config': config})
 stop_signal = None
 
