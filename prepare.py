@@ -1204,6 +1204,62 @@ class Bins:
         return digest.hexdigest()
 
 
+class Records:
+    """The lines of one .jsonl split, tokenized, in an order that is a function of (seed, position) as that of Bins.
+
+    `encode(record)` gives what is kept of a line, or a reason (a text) to leave it out: it is counted in `left_out`.
+    """
+
+    def __init__(self, directory, split, encode, seed=1337):
+        self.path, self.seed, self._epoch = os.path.join(directory, f"{split}.jsonl"), seed, None
+        if not os.path.exists(self.path):
+            raise UserError(f"{self.path}: no such file; {how_to_prepare(directory)}")
+        self.rows, self.left_out = [], collections.Counter()
+        with open(self.path, encoding="utf-8", newline="\n") as f:  # U+2028 ends no record
+            for line in f:
+                row = encode(json.loads(line))
+                if isinstance(row, str):
+                    self.left_out[row] += 1
+                else:
+                    self.rows.append(row)
+        if not self.rows:
+            raise UserError(f"{self.path}: nothing in it can be used: {dict(self.left_out)}")
+        self.per_epoch = len(self.rows)
+
+    def __getitem__(self, position):
+        """(index in rows, row) at a position."""
+        epoch, index = divmod(position, self.per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.per_epoch)
+        return int(self._order[index]), self.rows[self._order[index]]
+
+    def held_out(self, count):
+        """At most `count` positions in file order, the same at every call, spread evenly: indices into rows."""
+        return [i * self.per_epoch // min(count, self.per_epoch) for i in range(min(count, self.per_epoch))]
+
+    def fingerprint(self):
+        return sha256(self.path)
+
+
+def encode_pair(record, tokenizer, block_size):
+    """A preference record as ((ids, mask) chosen, (ids, mask) rejected), or why it is left out."""
+    sides = [render_chat(record["prompt"] + [dict(role="assistant", content=record[side])], tokenizer)
+             for side in ("chosen", "rejected")]
+    if sides[0] == sides[1]:
+        return "both sides are equal"
+    if max(len(ids) for ids, _ in sides) > block_size + 1:
+        return f"longer than block_size={block_size}"
+    return sides
+
+
+def encode_problem(record, tokenizer, longest):
+    """A verifiable record as (prompt ids, the question's text, answer), or why it is left out."""
+    ids, _ = render_chat(record["prompt"], tokenizer, add_generation_prompt=True)
+    if len(ids) > longest:
+        return f"a prompt longer than {longest} tokens, which leave no room for the answer"
+    return ids, record["prompt"][-1]["content"], record["answer"]
+
+
 class Mixture:
     """Several Bins read by weight, as one: position -> (which, position in it), again a pure function.
 
