@@ -314,6 +314,17 @@ class GPT(nn.Module):
             elif isinstance(module, Attention):
                 module.dropout = dropout
 
+    @torch.no_grad()
+    def grow(self, vocab_size):
+        """More rows for embedding and head, where a tokenizer got new tokens: each begins as the mean of the old."""
+        for module in {id(m): m for m in (self.embed, self.head)}.values():
+            old = module.weight
+            mean = old.mean(dim=0, keepdim=True).expand(vocab_size - old.shape[0], -1)
+            module.weight = nn.Parameter(torch.cat([old, mean]))
+        if self.config.tie_embeddings:
+            self.head.weight = self.embed.weight
+        self.embed.num_embeddings = self.head.out_features = self.config.vocab_size = vocab_size
+
     def n_params(self):
         """Unique parameters: a tied matrix counts once."""
         return sum(p.numel() for p in self.parameters())
@@ -596,7 +607,7 @@ def token_log_probs(x, weight, targets):
                       for lo in range(0, x.shape[0], rows)])
 
 
-def pref_loss(kind, chosen, rejected, beta=0.1, label_smoothing=0.0):
+def preference_loss(kind, chosen, rejected, beta=0.1, label_smoothing=0.0):
     """The loss of each preference pair (B,) from log-ratios (B,): of each answer, log p under the policy less
     log p under the reference, summed over its tokens.
 

@@ -179,6 +179,11 @@ class Tokenizer:
         """The id of a special token such as <|im_end|>; None if this tokenizer has no such token."""
         return self.engine.token_to_id(token)
 
+    def agrees(self, other):
+        """Whether no token that both have has two ids: one may have more special tokens than the other."""
+        ours, theirs = (t.engine.get_vocab(with_added_tokens=True) for t in (self, other))
+        return all(theirs.get(token, i) == i for token, i in ours.items()) and abs(len(ours) - len(theirs)) < 100
+
     def decode(self, ids):
         return self.engine.decode([int(i) for i in ids], skip_special_tokens=False)
 

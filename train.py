@@ -4,10 +4,13 @@ Trains a small language model: one flat loop, read from top to bottom.
     python train.py                                            the toy run: two minutes on two CPU cores
     python train.py config/smol_360m.py --batch_size=32        a config, with the last word on the command line
     python train.py config/smol_360m.py --dry_run --gpu=H100   what it would take: memory, hours, dollars
+    python train.py config/toy_sft.py                          the later stages: then toy_dpo.py, toy_rlvr.py
     torchrun --nproc_per_node=8 train.py config/smol_360m.py   on several GPUs: the very same sequences a step
 
 A run lives in out_dir and goes on where it stopped: the same command again resumes it.
 """
+import collections
+import itertools
 import json
 import math
 import os
@@ -39,6 +42,8 @@ wandb_log = False             # also log to Weights & Biases
 wandb_project = 'nanosmol'
 wandb_run_name = ''           # '': the name of out_dir
 tensorboard = False           # also log to TensorBoard (pip install tensorboard)
+# what is learned
+stage = 'pretrain'            # 'pretrain' | 'sft' | 'dpo' | 'rlvr': where a batch comes from, and its loss
 # data
 dataset = 'toy'               # a directory in data/, or a mixture: 'web:0.87,code:0.13'
 data_dir = 'data'
@@ -91,6 +96,20 @@ decay_frac = 0.4              # wsd: the last part of lr_decay_iters, in which t
 decay_shape = 'linear'        # wsd: 'linear' | '1-sqrt'
 lr_decay_iters = 0            # 0: max_iters
 min_lr = 0.0                  # AdamW's rate at the end; Muon's falls by the same factor
+# preferences: stage = 'dpo', batch_size counts pairs
+pref_loss = 'sigmoid'         # 'sigmoid' (DPO) | 'apo_zero' | 'apo_down'
+beta = 0.1                    # how far the policy may leave the model that it starts from: smaller, further
+label_smoothing = 0.0         # sigmoid: the share of pairs that may be the wrong way round
+# verifiable rewards: stage = 'rlvr', batch_size counts prompts
+verifier = 'number'           # 'number' | 'exact' | 'regex:...' | 'toy' | a .py file with verify()
+verifier_model = ''           # a model directory that answers "yes" or "no", in the verifier's place
+group_size = 8                # completions of each prompt
+max_completion = 64           # tokens; one that is cut there gets no reward and teaches nothing
+rollout_temperature = 1.0
+scale_rewards = False         # advantages over the deviation of their group
+clip_eps = 0.2                # how far a token's probability may move in the updates of one step
+inner_epochs = 1              # updates of one step, all on the same rollouts
+kl_coef = 0.0                 # weight of the divergence from the model that it starts from
 # a step that goes wrong
 spike_z = 12.0                # skip a step whose loss or gradient norm is this many robust deviations high; 0: never
 max_bad_steps = 5             # so many in a row: back to the last checkpoint, and past the data that did it
@@ -115,21 +134,29 @@ import torch  # after the config, so that --help and slips of the pen answer at 
 import torch.distributed as dist
 
 import prepare
-from model import (FOLLOWS, GPT, GPUS, GPTConfig, architecture, documents, flops_per_token, make_optimizers,
-                   memory_estimate, pick_attention, pick_device, pick_dtype, schedule_factor)
+from model import (FOLLOWS, GPT, GPUS, GPTConfig, architecture, documents, flops_per_token, group_advantages, k3,
+                   make_optimizers, memory_estimate, pick_attention, pick_device, pick_dtype, policy_loss,
+                   preference_loss, schedule_factor)
 
 name = os.path.splitext(os.path.basename(setup.files[-1]))[0] if setup.files else 'toy'
 out_dir = config['out_dir'] = out_dir or os.path.join('out', name)
 mixture = prepare.parse_mixture(dataset)
 directories = [os.path.join(data_dir, n) for n, _ in mixture]
 model_keys = {k: config[k] for k in GPTConfig.__dataclass_fields__}
-for key, allowed in (('schedule', ('wsd', 'cosine', 'constant')), ('decay_shape', ('linear', '1-sqrt')),
+for key, allowed in (('stage', ('pretrain', 'sft', 'dpo', 'rlvr')), ('pref_loss', ('sigmoid', 'apo_zero', 'apo_down')),
+                     ('schedule', ('wsd', 'cosine', 'constant')), ('decay_shape', ('linear', '1-sqrt')),
                      ('optimizer', ('muon', 'adamw')), ('dtype', ('auto', 'float32', 'bfloat16', 'float16'))):
     if config[key] not in allowed:
         raise UserError(f"{key}={config[key]!r}: expected one of {', '.join(map(repr, allowed))}")
 for key in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval'):
     if config[key] < 1:
         raise UserError(f"{key}={config[key]}: expected at least 1")
+if stage in ('dpo', 'rlvr') and len(mixture) > 1:
+    raise UserError(f"dataset={dataset!r}: stage={stage!r} takes one data set, not a mixture")
+if stage == 'rlvr':  # a verifier that is missing is refused before anything is loaded
+    verify = prepare.verifier(verifier)
+    if verifier_model and not os.path.exists(os.path.join(verifier_model, 'config.json')):
+        raise UserError(f"verifier_model={verifier_model!r}: not a model directory, it has no config.json")
 
 if dry_run:
     vocab = vocab_size or prepare.read_meta(directories[0])['vocab_size']
@@ -185,41 +212,6 @@ def say(text):
 
 
 # -----------------------------------------------------------------------------
-# data
-
-for (set_name, _), directory in zip(mixture, directories):
-    if not os.path.exists(os.path.join(directory, 'train.bin')):
-        if set_name not in prepare.KNOWN:
-            raise UserError(f"{directory}: no such data set; {prepare.how_to_prepare(directory)}")
-        say(f"{directory} is missing; preparing it now: {prepare.describe(set_name)}")
-        if master:
-            prepare.prepare(set_name, data_dir=data_dir)
-if ddp:
-    dist.barrier()
-metas = [prepare.read_meta(d) for d in directories]
-meta = metas[0]
-for directory, other in zip(directories, metas):
-    if (other['tokenizer'], other['vocab_size']) != (meta['tokenizer'], meta['vocab_size']):
-        raise UserError(f"{directory} was made with the tokenizer {other['tokenizer']!r}, {directories[0]} with "
-                        f"{meta['tokenizer']!r}; a mixture has to share one")
-train_sets = [prepare.Bins(d, 'train', block_size, seed) for d in directories]
-val_sets = [prepare.Bins(d, 'val', block_size, seed) for d in directories]
-data = prepare.Mixture(train_sets, [weight for _, weight in mixture], seed)
-fingerprint = [bins.fingerprint() for bins in train_sets]
-tokenizer = prepare.load_tokenizer(directories[0] if os.path.exists(os.path.join(directories[0], 'tokenizer.json'))
-                                   else meta['tokenizer'])
-
-
-def on_device(x, y):
-    """A batch where the model is, and the layout of its documents if they are to be kept apart."""
-    if device_type == 'cuda':
-        x, y = (t.pin_memory().to(device, non_blocking=True) for t in (x, y))
-    else:
-        x, y = x.to(device), y.to(device)
-    return x, y, documents(x, meta['eos_id'], attention) if doc_mask else None
-
-
-# -----------------------------------------------------------------------------
 # where the run begins: a run in out_dir goes on; without one, init_from says
 
 if setup.given.get('init_from') == 'command line' and init_from == 'scratch' and os.path.exists(out_dir):
@@ -243,17 +235,58 @@ for checkpoint in reversed(prepare.checkpoints(out_dir)):
         say(f"warning: {checkpoint} is damaged and passed over: {str(e).splitlines()[0]}")
 if damaged and not state:
     raise UserError(f"{out_dir}: no checkpoint is whole; --init_from=scratch sets the run aside and starts over")
-if init_from == 'resume' and not state:
-    raise UserError(f"{out_dir}: there is no run to resume; leave out --init_from=resume to start one")
+if not state and (init_from == 'resume' or stage in ('dpo', 'rlvr') and init_from == 'scratch'):
+    raise UserError(f"{out_dir}: there is no run to resume; leave out --init_from=resume to start one" if init_from == 'resume'
+                    else f"stage={stage!r} starts from a model: --init_from=out/<a run>, a model directory or a Hub id")
+
+# -----------------------------------------------------------------------------
+# data
+
+for (set_name, _), directory in zip(mixture, directories):
+    if not os.path.exists(os.path.join(directory, 'meta.json' if stage in ('dpo', 'rlvr') else 'train.bin')):
+        if set_name not in prepare.KNOWN:
+            raise UserError(f"{directory}: no such data set; {prepare.how_to_prepare(directory)}")
+        say(f"{directory} is missing; preparing it now: {prepare.describe(set_name)}")
+        if master:
+            prepare.prepare(set_name, data_dir=data_dir)
+if ddp:
+    dist.barrier()
+if stage in ('pretrain', 'sft'):
+    metas = [prepare.read_meta(d) for d in directories]
+    for directory, other in zip(directories, metas):
+        if (other['tokenizer'], other['vocab_size']) != (metas[0]['tokenizer'], metas[0]['vocab_size']):
+            raise UserError(f"{directory} was made with the tokenizer {other['tokenizer']!r}, {directories[0]} with "
+                            f"{metas[0]['tokenizer']!r}; a mixture has to share one")
+    train_sets = [prepare.Bins(d, 'train', block_size, seed) for d in directories]
+    val_sets = [prepare.Bins(d, 'val', block_size, seed) for d in directories]
+    if stage == 'sft' and any(bins.mask is None for bins in train_sets + val_sets):
+        raise UserError(f"{dataset}: stage='sft' wants conversations, with a train.mask and a val.mask beside the bins; "
+                        "python prepare.py CHATS.jsonl --as=chat makes them")
+    data = prepare.Mixture(train_sets, [weight for _, weight in mixture], seed)
+    tokenizer = prepare.load_tokenizer(directories[0] if os.path.exists(os.path.join(directories[0], 'tokenizer.json'))
+                                       else metas[0]['tokenizer'])
+    data_vocab = metas[0]['vocab_size']
+else:  # records stay text until a model's own tokenizer meets them
+    tokenizer = prepare.with_chat_tokens(prepare.load_tokenizer(checkpoint if state else prepare.model_directory(init_from)))
+    data_vocab = tokenizer.vocab_size
+    encode = (lambda r: prepare.encode_pair(r, tokenizer, block_size)) if stage == 'dpo' else \
+        (lambda r: prepare.encode_problem(r, tokenizer, block_size - max_completion))
+    train_sets, val_sets = ([prepare.Records(d, split, encode, seed) for d in directories] for split in ('train', 'val'))
+    data, = train_sets
+    for reason, count in data.left_out.items():
+        say(f"left out {count} of {count + data.per_epoch} records of {dataset}: {reason}")
+fingerprint = [s.fingerprint() for s in train_sets]
+eos = tokenizer.eos_id
+ends = [eos] if stage == 'pretrain' else [eos, tokenizer.encode_special('<|im_end|>')]  # what a text may end with
 
 origin = state['config']['init_from'] if state else init_from
 if origin == 'scratch':
-    asked = vars(GPTConfig(**{**model_keys, 'vocab_size': vocab_size or meta['vocab_size']}))
+    asked = vars(GPTConfig(**{**model_keys, 'vocab_size': vocab_size or data_vocab}))
 else:  # the weights bring their shape; only what was asked for in so many words can contradict it
     asked = {k: v for k, v in model_keys.items() if k in setup.given and not (k in FOLLOWS and v == 0)}
 if state:  # it goes on only with the same data and model; otherwise nothing is touched
     before = state['config']
-    for key, value in {'dataset': dataset, 'seed': seed, 'doc_mask': doc_mask, 'optimizer': optimizer, **asked}.items():
+    for key, value in {'stage': stage, 'dataset': dataset, 'seed': seed, 'doc_mask': doc_mask, 'optimizer': optimizer, **asked}.items():
         if before[key] != value:
             raise UserError(f"{out_dir} holds a run with {key}={before[key]!r}, this one asks for {value!r}; choose "
                             "another --out_dir, or --init_from=scratch to set the old run aside")
@@ -271,12 +304,21 @@ else:
         found = getattr(model.config, key)
         if value != found and key not in ('block_size', 'dropout', 'init', 'init_std', 'unit_embed', 'scale_residual'):
             raise UserError(f"{key}={value!r} was asked for, the model in {init_from} has {found!r}")
+    if block_size > model.config.max_positions:
+        raise UserError(f"block_size={block_size} is beyond the max_positions={model.config.max_positions} of {init_from}")
     model.set_runtime(block_size, dropout)
     say(f"weights from {directory}")
-if model.config.vocab_size < meta['vocab_size']:
-    raise UserError(f"vocab_size={model.config.vocab_size} of the model is smaller than the data's {meta['vocab_size']}")
-for bins in train_sets + val_sets:
-    bins.check_vocabulary(model.config.vocab_size)
+    if os.path.exists(os.path.join(directory, 'tokenizer.json')) and \
+            not tokenizer.agrees(prepare.load_tokenizer(directory)):
+        raise UserError(f"{dataset} was made with another tokenizer than {init_from}; prepare it with --tokenizer={directory}")
+    if model.config.vocab_size < data_vocab and stage != 'pretrain':
+        say(f"the model grows rows for {data_vocab - model.config.vocab_size} chat tokens")
+        model.grow(data_vocab)
+if model.config.vocab_size < data_vocab:
+    raise UserError(f"vocab_size={model.config.vocab_size} of the model is smaller than the data's {data_vocab}")
+if stage in ('pretrain', 'sft'):
+    for bins in train_sets + val_sets:
+        bins.check_vocabulary(model.config.vocab_size)
 config |= vars(model.config) | {'init_from': origin}
 
 # -----------------------------------------------------------------------------
@@ -305,7 +347,7 @@ position = 0      # sequences consumed: where the data goes on
 tokens_seen = 0
 train_s = 0.0     # seconds in steps, compilation included
 wall_s = 0.0      # seconds in all: what a rented machine is paid for
-best_val = math.inf
+best_val = math.nan   # the best of what the stage is after
 rollbacks = 0
 recent = []       # (loss, log of the gradient norm) of the last 128 good steps
 COUNTERS = ('step', 'position', 'tokens_seen', 'train_s', 'wall_s', 'best_val', 'rollbacks', 'recent')
@@ -333,42 +375,280 @@ if warmup_iters > max_iters:
     say(f"warning: warmup_iters={warmup_iters} is beyond max_iters and clamped to {max_iters}")
 
 # -----------------------------------------------------------------------------
-# evaluation, samples, log, plot
+# The stages. Each says where a batch comes from (a list of micro-batches for some positions), what its loss is
+# (a mean over its units: tokens, pairs), and what is measured on held-out data. Nothing else differs.
 
-@torch.no_grad()
-def evaluate():
+def on_device(*tensors):
+    if device_type == 'cuda':
+        return [t.pin_memory().to(device, non_blocking=True) for t in tensors]
+    return [t.to(device) for t in tensors]
+
+
+def padded(rows):
+    """Sequences of different lengths as (inputs, targets) (rows, longest), padded at the right: rows of (ids, mask)
+    with mask 1 where a token is to be predicted."""
+    x = torch.full((len(rows), max(len(ids) for ids, _ in rows) - 1), eos)
+    y = torch.full_like(x, -1)
+    for i, (ids, mask) in enumerate(rows):
+        x[i, :len(ids) - 1] = torch.tensor(ids[:-1])
+        y[i, :len(ids) - 1] = torch.where(torch.tensor(mask[1:]) == 1, torch.tensor(ids[1:]), -1)
+    return x, y
+
+
+def in_micro_batches(items):
+    return [items[i:i + batch_size] for i in range(0, len(items), batch_size)]
+
+
+# --- pretrain and sft: windows of text; sft's targets are the assistant's words alone
+
+def text_batches(positions):
+    batches = []
+    for some in in_micro_batches(positions):
+        x, y = data.batch(some)
+        batches.append(dict(x=x, y=y, units=(y >= 0).sum().item()))
+    return batches
+
+
+def text_loss(batch):
+    x, y = on_device(batch['x'], batch['y'])
+    return forward(x, y, documents(x, eos, attention) if doc_mask else None)[1], {}
+
+
+def text_evaluation():
     """The mean loss over the held-out windows: of each data set, and weighted as they are mixed."""
-    model.eval()
-    row, mean = {}, 0.0
-    rows = max(batch_size, 4096 // block_size)
+    row, mean, rows = {}, 0.0, max(batch_size, 4096 // block_size)
     for bins, (domain, _), share in zip(val_sets, mixture, data.shares):
-        total = torch.zeros(2, dtype=torch.float64, device=device)
+        total = torch.zeros(2, dtype=torch.float64)
         starts = bins.held_out(eval_iters * batch_size)[rank::world]
         for i in range(0, len(starts), rows):
-            x, y, docs = on_device(*bins.read(starts[i:i + rows]))
-            with autocast:
-                _, loss = model(x, y, docs)
-            count = (y >= 0).sum()
-            total += torch.stack([loss * count, count])
-        if ddp:
-            dist.all_reduce(total)
+            x, y = bins.read(starts[i:i + rows])
+            loss, units = text_loss(dict(x=x, y=y))[0], (y >= 0).sum()
+            total += torch.stack([loss.cpu() * units, units])
+        total = over_processes(total)
         loss = (total[0] / total[1].clamp(min=1)).item()
         mean += share * loss
         if len(mixture) > 1:
             row |= {f'val/{domain}/loss': loss, f'val/{domain}/ppl': math.exp(min(loss, 700))}
-    model.train()
     return {'val/loss': mean, 'val/ppl': math.exp(min(mean, 700)), **row}
 
 
+# --- dpo: pairs of answers, of which the first is preferred
+
+def pair_batch(rows, reference):
+    x, y = padded([row[0] for row in rows] + [row[1] for row in rows])  # the chosen above the rejected
+    return dict(x=x, y=y, reference=reference.T.flatten(), units=len(rows))
+
+
+def pair_batches(positions):
+    picked = [data[p] for p in positions]
+    return [pair_batch([row for _, row in some], reference['train'][[i for i, _ in some]])
+            for some in in_micro_batches(picked)]
+
+
+def pair_loss(batch):
+    x, y, before = on_device(batch['x'], batch['y'], batch['reference'])
+    chosen, rejected = (forward(x, y, per_token=True)[1].sum(dim=1) - before).chunk(2)
+    loss = preference_loss(pref_loss, chosen, rejected, beta, label_smoothing).mean()
+    return loss, {'rewards/chosen': beta * chosen.mean(), 'rewards/rejected': beta * rejected.mean(),
+                  'rewards/margins': beta * (chosen - rejected).mean(),
+                  'rewards/accuracies': (chosen > rejected).float().mean()}
+
+
+def pair_evaluation():
+    total = collections.Counter()
+    indices = val_sets[0].held_out(eval_iters * batch_size)[rank::world]
+    for some in in_micro_batches(indices):
+        loss, metrics = pair_loss(pair_batch([val_sets[0].rows[i] for i in some], reference['val'][some]))
+        for key, value in {'loss': loss, **metrics, 'units': 1.0}.items():
+            total[key] += float(value) * len(some)
+    return means_over_processes(total, 'val/')
+
+
+@torch.no_grad()
+def reference_log_probs():
+    """{split: (pairs, 2)}: log p of both answers of every pair under the model that training starts from. Kept in
+    out_dir under a fingerprint of weights and data, so that no second model is ever in memory."""
+    path = os.path.join(out_dir, 'reference.pt')
+    stamp = [prepare.sha256(os.path.join(start_directory, 'model.safetensors')), *fingerprint, val_sets[0].fingerprint(),
+             block_size, dtype]
+    if os.path.exists(path):
+        kept = torch.load(path, weights_only=True)
+        if kept['stamp'] == stamp:
+            return kept
+    say("log-probabilities of the pairs under the model that training starts from ...")
+    model = GPT.from_pretrained(start_directory).to(device).eval()
+    kept = {'stamp': stamp}
+    for split, records in (('train', train_sets[0]), ('val', val_sets[0])):
+        kept[split] = torch.zeros(len(records.rows), 2)
+        for some in in_micro_batches(range(len(records.rows))[rank::world]):
+            x, y = on_device(*padded([records.rows[i][0] for i in some] + [records.rows[i][1] for i in some]))
+            with autocast:
+                sums = model(x, y, per_token=True)[1].sum(dim=1).float().cpu()
+            kept[split][list(some)] = sums.view(2, -1).T
+        kept[split] = over_processes(kept[split])
+    if master:
+        os.makedirs(out_dir, exist_ok=True)
+        torch.save(kept, path + '.part')
+        os.replace(path + '.part', path)
+    return kept
+
+
+# --- rlvr: completions that the model samples itself, rewarded by a verifier
+
+def sample_completions(problems, copies, first_seed, temperature):
+    """[(prompt ids, completion ids, text, whether it came to an end)], `copies` for each problem. Row r draws from
+    first_seed + r: a rollout depends on its position, not on who samples it."""
+    prompts = [ids for ids, _, _ in problems for _ in range(copies)]
+    longest = max(map(len, prompts))
+    idx = torch.tensor([[eos] * (longest - len(ids)) + ids for ids in prompts], device=device)
+    pad = torch.tensor([longest - len(ids) for ids in prompts], device=device)
+    with autocast:
+        out = model.generate(idx, max_completion, temperature, seed=first_seed, stop=ends, pad=pad)[:, longest:].tolist()
+    found = []
+    for ids, completion in zip(prompts, out):
+        end = next((i for i, token in enumerate(completion) if token in ends), None)
+        text = tokenizer.decode(completion[:end])
+        found.append((ids, completion if end is None else completion[:end + 1], text, end is not None))
+    return found
+
+
+def reward_of(problem, completion):
+    """What the verifier gives; nothing for one that is empty or never ends. One that raises is counted."""
+    _, question, answer = problem
+    _, _, text, ended = completion
+    if not ended or not text.strip():
+        return 0.0
+    try:
+        return judge(question, text, answer) if verifier_model else float(verify(question, text, answer))
+    except Exception as e:
+        counted['verifier raised'] += 1
+        if counted['verifier raised'] == 1:
+            say(f"warning: the verifier raised on {text[:60]!r}, which counts as no reward: {type(e).__name__}: {e}")
+        return 0.0
+
+
+def judge(question, text, answer):
+    """The verifier model's probability of "yes" over "yes" and "no"."""
+    asked = f"{question}\nAnswer: {text}\nIs this right? Answer yes or no."
+    ids, _ = prepare.render_chat([dict(role='user', content=asked)], tokenizer, add_generation_prompt=True)
+    yes, no = (tokenizer.encode(word)[0] for word in ('yes', 'no'))
+    logits = judge_model(torch.tensor([ids], device=device))[0][0, -1]
+    return logits[[yes, no]].softmax(0)[0].item()
+
+
+@torch.no_grad()
+def rollouts(positions):
+    """Micro-batches of batch_size prompts with group_size completions each, and the advantages of these."""
+    model.eval()
+    batches = []
+    for some in in_micro_batches(positions):
+        problems = [data[p][1] for p in some]
+        found = sample_completions(problems, group_size, seed + 1 + some[0] * group_size, rollout_temperature)
+        rewards = torch.tensor([reward_of(problems[i // group_size], c) for i, c in enumerate(found)])
+        advantages = group_advantages(rewards.view(-1, group_size), scale_rewards)
+        # a completion that was cut has no reward to speak of: it is left out of the loss, and counted
+        x, y = padded([(ids + completion, [0] * len(ids) + [int(ended)] * len(completion))
+                       for ids, completion, _, ended in found])
+        batch = dict(x=x, y=y, advantages=advantages.flatten(), units=(y >= 0).sum().item(), rows=len(found), measured={
+            'reward/mean': rewards.mean(), 'reward/equal_groups': (advantages == 0).all(dim=1).float().mean(),
+            'completions/length': sum(len(c[1]) for c in found) / len(found),
+            'completions/cut': sum(not c[3] for c in found) / len(found)})
+        if kl_coef:
+            with autocast:
+                batch['reference'] = start_model(*on_device(x, y), per_token=True)[1].cpu()
+        batches.append(batch)
+    model.train()
+    return batches
+
+
+def rollout_loss(batch):
+    x, y, advantages = on_device(batch['x'], batch['y'], batch['advantages'])
+    log_probs = forward(x, y, per_token=True)[1]
+    old = batch.setdefault('old', log_probs.detach())  # what they were sampled under: before the first update
+    reference = batch['reference'].to(device) if kl_coef else None
+    each = policy_loss(log_probs, old, advantages[:, None].expand_as(old), clip_eps, reference, kl_coef)
+    told = (y >= 0).float()
+    metrics = dict(batch['measured'], **{'policy/entropy': -(old * told).sum() / told.sum().clamp(min=1)})
+    return (each * told).sum() / told.sum().clamp(min=1), metrics
+
+
+def rollout_evaluation():
+    """Greedy pass@1, pass@group_size of samples, length, entropy, and divergence from the start, on held-out prompts."""
+    records, total = val_sets[0], collections.Counter()
+    for some in in_micro_batches(records.held_out(eval_iters * batch_size)[rank::world]):
+        problems = [records.rows[i] for i in some]
+        greedy = [reward_of(p, c) for p, c in zip(problems, sample_completions(problems, 1, 0, 0.0))]
+        found = sample_completions(problems, group_size, seed + some[0] * group_size, rollout_temperature)
+        rewards = torch.tensor([reward_of(problems[i // group_size], c) for i, c in enumerate(found)]).view(-1, group_size)
+        x, y = on_device(*padded([(ids + c, [0] * len(ids) + [1] * len(c)) for ids, c, _, _ in found]))
+        log_probs, start = (m(x, y, per_token=True)[1] for m in (model, start_model))
+        told = (y >= 0).float()
+        per_token = lambda v: float((v * told).sum() / told.sum())
+        for key, value in {'pass@1': sum(greedy) / len(greedy), f'pass@{group_size}': (rewards.max(dim=1).values == 1).float().mean(),
+                           'reward/mean': rewards.mean(), 'completions/length': told.sum() / len(found),
+                           'policy/entropy': per_token(-log_probs), 'policy/kl': per_token(k3(log_probs, start)),
+                           'units': 1.0}.items():
+            total[key] += float(value) * len(some)
+    return means_over_processes(total, 'val/')
+
+
+def over_processes(tensor):
+    """The sum of a CPU tensor over all processes."""
+    if ddp:
+        moved = tensor.to(device)
+        dist.all_reduce(moved)
+        tensor = moved.cpu()
+    return tensor
+
+
+def means_over_processes(total, prefix):
+    keys = sorted(total)
+    sums = dict(zip(keys, over_processes(torch.tensor([total[k] for k in keys], dtype=torch.float64)).tolist()))
+    return {prefix + k: sums[k] / sums['units'] for k in keys if k != 'units'}
+
+
+batches_of, loss_of, evaluation, goal = {
+    'pretrain': (text_batches, text_loss, text_evaluation, 'val/loss'),
+    'sft': (text_batches, text_loss, text_evaluation, 'val/loss'),
+    'dpo': (pair_batches, pair_loss, pair_evaluation, 'val/loss'),
+    'rlvr': (rollouts, rollout_loss, rollout_evaluation, 'val/pass@1')}[stage]
+better = (lambda a, b: a > b) if stage == 'rlvr' else (lambda a, b: a < b)  # loss falls, pass@1 rises
+counted = collections.Counter()
+if stage in ('dpo', 'rlvr'):
+    start_directory = prepare.model_directory(origin) if not state else state['config']['start_directory']
+    config['start_directory'] = start_directory
+if stage == 'dpo':
+    reference = reference_log_probs()
+if stage == 'rlvr':
+    start_model = GPT.from_pretrained(start_directory).to(device).eval().requires_grad_(False)
+    judge_model = GPT.from_pretrained(verifier_model).to(device).eval() if verifier_model else None
+
+
+@torch.no_grad()
+def evaluate():
+    model.eval()
+    with autocast:
+        row = evaluation()
+    model.train()
+    return row
+
+
+# -----------------------------------------------------------------------------
+# samples, log, plot
+
 def samples(count):
-    """Texts that begin with sample_start, each until its end-of-text token."""
-    start = tokenizer.encode(sample_start) or [meta['eos_id']]
+    """Texts that begin with sample_start, or after the first stage answer it, each until it ends."""
+    if stage == 'pretrain':
+        start, shown = tokenizer.encode(sample_start) or [eos], sample_start
+    else:
+        start, _ = prepare.render_chat([dict(role='user', content=sample_start)], tokenizer, add_generation_prompt=True)
+        shown = f"> {sample_start}\n"
     length = max(1, min(200, model.config.max_positions - len(start)))
     with autocast:
         out = model.generate(torch.tensor([start] * count, device=device), length, temperature=0.8, top_k=200,
-                             seed=seed, stop=[meta['eos_id']])
-    texts = [ids[len(start):] + [meta['eos_id']] for ids in out.tolist()]
-    return [sample_start + tokenizer.decode(ids[:ids.index(meta['eos_id'])]) for ids in texts]
+                             seed=seed, stop=ends)
+    return [shown + tokenizer.decode(list(itertools.takewhile(lambda t: t not in ends, ids[len(start):])))
+            for ids in out.tolist()]
 
 
 def log(row):
@@ -424,6 +704,15 @@ def plot():
     figure.savefig(os.path.join(out_dir, 'loss.png'), dpi=120)
 
 
+def update():
+    """The optimizers take their step, and the gradients go."""
+    for opt in optimizers:
+        scaler.step(opt)
+    scaler.update()
+    for opt in optimizers:
+        opt.zero_grad(set_to_none=True)
+
+
 def too_high(value, earlier, least):
     """More than spike_z robust deviations above the median; 1.4826 MAD estimates a standard deviation,
     and `least` is the smallest that counts, so that a calm run does not start at shadows."""
@@ -469,7 +758,7 @@ def write(weights, trainer, best, waited):
     target, beside = os.path.join(out_dir, f"step_{trainer['step']:06d}"), os.path.join(out_dir, '.writing')
     try:
         shutil.rmtree(beside, ignore_errors=True)
-        model.save_pretrained(beside, hf_layout, {'eos_token_id': meta['eos_id']}, weights)
+        model.save_pretrained(beside, hf_layout, {'eos_token_id': ends if len(ends) > 1 else eos}, weights)
         tokenizer.save(beside)
         torch.save(trainer, os.path.join(beside, 'trainer.pt'))
         prepare.publish(beside, target)
@@ -554,10 +843,11 @@ while True:
     evaluated = best = False
     if due and (step % eval_interval == 0 or finished):
         row, evaluated = evaluate(), True
-        best, best_val = 0 < step and row['val/loss'] < best_val, min(best_val, row['val/loss'])
+        best = step > 0 and not row[goal] != row[goal] and (math.isnan(best_val) or better(row[goal], best_val))
+        best_val = row[goal] if best else best_val
         log(row)
-        say(f"step {step:6,d} | val loss {row['val/loss']:.4f}" +
-            ''.join(f" | {domain} {row[f'val/{domain}/loss']:.4f}" for domain, _ in mixture if len(mixture) > 1))
+        say(f"step {step:6,d} | " + ' | '.join(f"{k.replace('val/loss', 'val loss').removeprefix('val/')} {v:.4f}"
+                                              for k, v in row.items() if not k.endswith('ppl')))
     if due and sample_interval and step and step % sample_interval == 0 and master:
         text = samples(1)[0]
         log({'event': 'sample', 'text': text})
@@ -592,26 +882,28 @@ while True:
         for group in opt.param_groups:
             group['lr'] = group['base_lr'] * factor
     mine = range(position + rank * sequences // world, position + (rank + 1) * sequences // world)
-    batches = [data.batch(mine[i:i + batch_size]) for i in range(0, len(mine), batch_size)]
-    targets = torch.stack([(y >= 0).sum() for _, y in batches]).sum().to(device)
-    if ddp:
-        dist.all_reduce(targets)
-    step_loss = torch.zeros((), device=device)
-    for i, (x, y) in enumerate(batches):
-        x, y, docs = on_device(x, y)
+    batches = batches_of(mine)
+    for inner in range(inner_epochs if stage == 'rlvr' else 1):
+        units = over_processes(torch.tensor(float(sum(b['units'] for b in batches)))).clamp(min=1).item()
+        step_loss, metrics = torch.zeros((), device=device), collections.Counter()
+        for i, batch in enumerate(batches):
+            if ddp:
+                forward.require_backward_grad_sync = i == len(batches) - 1
+            with autocast:
+                loss, measured = loss_of(batch)
+                loss = loss * (batch['units'] / units)
+            step_loss += loss.detach()
+            for key, value in measured.items():
+                metrics[key] += float(value) / len(batches)
+            scaler.scale(loss * world).backward()  # DDP divides by world
         if ddp:
-            forward.require_backward_grad_sync = i == len(batches) - 1
-        with autocast:
-            _, loss = forward(x, y, docs)
-            loss = loss * ((y >= 0).sum() / targets.clamp(min=1))
-        step_loss += loss.detach()
-        scaler.scale(loss * world).backward()  # DDP divides by world
-    if ddp:
-        dist.all_reduce(step_loss)
-    for opt in optimizers:
-        scaler.unscale_(opt)
-    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
-    train_loss = step_loss.item()
+            dist.all_reduce(step_loss)
+        for opt in optimizers:
+            scaler.unscale_(opt)
+        norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
+        train_loss = step_loss.item()
+        if inner < inner_epochs - 1 and stage == 'rlvr' and math.isfinite(norm):
+            update()
     position += sequences
 
     # a step that would do harm is skipped and not counted; its data is passed over
@@ -643,11 +935,7 @@ while True:
         continue
     bad_in_a_row, recent = 0, recent[-127:] + [[train_loss, log_norm]]
 
-    for opt in optimizers:
-        scaler.step(opt)
-    scaler.update()
-    for opt in optimizers:
-        opt.zero_grad(set_to_none=True)
+    update()
     step, steps_here = step + 1, steps_here + 1
     tokens_seen += sequences * block_size
     train_s += time.perf_counter() - begun
@@ -664,7 +952,7 @@ while True:
         marked = tokens_seen, train_s
         row = {'train/loss': train_loss, 'train/lr': learning_rate * factor, 'train/grad_norm': norm,
                'train/tok_per_sec': speed, 'train/epoch': position / data.per_epoch, 'time/train_s': train_s,
-               'train/skipped': position // sequences - step, 'cost/eta_hours': left / 3600}
+               'train/skipped': position // sequences - step, 'cost/eta_hours': left / 3600, **metrics}
         if peak_flops:
             row |= {'train/mfu': speed * flops / (peak_flops * world),
                     'gpu/memory_allocated_gb': torch.cuda.max_memory_allocated() / 1e9}
@@ -678,7 +966,9 @@ while True:
         if bar:
             bar.set_description(f"loss {train_loss:.3f} | {speed:,.0f} tok/s{money}")
         else:
-            say(f"step {step:6,d} | loss {train_loss:.4f} | {speed:,.0f} tok/s | {minutes} left{money}")
+            told = ''.join(f" | {k.split('/')[0].rstrip('s')} {metrics[k]:.3f}" for k in ('rewards/accuracies', 'reward/mean')
+                           if k in metrics)
+            say(f"step {step:6,d} | loss {train_loss:.4f}{told} | {speed:,.0f} tok/s | {minutes} left{money}")
 
 # -----------------------------------------------------------------------------
 # the end
@@ -694,7 +984,7 @@ elif master:
     for text in samples(3):
         print(f"--- a sample ---\n{text}")
     print(f"--- {step:,} steps, {tokens_seen:,} tokens in {train_s:.0f} s of training: "
-          f"best val loss {best_val:.4f} ---\n"
+          f"best {goal.replace('val/loss', 'val loss')} {best_val:.4f} ---\n"
           f"the loss, drawn      {os.path.join(out_dir, 'loss.png')}\n"
           f"write more           python sample.py --out_dir={out_dir} --start=\"{sample_start or 'Once upon a time'}\"\n"
           f"train longer         {again} --max_iters={2 * max_iters}")

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, group_advantages, k3, policy_loss, pref_loss, token_log_probs
+from model import GPT, GPTConfig, group_advantages, k3, policy_loss, preference_loss, token_log_probs
 
 
 def test_log_probs_of_tokens_and_their_gradients(monkeypatch):
@@ -36,20 +36,20 @@ def test_preferences_against_the_published_formulas(smoothing):
     beta, chosen, rejected = 0.3, policy_chosen - ref_chosen, policy_rejected - ref_rejected
     logits = (policy_chosen - policy_rejected) - (ref_chosen - ref_rejected)
     dpo = -F.logsigmoid(beta * logits) * (1 - smoothing) - F.logsigmoid(-beta * logits) * smoothing
-    assert (pref_loss("sigmoid", chosen, rejected, beta, smoothing) - dpo).abs().max() < 1e-6
+    assert (preference_loss("sigmoid", chosen, rejected, beta, smoothing) - dpo).abs().max() < 1e-6
     apo_zero = 1 - F.sigmoid(beta * chosen) + F.sigmoid(beta * rejected)
-    assert (pref_loss("apo_zero", chosen, rejected, beta) - apo_zero).abs().max() < 1e-6
+    assert (preference_loss("apo_zero", chosen, rejected, beta) - apo_zero).abs().max() < 1e-6
     apo_down = F.sigmoid(beta * chosen) + 1 - F.sigmoid(beta * (chosen - rejected))
-    assert (pref_loss("apo_down", chosen, rejected, beta) - apo_down).abs().max() < 1e-6
+    assert (preference_loss("apo_down", chosen, rejected, beta) - apo_down).abs().max() < 1e-6
 
 
 def test_preferences_by_hand():
     """The policy made the chosen answer e^1 likelier than the reference did and the rejected one e^-1: at beta 0.5 the
     margin is 0.5 (1 - (-1)) = 1, and -log sigmoid(1) = log(1 + e^-1) = 0.3133."""
     one = torch.tensor([1.0])
-    assert pref_loss("sigmoid", one, -one, 0.5).item() == pytest.approx(math.log(1 + math.exp(-1)), abs=1e-6)
+    assert preference_loss("sigmoid", one, -one, 0.5).item() == pytest.approx(math.log(1 + math.exp(-1)), abs=1e-6)
     # 1 - sigmoid(0.5) + sigmoid(-0.5) = 2 (1 - 0.6225) = 0.7551
-    assert pref_loss("apo_zero", one, -one, 0.5).item() == pytest.approx(0.755081, abs=1e-6)
+    assert preference_loss("apo_zero", one, -one, 0.5).item() == pytest.approx(0.755081, abs=1e-6)
 
 
 def test_policy_gradient_against_the_published_formula():
