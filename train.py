@@ -31,7 +31,7 @@ init_from = 'scratch'         # 'scratch' | 'resume' | a run or model directory 
 eval_interval = 250           # steps between evaluations
 eval_iters = 50               # micro-batches of held-out data in one; always the same ones
 eval_only = False             # evaluate once and stop
-log_interval = 10             # steps between lines of the log
+log_interval = 20             # steps between lines of the log
 always_save_checkpoint = True # after every evaluation; False: only where one is due, and best/
 checkpoint_interval = 0       # steps between checkpoints; 0: at evaluations only
 checkpoint_minutes = 0.0      # also every so many minutes; 0: never
@@ -48,14 +48,14 @@ stage = 'pretrain'            # 'pretrain' | 'sft' | 'dpo' | 'rlvr': where a bat
 dataset = 'toy'               # a directory in data/, or a mixture: 'web:0.87,code:0.13'
 data_dir = 'data'
 gradient_accumulation_steps = 1  # micro-batches in a step, over all processes
-batch_size = 12               # sequences in a micro-batch
+batch_size = 4                # sequences in a micro-batch: small, so that there are many steps
 block_size = 256              # tokens in a training window
 doc_mask = True               # documents packed in one window don't see each other
 # model: the keys of GPTConfig in model.py
 n_layer = 4                   # blocks
 n_head = 4                    # query heads
 n_embd = 128                  # width
-n_kv_head = 2                 # key and value heads; 0: n_head
+n_kv_head = 0                 # key and value heads; 0: n_head
 head_dim = 0                  # 0: n_embd / n_head
 ffn_dim = 0                   # hidden width of the MLP; 0: 8/3 n_embd (swiglu), 4 n_embd (gelu)
 vocab_size = 0                # 0: the data's; it may be larger, never smaller
@@ -68,7 +68,7 @@ mlp = 'swiglu'                # 'swiglu' | 'gelu'
 pos = 'rope'                  # 'rope' | 'learned'
 rope_theta = 10000.0
 nope_every = 0                # every n-th layer without RoPE; 0: never
-qk_norm = False               # RMSNorm on queries and keys
+qk_norm = True                # RMSNorm on queries and keys: a tenth off the toy run's loss
 tie_embeddings = True         # one matrix for embedding and head
 embed_scale = False           # embeddings x sqrt(n_embd)
 unit_embed = True             # embeddings begin at std 1: a tiny model learns to copy names only then
@@ -87,7 +87,7 @@ decay_embeddings = False      # nanoGPT does
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0               # 0: never
-max_iters = 1000              # steps
+max_iters = 2000              # steps
 # schedule
 decay_lr = True               # False: constant after warm-up
 schedule = 'wsd'              # 'wsd': stable, then down | 'cosine' | 'constant'
@@ -820,7 +820,7 @@ def ask_to_stop(number, frame):
 
 signal.signal(signal.SIGINT, ask_to_stop)
 signal.signal(signal.SIGTERM, ask_to_stop)
-say(f"{model.n_params() / 1e6:.2f}M parameters; {dataset}: {sum(len(b.tokens) for b in train_sets):,} tokens; "
+say(f"{model.n_params() / 1e6:.2f}M parameters; {dataset}: {' + '.join(s.amount for s in train_sets)}; "
     f"{max_iters:,} steps of {sequences} x {block_size} = {sequences * block_size:,} tokens")
 say(f"{out_dir}: {device}, {dtype}, {optimizer}, attention: {attention}{', documents apart' if doc_mask else ''}")
 if master and sys.stdout.isatty():
@@ -987,7 +987,8 @@ elif master:
           f"best {goal.replace('val/loss', 'val loss')} {best_val:.4f} ---\n"
           f"the loss, drawn      {os.path.join(out_dir, 'loss.png')}\n"
           f"write more           python sample.py --out_dir={out_dir} --start=\"{sample_start or 'Once upon a time'}\"\n"
-          f"train longer         {again} --max_iters={2 * max_iters}")
+          f"train longer         {' '.join(a for a in again.split(' ') if not a.startswith('--max_iters='))} "
+          f"--max_iters={2 * max_iters}")
 if wandb_run:
     wandb_run.finish()
 if board:

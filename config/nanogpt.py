@@ -25,6 +25,7 @@ bias = False
 norm = 'layernorm'
 mlp = 'gelu'
 pos = 'learned'
+qk_norm = False
 unit_embed = False
 init_std = 0.02
 

@@ -17,6 +17,7 @@ bias = True
 norm = 'layernorm'
 mlp = 'gelu'
 pos = 'learned'
+qk_norm = False
 unit_embed = False
 init_std = 0.02
 

@@ -15,6 +15,7 @@ ffn_dim = 1536
 vocab_size = 49152
 rope_theta = 100000.0
 norm_eps = 1e-5
+qk_norm = False
 unit_embed = False
 init_std = 0.0417             # 1/sqrt(576), as SmolLM2's config.json has it
 scale_residual = False

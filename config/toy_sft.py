@@ -1,0 +1,17 @@
+# The toy world, second stage: it learns to answer. After python train.py:
+#   python train.py config/toy_sft.py
+
+stage = 'sft'
+init_from = 'out/toy'
+dataset = 'toy_chat'
+doc_mask = True               # a conversation sees itself alone
+batch_size = 12
+
+muon_lr = 0.01
+learning_rate = 2e-3
+max_iters = 400
+warmup_iters = 10
+decay_frac = 1.0              # down from the first step
+
+eval_interval = 100
+sample_start = 'What does a cow say?'
