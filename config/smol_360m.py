@@ -13,6 +13,7 @@ n_kv_head = 5
 n_embd = 960
 ffn_dim = 2560
 vocab_size = 49152
+rope_theta = 10000.0
 qk_norm = False
 unit_embed = False
 init_std = 0.02

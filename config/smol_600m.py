@@ -18,6 +18,7 @@ ffn_dim = 4096
 vocab_size = 32000            # Llama 2's
 nope_every = 4                # layers 3, 7, 11, ...: attention by content alone
 embed_scale = True
+rope_theta = 10000.0
 qk_norm = False
 unit_embed = False
 init = 'trunc_normal'

@@ -325,3 +325,26 @@ def test_the_five_systems_count_to_the_digit(tmp_path, name, parameters):
     run = script("train.py", os.path.join(ROOT, "config", f"{name}.py"), "--dry_run=True", "--gpu=H100", cwd=tmp_path)
     assert run.returncode == 0 and f"parameters        {parameters:,}\n" in run.stdout, run.stderr
     assert "hours, $" in run.stdout and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["smallm", pytest.param("smol_135m", marks=pytest.mark.slow),
+                                  pytest.param("smol2_135m", marks=pytest.mark.slow),
+                                  pytest.param("smol_360m", marks=pytest.mark.slow),
+                                  pytest.param("smol_600m", marks=pytest.mark.slow)])
+def test_a_real_step_of_each(place, tmp_path, name):
+    """At its own size, on windows of 64 tokens: the loss begins within 1.0 of ln(vocab), and the step is taken."""
+    vocab = {"smallm": 50257, "smol_600m": 32000}.get(name, 49152)
+    data = tmp_path / "data" / "any"
+    data.mkdir(parents=True)
+    for split in ("train", "val"):
+        np.random.default_rng(0).integers(0, vocab, 400).astype("<u2").tofile(data / f"{split}.bin")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (data / file).write_bytes((place / "data" / "tiny" / file).read_bytes())
+    (data / "meta.json").write_text(json.dumps(dict(tokenizer="byte", vocab_size=vocab, dtype="uint16", eos_id=0)))
+    run = script("train.py", os.path.join(ROOT, "config", f"{name}.py"), "--dataset=any", "--batch_size=1", "--block_size=64",
+                 "--max_positions=64", "--gradient_accumulation_steps=1", "--max_iters=1", "--eval_iters=1", "--sample_start=a",
+                 "--log_interval=1", "--wandb_log=False", "--tensorboard=False", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    import math
+    first = next(r for r in log(tmp_path / "out" / name) if "train/loss" in r)
+    assert abs(first["train/loss"] - math.log(vocab)) < 1.0 and math.isfinite(first["train/grad_norm"])
