@@ -79,7 +79,7 @@ hf_layout = True              # False: you changed the maths, config.json is not
 # optimizer
 optimizer = 'muon'            # 'muon': Muon for the matrices inside the blocks, AdamW for the rest | 'adamw'
 learning_rate = 1e-2          # AdamW's peak
-muon_lr = 0.02                # Muon's peak
+muon_lr = 0.01                # Muon's peak
 muon_momentum = 0.95
 weight_decay = 0.0
 cautious = False              # Muon decays a weight only where its update agrees
@@ -135,8 +135,8 @@ import torch.distributed as dist
 
 import prepare
 from model import (FOLLOWS, GPT, GPUS, GPTConfig, architecture, documents, flops_per_token, group_advantages, k3,
-                   make_optimizers, memory_estimate, pick_attention, pick_device, pick_dtype, policy_loss,
-                   preference_loss, schedule_factor)
+                   keep_memory, make_optimizers, memory_estimate, multiplies_bf16, pick_attention, pick_device, pick_dtype,
+                   policy_loss, preference_loss, schedule_factor)
 
 name = os.path.splitext(os.path.basename(setup.files[-1]))[0] if setup.files else 'toy'
 out_dir = config['out_dir'] = out_dir or os.path.join('out', name)
@@ -202,6 +202,8 @@ if ddp:
     dist.init_process_group(backend if device_type == 'cuda' else 'gloo')
 if device_type == 'cuda':
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+elif device_type == 'cpu':
+    keep_memory()
 bar = None  # tqdm's progress bar, once the loop begins on a terminal
 
 
@@ -335,8 +337,9 @@ odd = architecture(model.config)[1]
 if odd and hf_layout:
     say(f"warning: no Hugging Face architecture combines {', '.join(odd)} like this; checkpoints will be model_type "
         "nanosmol, which loads here but not in transformers")
+muon_dtype = torch.bfloat16 if config['dtype'] != 'float32' and multiplies_bf16(device) else torch.float32
 optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, muon_momentum, weight_decay, (beta1, beta2),
-                             cautious, decay_embeddings, torch.float32 if dtype == 'float32' else torch.bfloat16)
+                             cautious, decay_embeddings, muon_dtype)
 flops = flops_per_token(model)
 peak_flops = next((peak for gpu_name, (peak, *_) in GPUS.items()
                    if device_type == 'cuda' and gpu_name in torch.cuda.get_device_name(device).upper()), 0)

@@ -122,7 +122,7 @@ def test_the_same_command_resumes_and_trains_longer(place, finished):
 def test_another_model_or_data_set_is_refused_and_nothing_is_touched(place, finished):
     before = {f: os.stat(os.path.join(d, f)).st_mtime_ns for d, _, files in os.walk(finished[0]) for f in files}
     for arg, said in (("--n_layer=3", "holds a run with n_layer=2, this one asks for 3"),
-                      ("--rope_theta=500", "rope_theta=10000.0, this one asks for 500.0"),
+                      ("--rope_theta=500", "rope_theta=300.0, this one asks for 500.0"),
                       ("--doc_mask=False", "doc_mask=True, this one asks for False")):
         assert said in train(place, arg, ok=False).stderr
     assert before == {f: os.stat(os.path.join(d, f)).st_mtime_ns for d, _, files in os.walk(finished[0]) for f in files}
