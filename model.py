@@ -95,9 +95,14 @@ class GPTConfig:
 # -----------------------------------------------------------------------------
 # layers
 
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):  # gain and input in one dtype, or PyTorch leaves its fused kernel
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def make_norm(config):
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.n_embd, config.norm_eps)
+        return RMSNorm(config.n_embd, config.norm_eps)
     return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
 
 
@@ -129,8 +134,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         self.qkv.weight.parts = [n * config.head_dim for n in self.heads]  # three matrices to Muon
         self.has_rope = config.pos == "rope" and not (config.nope_every and (layer + 1) % config.nope_every == 0)
-        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rope, mask, cache):
         B, T, _ = x.shape

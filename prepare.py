@@ -1180,7 +1180,7 @@ class Bins:
         import torch
         where = np.asarray(starts)[:, None] + np.arange(self.block_size + 1)
         window = torch.from_numpy(self.tokens[where].astype(np.int64))
-        x, y = window[:, :-1].contiguous(), window[:, 1:].contiguous()
+        x, y = window[:, :-1].clone(), window[:, 1:].clone()  # not views: y is about to be masked
         if self.mask is not None:
             y[torch.from_numpy(self.mask[where[:, 1:]]) == 0] = -1
         return x, y
