@@ -232,8 +232,8 @@ def test_orthogonalize_against_the_svd(shape):
     values = torch.diagonal(U.mT @ out @ V.mT, dim1=1, dim2=2)
     assert (U @ torch.diag_embed(values) @ V - out).abs().max() < 1e-3
     large = S / S.norm(dim=1, keepdim=True) > 2e-3
-    assert large.float().mean() > 0.9 and (values[large] - 1).abs().max() < 0.1
-    assert values.min() > 0 and values.max() < 1.1
+    assert large.float().mean() > 0.9 and (values[large] - 1).abs().max() < 0.13
+    assert values.min() > 0 and values.max() < 1.13
     assert (orthogonalize(G).float() - out).norm() / out.norm() < 0.1  # bf16
 
 
