@@ -87,7 +87,7 @@ decay_embeddings = False      # nanoGPT does
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0               # 0: never
-max_iters = 650               # steps
+max_iters = 700               # steps
 # schedule
 decay_lr = True               # False: constant after warm-up
 schedule = 'wsd'              # 'wsd': stable, then down | 'cosine' | 'constant'
