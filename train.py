@@ -372,7 +372,7 @@ def restore(state):
 torch.manual_seed(seed + 1)  # from here on the generator draws dropout masks and nothing else
 if state:
     restore(state)
-resumed_at = step if state else -1
+looked_at = saved_at = step if state else -1  # the last steps that were evaluated, and saved
 forward = torch.nn.parallel.DistributedDataParallel(model) if ddp else model
 if warmup_iters > max_iters:
     say(f"warning: warmup_iters={warmup_iters} is beyond max_iters and clamped to {max_iters}")
@@ -602,6 +602,11 @@ def over_processes(tensor):
         dist.all_reduce(moved)
         tensor = moved.cpu()
     return tensor
+
+
+def any_process(flag):
+    """Whether it is so on any process: all have to leave the loop at the same step."""
+    return over_processes(torch.tensor(float(flag))).item() > 0
 
 
 def means_over_processes(total, prefix):
@@ -841,8 +846,8 @@ marked = tokens_seen, train_s  # at the last line of the log
 
 while True:
     # evaluation, sample, checkpoint: before the first step, at every interval, after the last
-    finished = step >= max_iters
-    due = step != resumed_at  # what a checkpoint was saved with has been done
+    finished, stopping = step >= max_iters, any_process(stop_signal is not None)
+    due, looked_at = step != looked_at, step  # a skipped step comes here twice, a resumed one has been here
     evaluated = best = False
     if due and (step % eval_interval == 0 or finished):
         row, evaluated = evaluate(), True
@@ -857,15 +862,15 @@ while True:
         with open(os.path.join(out_dir, 'samples.txt'), 'a', encoding='utf-8') as f:
             f.write(f"--- step {step} ---\n{text}\n")
     wall_s, clock = wall_s + time.perf_counter() - clock, time.perf_counter()
-    if master and due and step and (
-            finished or stop_signal or best or evaluated and always_save_checkpoint
-            or checkpoint_interval and step % checkpoint_interval == 0
+    if master and step and step != saved_at and (
+            finished or stopping or best or evaluated and always_save_checkpoint
+            or due and checkpoint_interval and step % checkpoint_interval == 0
             or checkpoint_minutes and clock - last_saved > 60 * checkpoint_minutes):
         save(best)
-        last_saved = clock
+        saved_at, last_saved = step, clock
     if master and evaluated and step:
         plot()
-    if finished or stop_signal:
+    if finished or stopping:
         break
 
     # torch.compile, where what it saves in the steps left outweighs what it takes: about a minute on a
@@ -931,7 +936,7 @@ while True:
             beyond, times, spent = position, rollbacks + 1, wall_s
             model.load_state_dict(GPT.from_pretrained(last).state_dict())
             restore(torch.load(os.path.join(last, 'trainer.pt'), map_location='cpu', weights_only=True))
-            position, rollbacks, wall_s, bad_in_a_row, resumed_at = beyond, times, spent, 0, step
+            position, rollbacks, wall_s, bad_in_a_row, looked_at, saved_at = beyond, times, spent, 0, step, step
             marked = tokens_seen, train_s
             say(f"{max_bad_steps} bad steps in a row: back to {last}, past the data that did it")
             log({'event': 'rollback', 'position': position})
@@ -942,10 +947,6 @@ while True:
     step, steps_here = step + 1, steps_here + 1
     tokens_seen += sequences * block_size
     train_s += time.perf_counter() - begun
-    if ddp:  # all stop at the same step, whichever heard the signal
-        heard = torch.tensor(float(stop_signal is not None), device=device)
-        dist.all_reduce(heard)
-        stop_signal = stop_signal or ('a signal' if heard.item() else None)
 
     if bar:
         bar.update()
@@ -981,8 +982,8 @@ if bar:
     bar.close()
     bar = None
 again = 'python ' + ' '.join(sys.argv)
-if stop_signal and not finished:
-    say(f"{stop_signal}: stopped after step {step:,} of {max_iters:,}, which is saved. To go on:\n  {again}")
+if stopping and not finished:
+    say(f"{stop_signal or 'a signal'}: stopped after step {step:,} of {max_iters:,}, which is saved. To go on:\n  {again}")
 elif master:
     for text in samples(3):
         print(f"--- a sample ---\n{text}")
