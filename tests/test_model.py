@@ -307,3 +307,19 @@ def test_schedules_at_their_corners():
         else:
             theirs = 6e-5 + 0.5 * (1 + math.cos(math.pi * (step - 20) / 130)) * (6e-4 - 6e-5)
         assert ours == pytest.approx(theirs, abs=1e-12)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_of_1x8_and_4x2_micro_batches_agree(masked):
+    """Each micro-batch counts by its number of targets; one without any contributes nothing, and no NaN."""
+    model, x, y = make(**LLAMA), torch.randint(97, (8, 48)), torch.randint(97, (8, 48))
+    if masked:
+        y[torch.rand(y.shape) < torch.linspace(0, 0.9, 8)[:, None]] = -1
+        y[4:6] = -1
+    grads = []
+    for size in (8, 2):
+        model.zero_grad()
+        for a, b in zip(x.split(size), y.split(size)):
+            (model(a, b)[1] * ((b >= 0).sum() / (y >= 0).sum())).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert (grads[0] - grads[1]).abs().max() < 1e-6
