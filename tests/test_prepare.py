@@ -820,3 +820,23 @@ def test_download_is_resumed_and_checked(hub, monkeypatch):
     hub.faults += [("/cdn/", 404)]
     with pytest.raises(UserError, match="404"):
         prepare.download(url, digest(b"a third"))
+
+
+def test_train_and_sample_from_a_hub_id(hub, here):
+    """--init_from=owner/name, as transformers saved it there: trained on, and sampled from."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    tok = make_tokenizer("byte", [WORDS])
+    LlamaForCausalLM(LlamaConfig(vocab_size=tok.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                 num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)).save_pretrained("m")
+    tok.save("m")
+    hub.repos["o/llama"] = {f: open(os.path.join("m", f), "rb").read() for f in os.listdir("m")}
+    open("t.txt", "w").write(f"\n{EOT}\n".join(STORIES[:50]))
+    assert fetch(hub, "t.txt", "--tokenizer=byte", "--val_fraction=0.2").returncode == 0
+    env = dict(os.environ, HF_ENDPOINT=hub.url, NO_PROXY="*", OMP_NUM_THREADS="1")
+    for script, args, said in (
+            ("train.py", ["--dataset=t", "--block_size=32", "--batch_size=2", "--max_iters=2", "--eval_iters=1"], "weights from"),
+            ("sample.py", ["--max_new_tokens=5", "--num_samples=1", "--start=a"], "a")):
+        run = subprocess.run([sys.executable, os.path.join(ROOT, script), "--init_from=o/llama", *args], env=env,
+                             capture_output=True, text=True)
+        assert run.returncode == 0 and said in run.stdout, run.stderr[-2000:]
+    assert os.path.exists("out/toy/step_000002/model.safetensors")
