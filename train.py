@@ -696,6 +696,14 @@ def start_tensorboard():
         say("warning: tensorboard=True, but it is not installed (pip install tensorboard); the run goes on without")
 
 
+def gpu_utilization():
+    """Percent, or None without NVIDIA's library for it (pip install nvidia-ml-py)."""
+    try:
+        return torch.cuda.utilization(device)
+    except (ImportError, RuntimeError):
+        return None
+
+
 def plot():
     """out_dir/loss.png: the loss of training and of held-out data, and the learning rate."""
     from matplotlib.figure import Figure
@@ -958,8 +966,11 @@ while True:
                'train/tok_per_sec': speed, 'train/epoch': position / data.per_epoch, 'time/train_s': train_s,
                'train/skipped': position // sequences - step, 'cost/eta_hours': left / 3600, **metrics}
         if peak_flops:
-            row |= {'train/mfu': speed * flops / (peak_flops * world),
-                    'gpu/memory_allocated_gb': torch.cuda.max_memory_allocated() / 1e9}
+            row['train/mfu'] = speed * flops / (peak_flops * world)
+        if device_type == 'cuda':
+            row['gpu/memory_allocated_gb'] = torch.cuda.max_memory_allocated() / 1e9
+            if gpu_utilization() is not None:
+                row['gpu/utilization'] = gpu_utilization()
         if gpu_cost_per_hour:
             spent = (wall_s + time.perf_counter() - clock) / 3600 * gpu_cost_per_hour
             row |= {'cost/usd_spent': spent, 'cost/usd_left': left / 3600 * gpu_cost_per_hour,
