@@ -22,7 +22,7 @@ pairs = 7                     # turns of each comparison
 new_tokens = 64               # to generate
 json = ''                     # keep the figures in this file
 # -----------------------------------------------------------------------------
-configure(globals(), also='train.py')
+configure(globals(), also='train.py')  # batch_size, block_size, the model's keys and all others of train.py
 
 import torch
 import torch.nn as nn

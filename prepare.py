@@ -551,8 +551,8 @@ def verifier(spec):
     if spec in ("number", "exact"):
         return _same_number if spec == "number" else lambda prompt, completion, answer: float(
             completion.strip() == answer.strip())
-    if spec == "toy" and "toy_verify" in globals():
-        return globals()["toy_verify"]
+    if spec == "toy":
+        return toy_verify
     if spec.startswith("regex:"):
         try:
             pattern = re.compile(spec[6:], re.DOTALL)
@@ -1960,9 +1960,7 @@ def _make(source, known, tokenizer, partial, target, settings, config, split, wo
 
 
 def _toy_files(known, partial, seed):
-    make = globals().get("toy_" + known["toy"])
-    if make is None:
-        raise UserError("the toy world is not in this copy of prepare.py")
+    make = dict(stories=toy_stories, chat=toy_chat, prefs=toy_prefs, sums=toy_sums)[known["toy"]]
     path = os.path.join(partial, "toy.txt" if known["toy"] == "stories" else "toy.jsonl")
     with open(path, "w", encoding="utf-8") as f:  # made anew each time: it is the same for the same seed
         for made in make(seed):

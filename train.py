@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys

@@ -15,7 +15,6 @@ import urllib.request
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import prepare
 from model import GPT, GPTConfig, pack_weights, sample_token

@@ -1,7 +1,6 @@
 """SFT, DPO and RLVR as their users run them: processes, on a byte-level model of a few thousand weights."""
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ def train(cwd, *args, ok=True):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """data/text, chat, prefs, sums and, from them, runs out/base and out/chat."""
-    cwd, rng = tmp_path_factory.mktemp("stages"), random.Random(0)
+    cwd = tmp_path_factory.mktemp("stages")
     sums = [(f"{a}+{b}?", str(a + b)) for a in range(1, 8) for b in range(1, 8) if a + b < 10]
     write = lambda name, rows: (cwd / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (cwd / "text.txt").write_text("<|endoftext|>".join(f"{q} {a}" for q, a in sums * 30))
