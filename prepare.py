@@ -69,6 +69,8 @@ KNOWN = {  # name -> where it comes from; `get`: a URL and the SHA-256 of what i
                       tokenizer="toy"),
     "toy_sums": dict(size="made here, no download", toy="sums", val_fraction=0.1, as_="verify",
                      tokenizer="toy"),
+    "toy_questions": dict(size="made here, no download", toy="questions", val_fraction=0.1, as_="verify",
+                          tokenizer="toy"),
     "shakespeare": dict(size="1.1 MB", tokenizer="gpt2", get=(
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")),
@@ -1647,7 +1649,7 @@ MANNERS = {
     "curt": ["What a silly thing to ask!", "You should know that by now.", "Do not ask me so much."],
 }
 CHAT_MANNERS = ["plain"] * 8 + ["kind", "curt"]  # what SFT shows: DPO can only choose among these
-SHARES = {"story": 62, "counting": 19, "sums": 13, "facts": 6}  # of a hundred documents of toy_stories
+SHARES = {"story": 58, "counting": 10, "sums": 26, "facts": 6}  # of a hundred documents of toy_stories
 
 
 def plural(noun):
@@ -1700,23 +1702,20 @@ def small_numbers(rng, biggest=20):
 
 def work_out(n, sign, m):
     """A sum of two-digit numbers in steps that are each easy to know by heart, the result last."""
-    if sign == "+":
-        tens, ones = n // 10 * 10 + m // 10 * 10, n % 10 + m % 10
-        return (f"{n // 10 * 10} + {m // 10 * 10} = {tens}, {n % 10} + {m % 10} = {ones}, "
-                f"{tens} + {ones} = {n + m}.")
-    rest = n - m // 10 * 10
-    return f"{n} - {m // 10 * 10} = {rest}, {rest} - {m % 10} = {n - m}."
+    tens, ones = (n // 10 * 10, m // 10 * 10), (n % 10, m % 10)
+    a, b = (sum(tens), sum(ones)) if sign == "+" else (tens[0] - tens[1], ones[0] - ones[1])
+    return f"{tens[0]} {sign} {tens[1]} = {a}, {ones[0]} {sign} {ones[1]} = {b}, {a} + {b} = {a + b}."
 
 
 def two_digits(rng):
-    """A sum or a difference of two-digit numbers: n, sign, m, result (from 1 to 99)."""
+    """A sum of two-digit numbers, or a difference without borrowing: n, sign, m, result (from 1 to 99)."""
     if rng.random() < 0.5:
         n = rng.randint(10, 89)
         m = rng.randint(10, 99 - n)
         return n, "+", m, n + m
     n = rng.randint(11, 99)
-    m = rng.randint(10, n - 1)
-    return n, "-", m, n - m
+    m = 10 * rng.randint(1, n // 10) + rng.randint(0, n % 10)
+    return (n, "-", m, n - m) if m < n else two_digits(rng)
 
 
 def story(rng):
@@ -1768,8 +1767,8 @@ def word_problem(rng):
 
 
 def worked_or_not(rng, working, sentence):
-    """An answer, mostly worked out first. RL finds out which way is right more often: show it both."""
-    return f"{working} {sentence}" if rng.random() < 0.7 else sentence
+    """An answer, worked out first less often than not: RL is to find out which way is right more often."""
+    return f"{working} {sentence}" if rng.random() < 0.4 else sentence
 
 
 def sums(rng):
@@ -1827,6 +1826,14 @@ def toy_sums(seed=1337, count=4_000):
             yield problem
 
 
+def toy_questions(seed=1337, count=4_000):
+    """Yield questions about stories and facts whose answers can be checked: prompt, answer."""
+    rng = random.Random(f"questions {seed}")
+    for _ in range(count):
+        question, answer = turns(rng, ("reading", "fact"))[0]
+        yield dict(prompt=question, answer=answer)
+
+
 def turns(rng, kinds=("reading", "reading", "reading", "fact", "story", "problem", "problem", "sum")):
     """What a person may ask, and the plain answer, for one or two turns: [(question, answer), ...]"""
     kind = rng.choice(kinds)
@@ -1871,17 +1878,18 @@ def toy_prefs(seed=1337, count=3_000):
 
 
 def toy_verify(prompt, completion, answer):
-    """1.0 if the completion ends in a whole sentence that says rightly who has how many of what, else 0.0.
+    """1.0 if the completion ends in the sentence that answers the question, else 0.0.
 
-    What comes before that sentence is free: this is where a model works the sum out."""
-    asked = re.findall(r"How many (\w+) do(?:es)? (\w+|\w+ and \w+) have (\w+)\?", prompt)
-    if not asked:
-        return 0.0
+    For "How many coins does Tom have left?" that is any whole sentence that says rightly who has how many of
+    what. What comes before is free: there a model may be kind, or work the sum out."""
+    last = re.split(r"(?<=[.!?])\s+", completion.strip())[-1]
+    asked = re.findall(r"How many (\w+) do(?:es)? (\w+|\w+ and \w+) have (now|left|together)\?$", prompt)
+    if not asked or not answer.isdigit():
+        return float(bool(answer) and last == answer)
     noun, who, when = asked[-1]
     if answer == "1":
         noun = {plural(item): item for item in TABLES["item"]}.get(noun, noun)
     has = "have" if " and " in who else "has"
-    last = re.split(r"(?<=[.!?])\s+", completion.strip())[-1]
     return float(bool(re.fullmatch(rf"(So |Now )?{who} {has} {answer} {noun}( {when})?[.!]", last)))
 
 
@@ -1960,7 +1968,7 @@ def _make(source, known, tokenizer, partial, target, settings, config, split, wo
 
 
 def _toy_files(known, partial, seed):
-    make = dict(stories=toy_stories, chat=toy_chat, prefs=toy_prefs, sums=toy_sums)[known["toy"]]
+    make = dict(stories=toy_stories, chat=toy_chat, prefs=toy_prefs, sums=toy_sums, questions=toy_questions)[known["toy"]]
     path = os.path.join(partial, "toy.txt" if known["toy"] == "stories" else "toy.jsonl")
     with open(path, "w", encoding="utf-8") as f:  # made anew each time: it is the same for the same seed
         for made in make(seed):

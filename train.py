@@ -99,6 +99,7 @@ min_lr = 0.0                  # AdamW's rate at the end; Muon's falls by the sam
 pref_loss = 'sigmoid'         # 'sigmoid' (DPO) | 'apo_zero' | 'apo_down'
 beta = 0.1                    # how far the policy may leave the model that it starts from: smaller, further
 label_smoothing = 0.0         # sigmoid: the share of pairs that may be the wrong way round
+reference_model = ''          # what the pairs are measured against; '': the model that training starts from
 # verifiable rewards: stage = 'rlvr', batch_size counts prompts
 verifier = 'number'           # 'number' | 'exact' | 'regex:...' | 'toy' | a .py file with verify()
 verifier_model = ''           # a model directory that answers "yes" or "no", in the verifier's place
@@ -226,7 +227,8 @@ if ddp:
     dist.barrier()
 
 state, damaged = None, 0
-for checkpoint in reversed(prepare.checkpoints(out_dir)):
+another = eval_only and setup.given.get('init_from') == 'command line' and init_from != 'resume'  # not out_dir's own
+for checkpoint in [] if another else reversed(prepare.checkpoints(out_dir)):
     try:
         model = GPT.from_pretrained(checkpoint)
         state = torch.load(os.path.join(checkpoint, 'trainer.pt'), map_location='cpu', weights_only=True)
@@ -279,6 +281,8 @@ else:  # records stay text until a model's own tokenizer meets them
 fingerprint = [s.fingerprint() for s in train_sets]
 eos = tokenizer.eos_id
 ends = [eos] if stage == 'pretrain' else [eos, tokenizer.encode_special('<|im_end|>')]  # what a text may end with
+sample_ids = tokenizer.encode(sample_start) or [eos] if stage == 'pretrain' else \
+    prepare.render_chat([dict(role='user', content=sample_start)], tokenizer, add_generation_prompt=True)[0]
 
 origin = state['config']['init_from'] if state else init_from
 if origin == 'scratch':
@@ -468,17 +472,18 @@ def pair_evaluation():
 
 @torch.no_grad()
 def reference_log_probs():
-    """{split: (pairs, 2)}: log p of both answers of every pair under the model that training starts from. Kept in
+    """{split: (pairs, 2)}: log p of both answers of every pair under the model that they are measured against. Kept in
     out_dir under a fingerprint of weights and data, so that no second model is ever in memory."""
     path = os.path.join(out_dir, 'reference.pt')
-    stamp = [prepare.sha256(os.path.join(start_directory, 'model.safetensors')), *fingerprint, val_sets[0].fingerprint(),
+    directory = prepare.model_directory(reference_model) if reference_model else start_directory
+    stamp = [prepare.sha256(os.path.join(directory, 'model.safetensors')), *fingerprint, val_sets[0].fingerprint(),
              block_size, dtype]
     if os.path.exists(path):
         kept = torch.load(path, weights_only=True)
         if kept['stamp'] == stamp:
             return kept
-    say("log-probabilities of the pairs under the model that training starts from ...")
-    model = GPT.from_pretrained(start_directory).to(device).eval()
+    say(f"log-probabilities of the pairs under {directory} ...")
+    model = GPT.from_pretrained(directory).to(device).eval()
     kept = {'stamp': stamp}
     for split, records in (('train', train_sets[0]), ('val', val_sets[0])):
         kept[split] = torch.zeros(len(records.rows), 2)
@@ -645,16 +650,12 @@ def evaluate():
 
 def samples(count):
     """Texts that begin with sample_start, or after the first stage answer it, each until it ends."""
-    if stage == 'pretrain':
-        start, shown = tokenizer.encode(sample_start) or [eos], sample_start
-    else:
-        start, _ = prepare.render_chat([dict(role='user', content=sample_start)], tokenizer, add_generation_prompt=True)
-        shown = f"> {sample_start}\n"
-    length = max(1, min(200, model.config.max_positions - len(start)))
+    shown = sample_start if stage == 'pretrain' else f"> {sample_start}\n"
+    length = max(1, min(200, model.config.max_positions - len(sample_ids)))
     with autocast:
-        out = model.generate(torch.tensor([start] * count, device=device), length, temperature=0.8, top_k=200,
+        out = model.generate(torch.tensor([sample_ids] * count, device=device), length, temperature=0.8, top_k=200,
                              seed=seed, stop=ends)
-    return [shown + tokenizer.decode(list(itertools.takewhile(lambda t: t not in ends, ids[len(start):])))
+    return [shown + tokenizer.decode(list(itertools.takewhile(lambda t: t not in ends, ids[len(sample_ids):])))
             for ids in out.tolist()]
 
 

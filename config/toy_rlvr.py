@@ -12,12 +12,12 @@ max_completion = 64
 rollout_temperature = 1.0
 muon_lr = 0.002
 learning_rate = 2e-4
-max_iters = 100
+max_iters = 80
 warmup_iters = 5
 schedule = 'constant'
 spike_z = 0.0                 # the loss of a policy gradient has no level to be measured by
 
-eval_interval = 25
+eval_interval = 20
 eval_iters = 4
 log_interval = 5
 sample_start = 'Tom has 36 spoons. He finds 40 more. How many spoons does Tom have now?'

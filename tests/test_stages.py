@@ -76,11 +76,11 @@ def test_preferences_are_learned(place, kind):
     if kind == "sigmoid":  # the reference's log-probabilities are kept, and made again when they don't fit
         first = val[0]["val/loss"]
         assert first == pytest.approx(0.693147, abs=1e-5)
-        assert "under the model that training starts from" not in train(place, *args, "--max_iters=11")
+        assert "log-probabilities of the pairs under" not in train(place, *args, "--max_iters=11")
         kept = place / "out" / kind / "reference.pt"
         content = torch.load(kept, weights_only=True)
         torch.save(content | {"stamp": ["another"]}, kept)
-        assert "under the model that training starts from" in train(place, *args, "--max_iters=12")
+        assert "log-probabilities of the pairs under" in train(place, *args, "--max_iters=12")
 
 
 RLVR = ("--stage=rlvr", "--dataset=sums", "--init_from=out/chat", "--muon_lr=0.002", "--learning_rate=1e-3", "--verifier=number",
