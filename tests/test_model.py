@@ -192,6 +192,29 @@ def test_prompts_of_different_lengths_share_a_batch(keys):
         assert torch.equal(together[row, 9:], alone[0, len(prompt):])
 
 
+@pytest.mark.parametrize("keys", [LLAMA, GPT2, ALL])
+def test_log_probs_of_sampled_tokens_equal_a_full_forward_pass(keys, monkeypatch):
+    """What RLVR relies on: sampled with a cache, padded at the left; read again at once, padded at the right."""
+    model, lengths, new = make(**keys), [2, 11, 7, 5], 20
+    seen, sample = [], model_module.sample_token
+
+    def watched(logits, draw, temperature, *more):
+        token = sample(logits, draw, temperature, *more)
+        seen.append(logits.log_softmax(-1).gather(1, token[:, None])[:, 0])
+        return token
+    monkeypatch.setattr(model_module, "sample_token", watched)
+    prompts = [torch.randint(97, (n,)) for n in lengths]
+    pad = torch.tensor([11 - n for n in lengths])
+    batch = torch.stack([F.pad(p, (11 - len(p), 0)) for p in prompts])
+    out = model.generate(batch, new, temperature=1.0, seed=5, pad=pad)
+    rows = torch.stack([F.pad(row[n:], (0, n)) for row, n in zip(out, pad.tolist())])
+    x, y = rows[:, :-1], rows[:, 1:].clone()
+    for row, n in enumerate(lengths):
+        y[row, :n - 1] = y[row, n - 1 + new:] = -1
+    again = model(x, y, per_token=True)[1]
+    assert (again[y >= 0].view(4, new) - torch.stack(seen, dim=1)).abs().max() < 1e-4
+
+
 def test_generation_ends_slides_and_repeats():
     model, idx = make(**LLAMA), torch.randint(97, (2, 5))
     long = model.generate(idx, 100, seed=1)  # beyond its 48 positions

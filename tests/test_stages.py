@@ -1,6 +1,8 @@
 """SFT, DPO and RLVR as their users run them: processes, on a byte-level model of a few thousand weights."""
 import json
+import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -9,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import prepare
+from model import GPT, GPTConfig
 from test_train import ROOT, log, script
 
 TINY = ["--batch_size=4", "--eval_iters=2", "--eval_interval=5", "--log_interval=1", "--warmup_iters=0", "--dtype=float32",
@@ -127,3 +131,30 @@ def test_a_model_may_be_the_verifier(place):
     train(place, *RLVR, "--verifier_model=out/chat/step_000040", "--max_iters=2", "--out_dir=out/judged")
     rewards = [r["reward/mean"] for r in log(place / "out" / "judged") if "train/loss" in r]
     assert all(0 <= r <= 1 for r in rewards)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "dpo", "rlvr"])
+def test_one_step_on_real_problems_at_135m(tmp_path_factory, shared, stage):
+    """GSM8K, SmolLM2's tokenizer, smol_135m's shape with random weights: one step of each stage is taken."""
+    cwd = tmp_path_factory.mktemp(stage)
+    problems = [json.loads(line) for line in open(os.path.join(shared, "gsm8k_train.jsonl"))][:24]
+    rows = problems if stage != "dpo" else [
+        dict(prompt=p["question"], chosen=p["answer"], rejected=p["answer"] + "1") for p in problems]
+    (cwd / "gsm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kind = {"sft": "chat", "dpo": "prefs", "rlvr": "verify"}[stage]
+    tokenizer = os.path.join(shared, "smollm2_tokenizer.json")
+    run = script("prepare.py", "gsm.jsonl", f"--as={kind}", f"--tokenizer={tokenizer}", "--val_fraction=0.1", cwd=cwd)
+    assert run.returncode == 0, run.stderr
+    tok = prepare.with_chat_tokens(prepare.load_tokenizer(tokenizer))
+    tok.save(cwd / "start")
+    GPT(GPTConfig(n_layer=30, n_head=9, n_kv_head=3, n_embd=576, ffn_dim=1536, block_size=512,
+                  vocab_size=tok.vocab_size, init_std=0.0417)).save_pretrained(cwd / "start")
+    run = script("train.py", f"--stage={stage}", "--dataset=gsm", "--init_from=start", "--out_dir=out", "--block_size=512",
+                 "--batch_size=2", "--group_size=4", "--max_completion=64", "--max_iters=1", "--eval_iters=1", "--log_interval=1",
+                 "--optimizer=adamw", "--learning_rate=1e-5", "--spike_z=0", cwd=cwd)
+    assert run.returncode == 0, run.stderr[-2000:]
+    row = next(r for r in log(cwd / "out") if "train/loss" in r)
+    assert math.isfinite(row["train/loss"]) and math.isfinite(row["train/grad_norm"])
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6  # of all children so far
+    print(f"\n{stage}: {row['time/train_s']:.1f} s the step, {peak:.1f} GB at most, loss {row['train/loss']:.3f}")
