@@ -299,7 +299,7 @@ def train_py(**keys):
 def part_train():
     """Every side has a process of its own, so that neither memory nor allocator is shared, and steps when it is its turn."""
     names = dict(ours='ours', plain='plain float32 GPT-2', transformers=f'transformers + AdamW, {dtype}')
-    sides, losses, peaks = {}, {}, {}
+    sides, losses, peaks, compiled = {}, {}, {}, False
 
     def turn(side):
         def work():
@@ -311,16 +311,17 @@ def part_train():
 
     for side in names:
         process = again(side)
-        loss = answer(process)
-        if loss is not None:
+        if start := answer(process):
             sides[side] = process
-        if loss is not None and (side != 'plain' or same_shape):
-            losses[side] = loss
+            compiled = compiled or start['compiled']
+            if side != 'plain' or same_shape:
+                losses[side] = start['loss']
     print("first loss: " + ', '.join(f"{side} {loss:.4f}" for side, loss in losses.items()))
     if max(losses.values()) - min(losses.values()) > 0.005 * losses['ours']:
         raise UserError("the sides don't compute the same loss, so there is no speed to compare")
     rivals = [side for side in sides if side != 'ours']
-    seconds = compare('training step', turn('ours'), {names[side]: turn(side) for side in rivals}, tokens, 'tok/s')
+    what = 'training step, compiled' if compiled else 'training step'
+    seconds = compare(what, turn('ours'), {names[side]: turn(side) for side in rivals}, tokens, 'tok/s')
     for side in rivals:
         report('peak memory of the process', 'GB', [peaks['ours']], names[side], [peaks[side]])
     for process in sides.values():
@@ -339,8 +340,8 @@ def part_train():
 
 
 def take_steps(side):
-    """In the process of a side: says the first loss, null where there is no such side, and the times of a step whenever
-    it is given a line."""
+    """In the process of a side: says how it starts, null where there is no such side, and the times of a step whenever it
+    is given a line."""
     def transformers_loss(x, y):
         with autocast:
             return model(x, labels=x, use_cache=False).loss
@@ -357,7 +358,7 @@ def take_steps(side):
         step_of(model, [torch.optim.AdamW(model.parameters(), lr=1e-4)], lambda: loss_of(x, y))
     for _ in range(3):  # allocators settle
         timed(step)
-    say(loss)
+    say(dict(loss=loss, compiled=model._compiled_call_impl is not None))
     for _ in sys.stdin:
         say(timed(step) | {'peak': peak_memory()})
 
@@ -450,6 +451,7 @@ def part_documents():
 
 @torch.no_grad()
 def part_evaluation():
+    """Not compiled, as in a short run."""
     rows, plain = max(batch_size, 4096 // block_size), plain_model()  # as many as train.py evaluates at once
     starts = held_out.held_out(rows)
     read = lambda some: (t.to(device) for t in held_out.read(some))
@@ -462,7 +464,7 @@ def part_evaluation():
 
 def part_checkpoint():
     """Weights and the optimizers' state; nobody waits for the disk itself."""
-    timed(our_step())  # from the first step on there is a state
+    timed(step_of(our_model(), our_optimizers(), lambda: our_loss(x, y)))  # from the first step on there is a state
     model, directory, single = our_model(), os.path.join(scratch, 'ours'), os.path.join(scratch, 'theirs.pt')
     trainer = os.path.join(directory, 'trainer.pt')
     states = lambda: [opt.state_dict() for opt in our_optimizers()]
@@ -477,7 +479,8 @@ def part_checkpoint():
 
 
 def part_generate():
-    """Greedy, as sample.py does it: weights in the dtype, packed on a CPU."""
+    """Greedy, as sample.py does it: weights in the dtype, packed on a CPU. Random weights leave the best two tokens close:
+    in bfloat16 rounding parts the texts, with --dtype=float32 the ids have to be the same."""
     theirs, low = our_model() and transformers_model(), getattr(torch, dtype)
     model = GPT.from_pretrained(first_weights).to(device, low).eval()
     if device_type == 'cpu':
