@@ -1,4 +1,4 @@
-# Shakespeare by the character: a minute on two CPU cores, and the race that bench.py runs.
+# Shakespeare by the character: a minute on two CPU cores.
 #   python prepare.py shakespeare_char && python train.py config/shakespeare_char.py
 
 dataset = 'shakespeare_char'
