@@ -679,12 +679,15 @@ def orthogonalize(G, dtype=torch.bfloat16):
     Each iteration is X <- a X + (b A + c A A) X with A = X X^T: it moves singular values towards 1 and leaves
     singular vectors alone. Five leave every value above 0.001 of the norm within 0.13 of 1.
     """
-    X = G.to(dtype)
-    X = X / (X.float().norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-6).to(dtype)
+    norm = torch.linalg.vector_norm(G, dim=(1, 2), keepdim=True, dtype=torch.float32)
+    X = (G / (norm * 1.02 + 1e-6)).to(dtype)
     for a, b, c in _POLAR_EXPRESS:
         A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        X = torch.baddbmm(X, B, X, beta=a)
+        B = A * c  # X <- (a I + (b I + c A) A) X: sums on a diagonal, where baddbmm would pass over all of X again
+        B.diagonal(dim1=1, dim2=2).add_(b)
+        B = B @ A
+        B.diagonal(dim1=1, dim2=2).add_(a)
+        X = B @ X
     return X
 
 

@@ -14,7 +14,7 @@ muon_lr = 0.002
 learning_rate = 2e-4
 max_iters = 80
 warmup_iters = 5
-schedule = 'constant'
+decay_frac = 1.0              # down from the first step: what it could do before, it is to keep
 spike_z = 0.0                 # the loss of a policy gradient has no level to be measured by
 
 eval_interval = 20
