@@ -612,6 +612,29 @@ def write_json(path, value, indent=2):
     os.replace(f.name, path)
 
 
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "RUNPOD_API_KEY")
+
+
+def read_secrets(path=".env"):
+    """Puts the SECRETS that a .env file holds (`HF_TOKEN=...` a line) into the environment, which wins over it."""
+    lines = open(path, encoding="utf-8", errors="replace").read().splitlines() if os.path.isfile(path) else []
+    for line in lines:
+        found = re.match(r"""\s*(?:export\s+)?(\w+)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s#]*))""", line)
+        if found and found[1] in SECRETS:
+            os.environ.setdefault(found[1], next(v for v in found.groups()[1:] if v is not None))
+    for key in SECRETS:  # a line end that was pasted along would end up in an error message
+        if key in os.environ:
+            os.environ[key] = os.environ[key].strip()
+
+
+def without_secrets(text):
+    """`text` as it may be shown: errors of other libraries can quote what they were given."""
+    for key in SECRETS:
+        if len(os.environ.get(key, "")) > 7:
+            text = text.replace(os.environ[key], f"[{key}]")
+    return text
+
+
 def sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -2273,8 +2296,13 @@ def publish(partial, target):
     """The directory `partial`, whole and on the disk, takes the name `target`; what had it goes only then."""
     for path in [os.path.join(partial, f) for f in os.listdir(partial)] + [partial]:
         handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        except OSError:
+            if path != partial:  # some mounted drives don't sync directories
+                raise
+        finally:
+            os.close(handle)
     old = target + ".old"
     if os.path.exists(old):
         shutil.rmtree(old) if os.path.exists(target) else os.rename(old, target)
@@ -2282,6 +2310,27 @@ def publish(partial, target):
         os.rename(target, old)
     os.rename(partial, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def copy_whole(source, target):
+    """Copies the files of a directory to `target`, whole or not at all. Returns `target`."""
+    beside = os.path.join(os.path.dirname(target), ".part")
+    shutil.rmtree(beside, ignore_errors=True)
+    os.makedirs(beside)
+    try:
+        copy_files(source, beside, os.listdir(source))
+        publish(beside, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return target
+
+
+def copy_files(source, target, names):
+    """Copies those of the files that are there, content alone: a mounted drive may refuse modes and times."""
+    for name in names:
+        if os.path.isfile(os.path.join(source, name)):
+            shutil.copyfile(os.path.join(source, name), os.path.join(target, name + ".tmp"))
+            os.replace(os.path.join(target, name + ".tmp"), os.path.join(target, name))
 
 
 def _report(target):
@@ -2337,6 +2386,7 @@ def main(words, given):
 
 if __name__ == "__main__":
     setup = configure(globals(), words=True, argv=[re.sub("^--as=", "--as_=", a) for a in sys.argv[1:]])
+    read_secrets()
     try:
         main(setup.words, setup.given)
     except KeyboardInterrupt:

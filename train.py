@@ -10,10 +10,13 @@ Trains a small language model: one flat loop, read from top to bottom.
 A run lives in out_dir and goes on where it stopped: the same command again resumes it.
 """
 import collections
+import concurrent.futures
+import contextlib
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -41,6 +44,12 @@ wandb_log = False             # also log to Weights & Biases
 wandb_project = 'nanosmol'
 wandb_run_name = ''           # '': the name of out_dir
 tensorboard = False           # also log to TensorBoard (pip install tensorboard)
+# beyond this machine: tokens come from the environment or a .env file (HF_TOKEN, WANDB_API_KEY, RUNPOD_API_KEY)
+hf_repo = ''                  # 'you/smol-llama': the Hub repository that receives every checkpoint and the final model
+hf_private = False            # whether it is private, should this run create it
+backup_dir = ''               # a slow mount (Google Drive) that receives a copy of each checkpoint, and gives it back
+terminate_pod = False         # RunPod: the pod ends with the run, once the Hub has the final model; else it is stopped
+terminate_on_error = 'stop'   # the pod after a crash, if terminate_pod: 'stop' | 'never'
 # what is learned
 stage = 'pretrain'            # 'pretrain' | 'sft' | 'dpo' | 'rlvr': where a batch comes from, and its loss
 # data
@@ -138,6 +147,7 @@ from model import (FOLLOWS, GPT, GPUS, GPTConfig, architecture, documents, flops
                    keep_memory, make_optimizers, memory_estimate, multiplies_bf16, pick_attention, pick_device, pick_dtype,
                    policy_loss, preference_loss, schedule_factor)
 
+prepare.read_secrets()
 name = os.path.splitext(os.path.basename(setup.files[-1]))[0] if setup.files else 'toy'
 out_dir = config['out_dir'] = out_dir or os.path.join('out', name)
 mixture = prepare.parse_mixture(dataset)
@@ -145,12 +155,18 @@ directories = [os.path.join(data_dir, n) for n, _ in mixture]
 model_keys = {k: config[k] for k in GPTConfig.__dataclass_fields__}
 for key, allowed in (('stage', ('pretrain', 'sft', 'dpo', 'rlvr')), ('pref_loss', ('sigmoid', 'apo_zero', 'apo_down')),
                      ('schedule', ('wsd', 'cosine', 'constant')), ('decay_shape', ('linear', '1-sqrt')),
-                     ('optimizer', ('muon', 'adamw')), ('dtype', ('auto', 'float32', 'bfloat16', 'float16'))):
+                     ('optimizer', ('muon', 'adamw')), ('dtype', ('auto', 'float32', 'bfloat16', 'float16')),
+                     ('terminate_on_error', ('stop', 'never'))):
     if config[key] not in allowed:
         raise UserError(f"{key}={config[key]!r}: expected one of {', '.join(map(repr, allowed))}")
 for key in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval'):
     if config[key] < 1:
         raise UserError(f"{key}={config[key]}: expected at least 1")
+if hf_repo and not re.fullmatch(r'[\w.-]+/[\w.-]+', hf_repo):
+    raise UserError(f"hf_repo={hf_repo!r}: expected the id of a Hub repository, owner/name")
+mount = os.path.dirname(os.path.abspath(backup_dir))
+if backup_dir and not os.path.isdir(mount):
+    raise UserError(f"backup_dir={backup_dir!r}: {mount} does not exist; mount the drive first")
 if stage in ('dpo', 'rlvr') and len(mixture) > 1:
     raise UserError(f"dataset={dataset!r}: stage={stage!r} takes one data set, not a mixture")
 if stage == 'rlvr':  # a verifier that is missing is refused before anything is loaded
@@ -210,33 +226,62 @@ bar = None  # tqdm's progress bar, once the loop begins on a terminal
 def say(text):
     """Prints on one process, above the progress bar."""
     if master:
+        text = prepare.without_secrets(text)
         bar.write(text) if bar else print(text, flush=True)
 
 
 # -----------------------------------------------------------------------------
 # where the run begins: a run in out_dir goes on; without one, init_from says
 
-if setup.given.get('init_from') == 'command line' and init_from == 'scratch' and os.path.exists(out_dir):
-    aside = next(f"{out_dir}~{i}" for i in range(1, 10 ** 6) if not os.path.exists(f"{out_dir}~{i}"))
-    say(f"the run in {out_dir} is set aside as {aside}")
+backup = os.path.join(backup_dir, os.path.basename(os.path.normpath(out_dir))) if backup_dir else ''
+BESIDE = ('log.jsonl', 'samples.txt', 'loss.png')  # what a run has beside its checkpoints, and its backup too
+
+
+def whole(checkpoint):
+    """(model, trainer.pt) of a checkpoint; None if it is damaged, which is told: the one before may be whole."""
+    try:
+        return GPT.from_pretrained(checkpoint), torch.load(os.path.join(checkpoint, 'trainer.pt'), map_location='cpu',
+                                                           weights_only=True)
+    except Exception as e:
+        say(f"warning: {checkpoint} is damaged and passed over: {first_line(e)}")
+
+
+def first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+if setup.given.get('init_from') == 'command line' and init_from == 'scratch':
+    old_runs = [d for d in (out_dir, backup) if os.path.exists(d)]
     if ddp:
         dist.barrier()  # every process has seen the old run before it moves
-    if master:
-        os.rename(out_dir, aside)
+    for old in old_runs if master else []:
+        aside = next(f"{old}~{i}" for i in range(1, 10 ** 6) if not os.path.exists(f"{old}~{i}"))
+        say(f"the run in {old} is set aside as {aside}")
+        os.rename(old, aside)
+if master and backup and not prepare.checkpoints(out_dir):  # a machine that was replaced: the backup comes back
+    for kept in reversed(prepare.checkpoints(backup)):
+        os.makedirs(out_dir, exist_ok=True)
+        if whole(prepare.copy_whole(kept, os.path.join(out_dir, os.path.basename(kept)))):
+            if os.path.isdir(os.path.join(backup, 'best')):
+                prepare.copy_whole(os.path.join(backup, 'best'), os.path.join(out_dir, 'best'))
+            prepare.copy_files(backup, out_dir, BESIDE)
+            say(f"{out_dir} held no run: {kept} is copied back")
+            break
+        shutil.rmtree(os.path.join(out_dir, os.path.basename(kept)))
+    else:
+        if prepare.checkpoints(backup):
+            raise UserError(f"{backup}: no checkpoint is whole; --init_from=scratch sets the backup aside and starts over")
 if ddp:
     dist.barrier()
 
-state, damaged = None, 0
+state = None
 another = eval_only and setup.given.get('init_from') == 'command line' and init_from != 'resume'  # not out_dir's own
-for checkpoint in [] if another else reversed(prepare.checkpoints(out_dir)):
-    try:
-        model = GPT.from_pretrained(checkpoint)
-        state = torch.load(os.path.join(checkpoint, 'trainer.pt'), map_location='cpu', weights_only=True)
+own = [] if another else prepare.checkpoints(out_dir)
+for checkpoint in reversed(own):
+    if found := whole(checkpoint):
+        model, state = found
         break
-    except Exception as e:  # whatever is wrong with this one, the one before may be whole
-        damaged += 1
-        say(f"warning: {checkpoint} is damaged and passed over: {str(e).splitlines()[0]}")
-if damaged and not state:
+if own and not state:
     raise UserError(f"{out_dir}: no checkpoint is whole; --init_from=scratch sets the run aside and starts over")
 if not state and (init_from == 'resume' or stage in ('dpo', 'rlvr') and init_from == 'scratch'):
     raise UserError(f"{out_dir}: there is no run to resume; leave out --init_from=resume to start one" if init_from == 'resume'
@@ -664,7 +709,7 @@ def log(row):
     if not master:
         return
     with open(os.path.join(out_dir, 'log.jsonl'), 'a', encoding='utf-8') as f:
-        f.write(json.dumps({'step': step, **row}) + '\n')
+        f.write(prepare.without_secrets(json.dumps({'step': step, **row})) + '\n')
     numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
     if wandb_run:
         wandb_run.log(numbers, step=step)
@@ -678,14 +723,26 @@ def start_wandb():
     import wandb
     options = dict(project=wandb_project, name=wandb_run_name or os.path.basename(out_dir), config=config, dir=out_dir)
     quiet = dict(silent=True, init_timeout=20)
+    if 'finish_timeout' in wandb.Settings.model_fields:  # a server that is gone at the end keeps no rented machine waiting
+        quiet['finish_timeout'] = 120
     try:
         known = os.environ.get('WANDB_API_KEY') or wandb.api.api_key
         if known or os.environ.get('WANDB_MODE'):
             return wandb.init(**options, settings=wandb.Settings(**quiet))
         say("warning: not logged in to W&B (wandb login), so it logs offline; wandb sync uploads it later")
     except Exception as e:
-        say(f"warning: W&B can't be reached, so it logs offline; wandb sync uploads it later: {str(e).splitlines()[0]}")
+        say(f"warning: W&B can't be reached, so it logs offline; wandb sync uploads it later: {first_line(e)}")
     return wandb.init(**options, mode='offline', settings=wandb.Settings(**quiet))
+
+
+def start_hub():
+    """The Hub's client, without bars and warnings of its own."""
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.utils import disable_progress_bars, logging
+    disable_progress_bars()
+    logging.set_verbosity_error()
+    os.environ['HF_TOKEN'] = get_token() or ''  # `hf auth login` keeps one too: now without_secrets knows it
+    return HfApi()
 
 
 def start_tensorboard():
@@ -786,9 +843,10 @@ def write(weights, trainer, best, waited):
         size = sum(os.path.getsize(os.path.join(target, f)) for f in os.listdir(target))
         log({'step': trainer['step'], 'event': 'checkpoint', 'path': target, 'best': best, 'bytes': size,
              'training_waited_s': waited})
+        send(target, best)
     except Exception as e:  # a full disk, most often: training goes on, and the one before stays whole
         shutil.rmtree(beside, ignore_errors=True)
-        say(f"warning: {target} could not be written, the one before it stays: {str(e).splitlines()[0]}")
+        say(f"warning: {target} could not be written, the one before it stays: {first_line(e)}")
         log({'step': trainer['step'], 'event': 'checkpoint failed', 'path': target, 'error': str(e)})
 
 
@@ -802,6 +860,267 @@ def link_or_copy(source, target):
 def finish_writing():
     if writer:
         writer.join()
+
+
+# -----------------------------------------------------------------------------
+# The Hub and the backup. Each has a thread of its own: training never waits, and neither waits for the other.
+# What a thread has yet to send lies in a directory of out_dir, hard links that rotation leaves alone, so that a run that
+# was killed uploads the rest when it goes on.
+
+hub = None                  # the Hub's client, where hf_repo is set
+threads, jobs = {}, []      # the threads, and what they were given
+warned = set()              # kinds of trouble that were told: each is told once
+over = threading.Event()    # training has ended; an upload that waits for its next try tries at once
+tries_left = 1              # failed uploads from then on; 0: the Hub refused, nothing more is sent
+
+
+def in_background(kind, function, *args):
+    if kind not in threads:
+        threads[kind] = concurrent.futures.ThreadPoolExecutor(1)
+    jobs.append(threads[kind].submit(function, *args))
+    return jobs[-1]
+
+
+def warn_once(kind, text):
+    if kind not in warned:
+        say(f"warning: {text}")
+    warned.add(kind)
+
+
+def held(checkpoint, queue):
+    """The checkpoint's files under a second name, whole or not at all: rotation may take the first one meanwhile."""
+    target = os.path.join(out_dir, queue, os.path.basename(checkpoint))
+    shutil.rmtree(target + '.part', ignore_errors=True)
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(checkpoint, target + '.part', copy_function=link_or_copy)
+    os.rename(target + '.part', target)
+    return target
+
+
+def send(checkpoint, best):
+    """Gives a finished checkpoint to the threads."""
+    try:
+        if backup:
+            in_background('backup', back_up, held(checkpoint, '.copying'), best)
+        if hub and tries_left:
+            # uploads that fall far behind must not fill the disk: the oldest that waits goes, never the one under way
+            size = sum(os.path.getsize(os.path.join(checkpoint, f)) for f in os.listdir(checkpoint))
+            for old in prepare.checkpoints(os.path.join(out_dir, '.uploading'))[1:]:
+                if shutil.disk_usage(out_dir).free < 4 * size:
+                    shutil.rmtree(old)
+                    log({'event': 'upload dropped', 'path': old})
+                    warn_once('dropped', f"the disk is nearly full and uploads fall behind: {old} is not uploaded")
+            in_background('Hub', upload, held(checkpoint, '.uploading'), f"checkpoints/{os.path.basename(checkpoint)}")
+    except OSError as e:
+        warn_once('held', f"{checkpoint} is whole, but could not be set aside for the Hub or the backup: {first_line(e)}")
+
+
+def back_up(folder, best):
+    """Copies a checkpoint to the backup, whole or not at all; what the run has beside it too; the oldest go."""
+    begun = time.perf_counter()
+    try:
+        if best or prepare.checkpoints(os.path.join(out_dir, '.copying'))[-1] == folder:  # not one that is out of date
+            target = prepare.copy_whole(folder, os.path.join(backup, os.path.basename(folder)))
+            if best:
+                prepare.copy_whole(folder, os.path.join(backup, 'best'))
+            for old in prepare.checkpoints(backup)[:-keep_checkpoints] if keep_checkpoints else []:
+                shutil.rmtree(old, ignore_errors=True)
+            log({'event': 'backup', 'path': target, 'seconds': time.perf_counter() - begun})
+            prepare.copy_files(out_dir, backup, BESIDE)
+    except OSError as e:
+        warn_once('backup', f"backup_dir={backup_dir}: {first_line(e)}; training goes on, the next one is tried again")
+        log({'event': 'backup failed', 'path': folder, 'error': first_line(e)})
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def refused(error):
+    """Whether the Hub's answer is final, which ends all uploads; what is a matter of time is tried again."""
+    global tries_left
+    status = getattr(getattr(error, 'response', None), 'status_code', 0)
+    if not 400 <= status < 500 or status in (404, 408, 409, 412, 429):
+        return False
+    warn_once('Hub', f"hf_repo={hf_repo}: the Hub refuses ({status}), so nothing more is uploaded; training goes on. Check "
+              f"that HF_TOKEN is right and may write there: {first_line(error)}")
+    tries_left = 0
+    return True
+
+
+def greet_hub():
+    """At the start, so that a token that may not write is told now and not at the first checkpoint."""
+    try:
+        hub.create_repo(hf_repo, private=hf_private, exist_ok=True)
+    except Exception as e:
+        refused(e)
+
+
+def confirmed(folder, path):
+    """Whether the Hub, asked, has every file of the folder in its size, and the weights with their SHA-256."""
+    sizes = {os.path.join(path, f): os.path.getsize(os.path.join(folder, f)) for f in os.listdir(folder)}
+    there = {f.path: f for f in hub.get_paths_info(hf_repo, list(sizes))}
+    weights = there.get(os.path.join(path, 'model.safetensors'))
+    return sizes == {f: there[f].size for f in there} and weights and weights.lfs and \
+        weights.lfs.sha256 == prepare.sha256(os.path.join(folder, 'model.safetensors'))
+
+
+def upload(folder, path):
+    """True once the Hub has confirmed the folder. What fails is tried again with growing pauses, for as long as training
+    goes on and a few times after it."""
+    global tries_left
+    begun, pause, where = time.perf_counter(), 1, f'{hf_repo}/{path}'.rstrip('/')
+    while tries_left and os.path.isdir(folder):
+        try:
+            hub.create_repo(hf_repo, private=hf_private, exist_ok=True)
+            hub.upload_folder(repo_id=hf_repo, folder_path=folder, path_in_repo=path, commit_message=path or 'Final model')
+            if not confirmed(folder, path):
+                raise OSError("what is on the Hub is not what was sent")
+            log({'event': 'upload', 'path': where, 'seconds': time.perf_counter() - begun})
+            shutil.rmtree(folder)
+            return True
+        except Exception as e:  # no network, in whatever words the client has for it
+            log({'event': 'upload failed', 'path': where, 'error': first_line(e)})
+            if refused(e):
+                break
+            warn_once('Hub', f"the upload of {where} failed; it is tried again, training goes on: {first_line(e)}")
+            if over.is_set():
+                tries_left = max(tries_left - 1, 0)
+                time.sleep(pause if tries_left else 0)
+                pause *= 2
+            else:
+                pause = 1 if over.wait(pause) else min(2 * pause, 60)
+    return False
+
+
+def upload_final():
+    """The last step's model, a card and the curve, to the root of the repository."""
+    folder = os.path.join(out_dir, '.uploading', 'final')
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(os.path.join(out_dir, f'step_{step:06d}'), folder, copy_function=link_or_copy,
+                        ignore=shutil.ignore_patterns('trainer.pt'))
+        with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as f:
+            f.write(prepare.without_secrets(model_card()))
+        prepare.copy_files(out_dir, folder, ['loss.png'])
+    except OSError as e:
+        warn_once('held', f"the final model could not be made ready for the Hub: {first_line(e)}")
+        return False
+    return upload(folder, '')
+
+
+# what a card does not tell: where things lie on this machine, and what is nobody's business
+PRIVATE = ('out_dir', 'data_dir', 'backup_dir', 'init_from', 'hf_repo', 'hf_private', 'terminate_pod', 'terminate_on_error',
+           'wandb_log', 'wandb_project', 'wandb_run_name', 'tensorboard', 'dry_run', 'gpu', 'mfu', 'gpu_cost_per_hour')
+
+
+def model_card():
+    """README.md of the Hub repository, from the run's own config and log."""
+    with open(os.path.join(out_dir, 'log.jsonl'), encoding='utf-8') as f:
+        rows = [json.loads(line) for line in f]
+    measured = [(r['step'], r[goal]) for r in rows if goal in r] or [(step, math.nan)]
+    best_step, best_value = (max if stage == 'rlvr' else min)(measured, key=lambda m: m[1])
+    loss = next((r['train/loss'] for r in reversed(rows) if 'train/loss' in r), math.nan)
+    sources = [prepare.KNOWN[n]['hub'] for n, _ in mixture if 'hub' in prepare.KNOWN.get(n, {})]
+    local = origin == 'scratch' or os.path.exists(origin) or origin.startswith(('.', '/', 'out/'))
+    base = '' if local else origin  # a Hub id
+    theirs = hf_layout and not odd
+    head = {'library_name': 'transformers' if theirs else 'nanosmol', 'pipeline_tag': 'text-generation',
+            'tags': ['nanosmol', stage], 'base_model': base, 'datasets': sources}
+    front = '\n'.join(f'{k}: {json.dumps(v)}' for k, v in head.items() if v)
+    settings = '\n'.join(f'{k} = {config[k]!r}' for k in setup.keys
+                         if k not in PRIVATE and not str(config[k]).startswith(('/', '~')))
+    load = f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("{hf_repo}")
+tokenizer = AutoTokenizer.from_pretrained("{hf_repo}")
+```
+
+In nanosmol:""" if theirs else "In nanosmol, since transformers has no architecture like this one:"
+    return f"""---
+{front}
+---
+
+# {hf_repo.split('/')[1]}
+
+{model.n_params():,} parameters, trained with nanosmol ({stage}{f', from {base}' if base else ''}) for {step:,} steps on \
+{tokens_seen:,} tokens of {dataset}{f" ({', '.join(sources)})" if sources else ''}. The weights are those of the last step; \
+`checkpoints/` holds earlier ones, with the state of their optimizers.
+
+| | step | |
+|---|---|---|
+| {goal} at the end | {measured[-1][0]:,} | {measured[-1][1]:.4f} |
+| {goal} at its best | {best_step:,} | {best_value:.4f} |
+| train/loss at the end | {step:,} | {loss:.4f} |
+
+![loss](loss.png)
+
+{load}
+
+    python sample.py --init_from={hf_repo}
+
+The run's config, as nanosmol reads it:
+
+```python
+{settings}
+```
+"""
+
+
+def finish_jobs(tries):
+    """Waits for what is under way; uploads that fail have `tries` left in all, one after Ctrl-C."""
+    global tries_left
+    if not master:
+        return
+    finish_writing()
+    tries_left = min(tries_left, 1) * tries
+    over.set()
+    if not all(job.done() for job in jobs):
+        say(f"waiting for uploads and copies under way; Ctrl-C {'again' if stop_signal else 'twice'} leaves without them")
+    while concurrent.futures.wait(jobs, timeout=0.2).not_done:
+        tries_left = min(tries_left, 1) if stop_signal else tries_left
+    if backup:
+        with contextlib.suppress(OSError):  # told by now
+            prepare.copy_files(out_dir, backup, BESIDE)
+    for queue in ('.copying', '.uploading'):
+        with contextlib.suppress(OSError):  # not there, or not empty
+            os.rmdir(os.path.join(out_dir, queue))
+
+
+# -----------------------------------------------------------------------------
+# RunPod: terminating a pod deletes its disk, so the Hub has to have the model; stopping it keeps /workspace
+
+pod = os.environ.get('RUNPOD_POD_ID', '') if terminate_pod else ''
+
+
+def end_pod(how):
+    """Terminates or stops this pod, after ten seconds in which Ctrl-C calls it off."""
+    import requests
+    method, url = ('DELETE', '') if how == 'terminate' else ('POST', '/stop')
+    url = f"{os.environ.get('RUNPOD_API_BASE', 'https://rest.runpod.io/v1')}/pods/{pod}{url}"
+    key = {'Authorization': f"Bearer {os.environ.get('RUNPOD_API_KEY', '')}"}
+    tell = lambda text: print(f"RunPod: {prepare.without_secrets(text)}", flush=True)  # whichever process crashed
+    tell(f"about to {how} pod {pod} in ten seconds; Ctrl-C calls it off")
+    for _ in range(100):
+        if stop_signal:
+            return tell(f"called off, pod {pod} runs on, and costs")
+        time.sleep(0.1)
+    log({'event': 'pod', 'how': how})
+    for pause in (1, 4, 0):
+        try:
+            requests.request(method, url, headers=key, timeout=30).raise_for_status()
+            return tell(f"pod {pod} was told to {how}")
+        except requests.RequestException as e:
+            trouble = first_line(e)
+            time.sleep(pause)
+    tell(f"could not {how} pod {pod}, which runs on, and costs: {trouble}. End it at https://console.runpod.io/pods")
+
+
+def on_crash(kind, error, traceback):
+    """sys.excepthook once training has begun: what is under way is finished, and the pod no longer paid for."""
+    global wandb_run, board
+    tell_error(kind, error, traceback)
+    wandb_run = board = None  # they may be what raised
+    finish_jobs(tries=1)
+    if pod and terminate_on_error == 'stop' and not stop_signal:
+        end_pod('stop')
 
 
 # -----------------------------------------------------------------------------
@@ -823,6 +1142,20 @@ if master:
     wandb_run = start_wandb() if wandb_log else None
     board = start_tensorboard() if tensorboard else None
     log({'event': 'resume' if state else 'start', 'config': config})
+    shutil.rmtree(os.path.join(out_dir, '.copying'), ignore_errors=True)
+    if backup and state and not os.path.isdir(os.path.join(backup, os.path.basename(checkpoint))):
+        in_background('backup', back_up, held(checkpoint, '.copying'), False)
+    if hf_repo:
+        hub = start_hub()
+        in_background('Hub', greet_hub)
+        for left in prepare.checkpoints(os.path.join(out_dir, '.uploading')):
+            in_background('Hub', upload, left, f'checkpoints/{os.path.basename(left)}')
+    if pod and not hf_repo:
+        say("RunPod: without hf_repo the pod is stopped at the end, not terminated")
+    if pod and not os.path.realpath(out_dir).startswith('/workspace/'):
+        say(f"warning: out_dir={out_dir} is not in /workspace, and nothing else outlives a pod that is stopped")
+    if pod and not os.environ.get('RUNPOD_API_KEY'):
+        say("warning: terminate_pod=True, but there is no RUNPOD_API_KEY: the pod will run on, and cost, after the end")
 stop_signal = None
 
 
@@ -836,6 +1169,7 @@ def ask_to_stop(number, frame):
 
 signal.signal(signal.SIGINT, ask_to_stop)
 signal.signal(signal.SIGTERM, ask_to_stop)
+tell_error, sys.excepthook = sys.excepthook, on_crash
 say(f"{model.n_params() / 1e6:.2f}M parameters; {dataset}: {' + '.join(s.amount for s in train_sets)}; "
     f"{max_iters:,} steps of {sequences} x {block_size} = {sequences * block_size:,} tokens")
 say(f"{out_dir}: {device}, {dtype}, {optimizer}, attention: {attention}{', documents apart' if doc_mask else ''}")
@@ -989,6 +1323,7 @@ while True:
 # the end
 
 finish_writing()
+final = in_background('Hub', upload_final) if hub and finished else None
 if bar:
     bar.close()
     bar = None
@@ -1004,9 +1339,17 @@ elif master:
           f"write more           python sample.py --out_dir={out_dir} --start=\"{sample_start or 'Once upon a time'}\"\n"
           f"train longer         {' '.join(a for a in again.split(' ') if not a.startswith('--max_iters='))} "
           f"--max_iters={2 * max_iters}")
+finish_jobs(tries=4 if finished else 1)
+on_hub = final is not None and final.result()
+if final:
+    say(f"the final model is at {hub.endpoint}/{hf_repo}" if on_hub else
+        f"the final model is not on the Hub but in {out_dir}; the same command tries again")
 if wandb_run:
     wandb_run.finish()
 if board:
     board.close()
+wandb_run = board = None
 if ddp:
     dist.destroy_process_group()
+if pod and master and finished and not stop_signal:
+    end_pod('terminate' if on_hub else 'stop')

@@ -35,3 +35,5 @@ checkpoint_interval = 200
 wandb_log = True
 wandb_project = 'smol-llama'
 gpu_cost_per_hour = 2.40
+# hf_repo = 'you/smol-llama'  # its ancestor uploads each checkpoint: set yours, or the pod is stopped, not terminated
+terminate_pod = True          # on RunPod, at the end
