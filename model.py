@@ -95,9 +95,31 @@ class GPTConfig:
 # -----------------------------------------------------------------------------
 # layers
 
+class _RMSNorm(torch.autograd.Function):
+    """x / rms(x) * weight in float32, given out in `dtype`. What PyTorch composes on a CPU keeps x twice for the
+    backward pass; this keeps it once."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, dtype):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        normed, g = x * scale, grad * weight
+        grad_weight = (grad * normed).flatten(0, -2).sum(dim=0)
+        along = (g * normed).mean(dim=-1, keepdim=True)
+        return g.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None, None
+
+
 class RMSNorm(nn.RMSNorm):
-    def forward(self, x):  # gain and input in one dtype, or PyTorch leaves its fused kernel
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+    def forward(self, x):
+        if x.is_cuda:  # one kernel, as long as gain and input are of one dtype
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return _RMSNorm.apply(x, self.weight, self.eps, _compute_dtype(x))
 
 
 def make_norm(config):
@@ -209,6 +231,25 @@ def _varlen(package):
     return varlen
 
 
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of x = [gate, up], of which nothing but x is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        out = torch.empty_like(x)
+        out[..., :gate.shape[-1]] = torch.ops.aten.silu_backward(grad * up, gate)
+        out[..., gate.shape[-1]:] = F.silu(gate).mul_(grad)
+        return out
+
+
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020), gate and up in one matrix, or GPT-2's two layers with GELU."""
 
@@ -222,8 +263,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         if self.gated:
-            gate, up = self.up(x).chunk(2, dim=-1)
-            return self.down(F.silu(gate) * up)
+            return self.down(_SwiGLU.apply(self.up(x)))
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
@@ -551,7 +591,8 @@ def documents(idx, eos_id, attention="sdpa"):
 # -----------------------------------------------------------------------------
 # loss
 
-LOGITS_IN_A_CHUNK = {"cuda": 2 ** 29, "cpu": 2 ** 26}
+LOGITS_IN_A_CHUNK = {"cuda": 2 ** 29, "cpu": 2 ** 26}  # as many as one product of matrices makes
+LOGITS_IN_CACHE = 2 ** 19  # as many as a CPU turns into probabilities at a time, in float32
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -567,20 +608,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x_low) if need_x else None
         grad_w = torch.zeros_like(weight) if need_w else None
         rows = max(128, LOGITS_IN_A_CHUNK["cuda" if x.is_cuda else "cpu"] // weight.shape[0])
+        block = rows if x.is_cuda else max(1, LOGITS_IN_CACHE // weight.shape[0])
         for lo in range(0, x.shape[0], rows):
             part, target = x_low[lo:lo + rows], targets[lo:lo + rows]
             valid = target >= 0
             target = target.clamp(min=0)[:, None]
-            log_p = (part @ w_low.T).float().log_softmax(dim=-1)
-            total -= (log_p.gather(1, target)[:, 0] * valid).sum()
-            if need_x or need_w:
-                grad = log_p.exp_()  # d(-log p_target)/d logits = p - onehot(target)
-                grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
-                grad = grad.mul_(valid[:, None]).to(dtype)
-                if need_x:
-                    grad_x[lo:lo + rows] = grad @ w_low
-                if need_w:
-                    grad_w += grad.T @ part
+            logits = part @ w_low.T
+            for i in range(0, len(part), block):
+                some, t, v = logits[i:i + block], target[i:i + block], valid[i:i + block]
+                log_p = some.float().log_softmax(dim=-1)
+                total -= (log_p.gather(1, t)[:, 0] * v).sum()
+                if need_x or need_w:
+                    grad = log_p.exp_()  # d(-log p_target)/d logits = p - onehot(target)
+                    grad.scatter_add_(1, t, torch.full_like(t, -1, dtype=grad.dtype))
+                    some.copy_(grad.mul_(v[:, None]))  # in the place of the logits
+            if need_x:
+                grad_x[lo:lo + rows] = logits @ w_low
+            if need_w:
+                grad_w += logits.T @ part
         ctx.save_for_backward(grad_x, grad_w)
         ctx.x_dtype = x.dtype
         return total
@@ -589,7 +634,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_out):
         grad_x, grad_w = ctx.saved_tensors
         return (None if grad_x is None else grad_x.to(ctx.x_dtype) * grad_out,
-                None if grad_w is None else grad_w * grad_out, None, None)
+                None if grad_w is None else grad_w.mul_(grad_out), None, None)
 
 
 def linear_cross_entropy(x, weight, targets):
