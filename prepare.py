@@ -69,6 +69,8 @@ KNOWN = {  # name -> where it comes from; `get`: a URL and the SHA-256 of what i
                       tokenizer="toy"),
     "toy_sums": dict(size="made here, no download", toy="sums", val_fraction=0.1, as_="verify",
                      tokenizer="toy"),
+    "toy_problems": dict(size="made here, no download", toy="problems", val_fraction=0.1, as_="verify",
+                         tokenizer="toy"),
     "toy_questions": dict(size="made here, no download", toy="questions", val_fraction=0.1, as_="verify",
                           tokenizer="toy"),
     "shakespeare": dict(size="1.1 MB", tokenizer="gpt2", get=(
@@ -1857,6 +1859,17 @@ def toy_questions(seed=1337, count=4_000):
         yield dict(prompt=question, answer=answer)
 
 
+def toy_problems(seed=1337, count=4_000):
+    """Yield toy_sums, and among them a fact in four: a model that is rewarded for sums alone soon answers everything
+    with a sum."""
+    rng = random.Random(f"problems {seed}")
+    for problem in toy_sums(seed, count):
+        if rng.random() < 0.25:
+            question, answer = turns(rng, ("fact",))[0]
+            problem = dict(prompt=question, answer=answer)
+        yield problem
+
+
 def turns(rng, kinds=("reading", "reading", "reading", "fact", "story", "problem", "problem", "sum")):
     """What a person may ask, and the plain answer, for one or two turns: [(question, answer), ...]"""
     kind = rng.choice(kinds)
@@ -1991,7 +2004,8 @@ def _make(source, known, tokenizer, partial, target, settings, config, split, wo
 
 
 def _toy_files(known, partial, seed):
-    make = dict(stories=toy_stories, chat=toy_chat, prefs=toy_prefs, sums=toy_sums, questions=toy_questions)[known["toy"]]
+    make = dict(stories=toy_stories, chat=toy_chat, prefs=toy_prefs, sums=toy_sums, problems=toy_problems,
+                questions=toy_questions)[known["toy"]]
     path = os.path.join(partial, "toy.txt" if known["toy"] == "stories" else "toy.jsonl")
     with open(path, "w", encoding="utf-8") as f:  # made anew each time: it is the same for the same seed
         for made in make(seed):

@@ -58,6 +58,8 @@ configure(globals())
 
 import prepare
 
+prepare.read_secrets()
+
 ALLOWED = {
     'num_samples': ('at least 1', lambda v: v >= 1), 'max_new_tokens': ('at least 1', lambda v: v >= 1),
     'temperature': ('at least 0', lambda v: 0 <= v < float('inf')), 'top_k': ('at least 0', lambda v: v >= 0),

@@ -3,7 +3,7 @@
 
 stage = 'rlvr'
 init_from = 'out/toy_dpo'
-dataset = 'toy_sums'
+dataset = 'toy_problems'      # sums, and facts, which it is not to forget
 batch_size = 32               # prompts, 8 completions each
 
 verifier = 'toy'              # the right number of the right thing, in a whole sentence

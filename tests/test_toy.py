@@ -270,6 +270,15 @@ def test_questions_can_be_checked():
     assert len(answers) > 200
 
 
+def test_problems_are_sums_and_facts():
+    problems = list(toy.toy_problems(count=1000))
+    facts = [p for p in problems if not p["answer"].isdigit()]
+    assert len(problems) == 1000 and 200 < len(facts) < 300
+    assert all(toy.toy_verify(p["prompt"], p.get("sentence", p["answer"]), p["answer"]) == 1.0 for p in problems)
+    sums = {p["prompt"] for p in toy.toy_sums()}  # so that what toy_sums holds out is held out here
+    assert all(p["prompt"] in sums for p in problems if p not in facts)
+
+
 def test_verify_refuses_what_is_not():
     for problem in toy.toy_sums(count=500):
         prompt, answer, sentence = problem["prompt"], problem["answer"], problem["sentence"]
