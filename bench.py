@@ -59,8 +59,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import prepare
-from model import (GPT, GPUS, GPTConfig, Muon, architecture, documents, flops_per_token, keep_memory, make_optimizers,
-                   multiplies_bf16, pack_weights, pick_attention, pick_device, pick_dtype)
+from model import (GPT, GPUS, GPTConfig, Muon, architecture, compile_pays, documents, flops_per_token, keep_memory,
+                   make_optimizers, multiplies_bf16, pack_weights, pick_attention, pick_device, pick_dtype)
 
 # -----------------------------------------------------------------------------
 # data, model and machine, as train.py sets them up
@@ -206,8 +206,7 @@ def our_step():
     """train.py's step, compiled if train.py would compile it in a run of max_iters steps."""
     step = step_of(our_model(), our_optimizers(), lambda: our_loss(x, y, doc_mask))
     timed(step)
-    seconds_left = timed(step)[''] * gradient_accumulation_steps * max_iters
-    if compile and (device_type == 'cuda' and max_iters > 100 or device_type == 'cpu' and seconds_left / 4 > 120):
+    if compile and compile_pays(device_type, max_iters, timed(step)[''] * gradient_accumulation_steps):
         print(f"torch.compile, as in a run of {max_iters:,} steps; --compile=False leaves it out", file=sys.stderr)
         our_model().compile()
     return step

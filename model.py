@@ -719,20 +719,22 @@ _POLAR_EXPRESS = [(a / s, b / s ** 3, c / s ** 5) for (a, b, c), s in zip([
 
 
 def orthogonalize(G, dtype=torch.bfloat16):
-    """The nearest (semi-)orthogonal matrices to G (N, m, n) with m <= n: U V^T of each SVD, roughly.
+    """The nearest (semi-)orthogonal matrices to G (N, m, n): U V^T of each SVD, roughly.
 
-    Each iteration is X <- a X + (b A + c A A) X with A = X X^T: it moves singular values towards 1 and leaves
-    singular vectors alone. Five leave every value above 0.001 of the norm within 0.13 of 1.
+    Each iteration is X <- (a I + b A + c A A) X with A = X X^T, or from the other side where X is tall: it moves
+    singular values towards 1 and leaves singular vectors alone. Five leave every value above 0.001 of the norm
+    within 0.13 of 1.
     """
+    tall = G.shape[1] > G.shape[2]
     norm = torch.linalg.vector_norm(G, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    X = (G / (norm * 1.02 + 1e-6)).to(dtype)
+    X = G.to(dtype, copy=True).mul_(1 / (norm * 1.02 + 1e-6))
     for a, b, c in _POLAR_EXPRESS:
-        A = X @ X.mT
-        B = A * c  # X <- (a I + (b I + c A) A) X: sums on a diagonal, where baddbmm would pass over all of X again
+        A = X.mT @ X if tall else X @ X.mT
+        B = A * c  # a I + (b I + c A) A: sums on a diagonal, where baddbmm would pass over all of X once more
         B.diagonal(dim1=1, dim2=2).add_(b)
         B = B @ A
         B.diagonal(dim1=1, dim2=2).add_(a)
-        X = B @ X
+        X = X @ B if tall else B @ X
     return X
 
 
@@ -741,8 +743,7 @@ class Muon(torch.optim.Optimizer):
 
     All matrices of one shape are stepped at once: stack, one batched iteration, unstack. A parameter
     with `.parts` holds several matrices stacked along its rows (q, k, v; gate, up), each on its own here.
-    A tall matrix joins the wide ones of its shape by its transpose. The rate is multiplied by
-    sqrt(max(1, rows / columns)), so that updates change outputs alike whatever the shape.
+    The rate is multiplied by sqrt(max(1, rows / columns)), so that updates change outputs alike whatever the shape.
     Across processes each orthogonalises its share and the results are gathered.
     """
 
@@ -751,15 +752,13 @@ class Muon(torch.optim.Optimizer):
         self.dtype, self._stacks = dtype, {}
 
     def _group_stacks(self, group):
-        """[(first parameter, [(parameter, first row, rows, transposed)])], an entry a shape."""
+        """{shape: [(parameter, first row)]}"""
         if id(group) not in self._stacks:
             shapes = {}
             for p in group["params"]:
                 row = 0
                 for rows in getattr(p, "parts", [p.shape[0]]):
-                    tall = rows > p.shape[1]
-                    shape = (p.shape[1], rows) if tall else (rows, p.shape[1])
-                    shapes.setdefault(shape, []).append((p, row, rows, tall))
+                    shapes.setdefault((rows, p.shape[1]), []).append((p, row))
                     row += rows
             self._stacks[id(group)] = shapes
         return self._stacks[id(group)]
@@ -773,17 +772,14 @@ class Muon(torch.optim.Optimizer):
                     self._step_stack(group, shape, members)
 
     def _step_stack(self, group, shape, members):
-        def views(tensors):
-            cut = [t[row:row + rows] for t, (_, row, rows, _) in zip(tensors, members)]
-            return [t.mT if tall else t for t, (*_, tall) in zip(cut, members)]
-
-        grad = torch.stack(views([p.grad for p, *_ in members]))
-        state = self.state[members[0][0]].setdefault(f"{shape[0]}x{shape[1]}", {})
+        rows, columns = shape
+        grad = torch.stack([p.grad[row:row + rows] for p, row in members])
+        state = self.state[members[0][0]].setdefault(f"{rows}x{columns}", {})
         if not state:
             state["momentum"] = torch.zeros_like(grad)
         momentum = state["momentum"].lerp_(grad, 1 - group["momentum"])
         update = self._orthogonalize(grad.lerp_(momentum, group["momentum"]))  # Nesterov
-        params = views([p.data for p, *_ in members])
+        params = [p.data[row:row + rows] for p, row in members]
         updates = list(update.to(params[0].dtype).unbind())
         decay = group["lr"] * group["weight_decay"]
         if decay and group["cautious"]:
@@ -791,11 +787,7 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - decay * (p * u > 0))
         elif decay:
             torch._foreach_mul_(params, 1 - decay)
-        for tall in (False, True):  # rows / columns of the matrix as it stands, not of its transpose
-            some = [i for i, m in enumerate(members) if m[3] == tall]
-            if some:
-                rate = group["lr"] * (math.sqrt(shape[1] / shape[0]) if tall else 1.0)
-                torch._foreach_add_([params[i] for i in some], [updates[i] for i in some], alpha=-rate)
+        torch._foreach_add_(params, updates, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
 
     def _orthogonalize(self, stack):
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
@@ -882,6 +874,14 @@ def multiplies_bf16(device):
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def compile_pays(device_type, steps_left, seconds_a_step):
+    """Whether what torch.compile saves in the steps left outweighs what it takes: about a minute on a GPU, two on a CPU,
+    where it saves a quarter."""
+    if device_type == "cuda":
+        return steps_left > 100
+    return device_type == "cpu" and steps_left * seconds_a_step / 4 > 120
 
 
 def keep_memory():

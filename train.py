@@ -143,9 +143,9 @@ import torch  # after the config, so that --help and slips of the pen answer at 
 import torch.distributed as dist
 
 import prepare
-from model import (FOLLOWS, GPT, GPUS, GPTConfig, architecture, documents, flops_per_token, group_advantages, k3,
-                   keep_memory, make_optimizers, memory_estimate, multiplies_bf16, pick_attention, pick_device, pick_dtype,
-                   policy_loss, preference_loss, schedule_factor)
+from model import (FOLLOWS, GPT, GPUS, GPTConfig, architecture, compile_pays, documents, flops_per_token, group_advantages,
+                   k3, keep_memory, make_optimizers, memory_estimate, multiplies_bf16, pick_attention, pick_device,
+                   pick_dtype, policy_loss, preference_loss, schedule_factor)
 
 prepare.read_secrets()
 name = os.path.splitext(os.path.basename(setup.files[-1]))[0] if setup.files else 'toy'
@@ -1215,11 +1215,9 @@ while True:
     if finished or stopping:
         break
 
-    # torch.compile, where what it saves in the steps left outweighs what it takes: about a minute on a
-    # GPU, two on a CPU, where it saves a quarter
-    if compile and not compiled and (
-            device_type == 'cuda' and max_iters - step > 100
-            or device_type == 'cpu' and steps_here == 20 and train_s / step * (max_iters - step) / 4 > 120):
+    # torch.compile: at once on a GPU, on a CPU once it is known how long a step takes
+    if compile and not compiled and (device_type == 'cuda' or steps_here == 20) and \
+            compile_pays(device_type, max_iters - step, train_s / max(step, 1)):
         say("torch.compile: pays back within this run")
         model.compile()
         compiled = True
