@@ -658,6 +658,14 @@ def any_process(flag):
     return over_processes(torch.tensor(float(flag))).item() > 0
 
 
+def leave_processes():
+    """The other processes have nothing left to do and end here, uploads and the pod are the first one's. Not without a
+    barrier: gloo's thread still frees the tensors of the last sum, and aborts if Python is gone by then."""
+    if ddp:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def means_over_processes(total, prefix):
     keys = sorted(total)
     sums = dict(zip(keys, over_processes(torch.tensor([total[k] for k in keys], dtype=torch.float64)).tolist()))
@@ -1129,6 +1137,7 @@ def on_crash(kind, error, traceback):
 wandb_run = board = None
 if eval_only:
     say(', '.join(f"{k} {v:.4f}" for k, v in evaluate().items()))
+    leave_processes()
     sys.exit()
 if master:
     os.makedirs(out_dir, exist_ok=True)
@@ -1320,6 +1329,7 @@ while True:
 # -----------------------------------------------------------------------------
 # the end
 
+leave_processes()
 finish_writing()
 final = in_background('Hub', upload_final) if hub and finished else None
 if bar:
@@ -1347,7 +1357,5 @@ if wandb_run:
 if board:
     board.close()
 wandb_run = board = None
-if ddp:
-    dist.destroy_process_group()
 if pod and master and finished and not stop_signal:
     end_pod('terminate' if on_hub else 'stop')
