@@ -5,7 +5,7 @@ What is fast, and how fast: everything is measured beside a rival, in one run.
     python bench.py config/smol_135m.py --batch_size=2 --block_size=512    any config
     python bench.py --only=train,generate --profile                        some parts, and a trace for Perfetto
     python bench.py --only=loop --run_iters=700                            where the time of the whole toy run goes
-    python bench.py config/smol_360m.py --json=bench.json                  keep the figures
+    python bench.py config/smol_360m.py --batch_size=8 --json=bench.json   keep the figures
 
 The parts: train (speed and peak memory of a step), startup, loop, which take processes of their own; then data, documents,
 evaluation, checkpoint, generate, muon. The rivals: a plain GPT-2 in float32 as people write it first and, where it is
@@ -59,7 +59,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import prepare
-from model import (GPT, GPUS, GPTConfig, Muon, architecture, compile_pays, documents, flops_per_token, keep_memory,
+from model import (GPT, GPTConfig, Muon, architecture, compile_pays, documents, flops_per_token, gpu_spec, keep_memory,
                    make_optimizers, multiplies_bf16, pack_weights, pick_attention, pick_device, pick_dtype)
 
 # -----------------------------------------------------------------------------
@@ -78,7 +78,7 @@ if not all(os.path.exists(os.path.join(data_dir, name, 'train.bin')) for name, _
         os.makedirs(directory)
         for split, size in (('train', 2 ** 22), ('val', 2 ** 20)):
             ids = np.random.default_rng(seed).integers(meta['vocab_size'], size=size, dtype=meta['dtype'])
-            ids[::200] = meta['eos_id']
+            ids[::1000] = meta['eos_id']  # documents about as long as those of the web
             ids.tofile(os.path.join(directory, f'{split}.bin'))
         prepare.write_json(os.path.join(directory, 'meta.json'), meta)
 directories = [os.path.join(data_dir, name) for name, _ in mixture]
@@ -131,12 +131,15 @@ def timed(work):
 def report(what, unit, ours, against='', theirs=()):
     """One row of the table, from our figures and a rival's of the same turns."""
     figure = lambda values: f"{(v := statistics.median(values)):>10{',.0f' if v >= 1000 else '.3g'}}"
-    row = dict(part=part, what=what, unit=unit, ours=statistics.median(ours), against=against, turns=len(ours))
+    row = dict(part=part, what=what, unit=unit, ours=statistics.median(ours), against=against, each=list(ours))
     line = f"{what:30}{figure(ours)} {unit:8} {against:32}"
     if theirs:
         ratios = sorted(a / b for a, b in zip(ours, theirs))
-        row |= dict(theirs=statistics.median(theirs), ratio=statistics.median(ratios), lowest=ratios[0], highest=ratios[-1])
+        row |= dict(theirs=statistics.median(theirs), each_of_theirs=list(theirs), ratio=statistics.median(ratios),
+                    lowest=ratios[0], highest=ratios[-1])
         line += f"{figure(theirs)} {row['ratio']:7.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    elif len(ours) > 1:
+        line += f" ({figure([min(ours)]).strip()} to {figure([max(ours)]).strip()})"
     results.append(row)
     print(line.rstrip(), flush=True)
 
@@ -310,8 +313,16 @@ def part_train():
 
     for side in names:
         process = again(side)
-        if start := answer(process):
+        try:
+            start = answer(process)
+        except UserError as e:  # for want of memory, most often
+            if side == 'ours':
+                raise
+            print(f"{names[side]} is no rival here: {e}")
+            continue
+        if start:
             sides[side] = process
+            names[side] += f", {start['parameters'] / 1e6:.0f}M"
             compiled = compiled or start['compiled']
             if side != 'plain' or same_shape:
                 losses[side] = start['loss']
@@ -331,11 +342,8 @@ def part_train():
     report(f'squares, {muon_dtype}', 'GFLOP/s', [rate / 1e9 for rate in rates])
     reached = [flops_per_token(shape) * tokens / s for s in seconds]
     report('training step, of that rate', '%', [100 * r / statistics.median(rates) for r in reached])
-    gpu_name = torch.cuda.get_device_name(device).upper() if device_type == 'cuda' else ''
-    for name, (peak, *_) in GPUS.items():
-        if name in gpu_name:
-            report('training step, MFU', '%', [100 * r / peak for r in reached], f"of the {name}'s data sheet")
-            break  # as in train.py: the first name that fits
+    if device_type == 'cuda' and (spec := gpu_spec(torch.cuda.get_device_name(device))):
+        report('training step, MFU', '%', [100 * r / spec[0] for r in reached], f'of {spec[0] / 1e12:.0f} TFLOP/s')
 
 
 def take_steps(side):
@@ -357,7 +365,8 @@ def take_steps(side):
         step_of(model, [torch.optim.AdamW(model.parameters(), lr=1e-4)], lambda: loss_of(x, y))
     for _ in range(3):  # allocators settle
         timed(step)
-    say(dict(loss=loss, compiled=model._compiled_call_impl is not None))
+    say(dict(loss=loss, compiled=model._compiled_call_impl is not None,
+             parameters=sum(p.numel() for p in model.parameters())))
     for _ in sys.stdin:
         say(timed(step) | {'peak': peak_memory()})
 
@@ -451,12 +460,12 @@ def part_documents():
 @torch.no_grad()
 def part_evaluation():
     """Not compiled, as in a short run."""
+    our_model().eval()  # also keeps the first weights, which the rival may take
     rows, plain = max(batch_size, 4096 // block_size), plain_model()  # as many as train.py evaluates at once
     starts = held_out.held_out(rows)
     read = lambda some: (t.to(device) for t in held_out.read(some))
     rivals = {'plain float32 GPT-2': lambda: [plain(*read(starts[i:i + batch_size])).item()
                                               for i in range(0, len(starts), batch_size)]} if plain else {}
-    our_model().eval()
     compare('evaluation', lambda: our_loss(*read(starts), doc_mask).item(), rivals, len(starts) * block_size, 'tok/s')
     our_model().train()
 

@@ -19,6 +19,7 @@ import inspect
 import json
 import math
 import os
+import re
 import typing
 
 import torch
@@ -117,9 +118,10 @@ class _RMSNorm(torch.autograd.Function):
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        if x.is_cuda:  # one kernel, as long as gain and input are of one dtype
-            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-        return _RMSNorm.apply(x, self.weight, self.eps, _compute_dtype(x))
+        dtype = _compute_dtype(x)
+        if x.is_cuda:  # autocast makes float32 of it, which attention's kernels don't take
+            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps).to(dtype)
+        return _RMSNorm.apply(x, self.weight, self.eps, dtype)
 
 
 def make_norm(config):
@@ -181,7 +183,7 @@ def attend(q, k, v, mask, dropout=0.0):
     gqa = q.shape[1] != k.shape[1]
     if isinstance(mask, Segments):
         heads_last = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]
-        y = _varlen(mask.kernel)(*heads_last, mask.ends, q.shape[2])
+        y = mask.kernel(*heads_last, mask.ends, q.shape[2])
         return y.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
     if mask is not None and not torch.is_tensor(mask):
         from torch.nn.attention.flex_attention import flex_attention
@@ -204,9 +206,10 @@ def pick_attention(device, dtype, doc_mask, compiled, dropout=0.0):
     """
     if not (doc_mask and device.startswith("cuda") and dtype in ("bfloat16", "float16")) or dropout:
         return "sdpa"
-    for package in ("flash_attn_interface", "flash_attn", "torch.nn.attention.varlen"):
-        if importlib.util.find_spec(package):
-            return package
+    if torch.cuda.get_device_capability(device) >= (8, 0):  # older ones than Ampere have no FlashAttention
+        for package in ("flash_attn_interface", "flash_attn", "torch.nn.attention.varlen"):
+            if importlib.util.find_spec(package):
+                return package
     return "flex" if compiled else "sdpa"
 
 
@@ -221,11 +224,11 @@ def _varlen(package):
         return flash
     known = inspect.signature(module.varlen_attn).parameters  # they changed between torch 2.10 and 2.13
     options = dict(window_size=(-1, 0)) if "window_size" in known else dict(is_causal=True)
+    if "enable_gqa" in known:
+        options["enable_gqa"] = True
 
     def varlen(q, k, v, ends, longest):
-        if "enable_gqa" in known:
-            options["enable_gqa"] = q.shape[1] != k.shape[1]
-        elif q.shape[1] != k.shape[1]:
+        if "enable_gqa" not in known and q.shape[1] != k.shape[1]:
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
         return module.varlen_attn(q, k, v, ends, ends, longest, longest, **options)
     return varlen
@@ -555,7 +558,7 @@ def pack_weights(model):
 
 class Segments(typing.NamedTuple):
     ends: torch.Tensor       # (documents + 1,) int32: 0, and where each document of the flattened batch ends
-    kernel: str              # what pick_attention chose
+    kernel: typing.Callable  # see _varlen
 
 
 class Documents(typing.NamedTuple):
@@ -584,7 +587,7 @@ def documents(idx, eos_id, attention="sdpa"):
                                  device=idx.device)
     else:  # a window's first token begins a document too, so none crosses from row to row
         starts = first.flatten().nonzero()[:, 0].int()
-        mask = Segments(F.pad(starts, (0, 1), value=B * T), attention)
+        mask = Segments(F.pad(starts, (0, 1), value=B * T), _varlen(attention))
     return Documents(positions, mask)
 
 
@@ -608,7 +611,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x_low) if need_x else None
         grad_w = torch.zeros_like(weight) if need_w else None
         rows = max(128, LOGITS_IN_A_CHUNK["cuda" if x.is_cuda else "cpu"] // weight.shape[0])
-        block = rows if x.is_cuda else max(1, LOGITS_IN_CACHE // weight.shape[0])
+        # torch.compile blocks a softmax itself, and would unroll the inner loop
+        whole = x.device.type != "cpu" or torch.compiler.is_compiling()
+        block = rows if whole else max(1, LOGITS_IN_CACHE // weight.shape[0])
         for lo in range(0, x.shape[0], rows):
             part, target = x_low[lo:lo + rows], targets[lo:lo + rows]
             valid = target >= 0
@@ -642,6 +647,8 @@ def linear_cross_entropy(x, weight, targets):
 
     x (N, n_embd), weight (V, n_embd), targets (N,), -1 ignored. A mean over no target is 0, not NaN.
     """
+    if not torch.is_grad_enabled():  # an autograd function is told of requires_grad, not of no_grad
+        x, weight = x.detach(), weight.detach()
     total = _LinearCrossEntropy.apply(x, weight, targets, _compute_dtype(x))
     return total / (targets >= 0).sum().clamp(min=1)
 
@@ -877,10 +884,10 @@ def multiplies_bf16(device):
 
 
 def compile_pays(device_type, steps_left, seconds_a_step):
-    """Whether what torch.compile saves in the steps left outweighs what it takes: about a minute on a GPU, two on a CPU,
-    where it saves a quarter."""
+    """Whether what torch.compile saves in the steps left, a quarter, outweighs what it takes: about a minute on a GPU,
+    where it is decided before any step was timed, and two on a CPU."""
     if device_type == "cuda":
-        return steps_left > 100
+        return steps_left >= 1000
     return device_type == "cpu" and steps_left * seconds_a_step / 4 > 120
 
 
@@ -889,7 +896,7 @@ def keep_memory():
     CPU takes a twelfth less. Elsewhere it does nothing."""
     try:
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 2 ** 31 - 1)  # M_MMAP_THRESHOLD
+        libc.mallopt(-3, 2 ** 31 - 1) or libc.mallopt(-3, 2 ** 25)  # M_MMAP_THRESHOLD; the most that an old glibc takes
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
     except (OSError, AttributeError):
         pass
@@ -903,6 +910,11 @@ def keep_memory():
 GPUS = {"B200": (2250e12, 180, 5.99), "H200": (989e12, 141, 3.59), "H100": (989e12, 80, 2.69),
         "A100": (312e12, 80, 1.49), "L40S": (362e12, 48, 0.86), "A40": (150e12, 48, 0.40), "L4": (121e12, 24, 0.43),
         "RTX 4090": (165e12, 24, 0.59), "RTX 3090": (71e12, 24, 0.43)}
+
+
+def gpu_spec(name):
+    """The row of GPUS that a GPU's name, such as 'NVIDIA A100-SXM4-80GB', belongs to; None for one that is not there."""
+    return next((spec for gpu, spec in GPUS.items() if re.search(rf"\b{gpu}\b", name.upper())), None)
 
 
 def flops_per_token(model):
@@ -923,10 +935,10 @@ def memory_estimate(model, batch_size, optimizer="muon", dtype="bfloat16", grad_
     # of each block and token: both inputs of the residual stream and both norms in float32, then what the
     # matrices read and write: normed x twice, q k v and the heads' output, the MLP's three
     heads = (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim
-    block = 4 * 4 * c.n_embd + low * (2 * c.n_embd + 2 * heads + (4 if c.mlp == "swiglu" else 2) * c.ffn_dim)
+    block = 4 * 4 * c.n_embd + low * (2 * c.n_embd + 2 * heads + (3 if c.mlp == "swiglu" else 2) * c.ffn_dim)
     kept = (c.n_layer * 4 * c.n_embd + block) if grad_checkpoint else c.n_layer * block
     tokens = batch_size * c.block_size
-    logits = min(tokens * c.vocab_size, LOGITS_IN_A_CHUNK["cuda"]) * (4 + low)
+    logits = min(tokens * c.vocab_size, LOGITS_IN_A_CHUNK["cuda"]) * (8 + low)  # as they are, in float32, and log p
     return {"weights": 4 * n, "gradients": 4 * n,
             "optimizer": 8 * n - (4 * hidden if optimizer == "muon" else 0), "activations": tokens * kept + logits}
 

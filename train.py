@@ -143,9 +143,9 @@ import torch  # after the config, so that --help and slips of the pen answer at 
 import torch.distributed as dist
 
 import prepare
-from model import (FOLLOWS, GPT, GPUS, GPTConfig, architecture, compile_pays, documents, flops_per_token, group_advantages,
-                   k3, keep_memory, make_optimizers, memory_estimate, multiplies_bf16, pick_attention, pick_device,
-                   pick_dtype, policy_loss, preference_loss, schedule_factor)
+from model import (FOLLOWS, GPT, GPUS, GPTConfig, architecture, compile_pays, documents, flops_per_token, gpu_spec,
+                   group_advantages, k3, keep_memory, make_optimizers, memory_estimate, multiplies_bf16, pick_attention,
+                   pick_device, pick_dtype, policy_loss, preference_loss, schedule_factor)
 
 prepare.read_secrets()
 name = os.path.splitext(os.path.basename(setup.files[-1]))[0] if setup.files else 'toy'
@@ -187,9 +187,9 @@ if dry_run:
     for what, size in memory.items():
         print(f"{what:17} {size / 1e9:.2f} GB")
     if gpu:
-        if gpu.upper() not in GPUS:
+        if not gpu_spec(gpu):
             raise UserError(f"gpu={gpu!r}: expected one of {', '.join(GPUS)}")
-        peak, room, price = GPUS[gpu.upper()]
+        peak, room, price = gpu_spec(gpu)
         speed, price = peak * mfu / flops, gpu_cost_per_hour or price
         hours = tokens * max_iters / speed / 3600
         print(f"on one {gpu.upper():10} {hours:,.1f} hours, ${hours * price:,.2f}, at {speed:,.0f} tok/s "
@@ -389,8 +389,8 @@ muon_dtype = torch.bfloat16 if config['dtype'] != 'float32' and multiplies_bf16(
 optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, muon_momentum, weight_decay, (beta1, beta2),
                              cautious, decay_embeddings, muon_dtype)
 flops = flops_per_token(model)
-peak_flops = next((peak for gpu_name, (peak, *_) in GPUS.items()
-                   if device_type == 'cuda' and gpu_name in torch.cuda.get_device_name(device).upper()), 0)
+spec = gpu_spec(torch.cuda.get_device_name(device)) if device_type == 'cuda' else None
+peak_flops = spec[0] if spec else 0  # 0: not known, and no MFU
 
 # what a checkpoint counts
 step = 0          # updates done

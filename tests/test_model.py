@@ -140,6 +140,7 @@ def test_flex_attention_agrees():
 
 
 def test_attention_is_picked_by_what_is_there(monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     assert pick_attention("cpu", "bfloat16", True, True) == "sdpa"
     assert pick_attention("cuda", "bfloat16", False, True) == "sdpa"
     assert pick_attention("cuda:1", "bfloat16", True, True) == "torch.nn.attention.varlen"
@@ -148,6 +149,9 @@ def test_attention_is_picked_by_what_is_there(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert pick_attention("cuda", "bfloat16", True, True) == "flex"
     assert pick_attention("cuda", "bfloat16", True, False) == pick_attention("cuda", "float32", True, True) == "sdpa"
+    monkeypatch.undo()
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))  # a T4
+    assert pick_attention("cuda", "float16", True, True) == "flex"
 
 
 def test_initial_sizes():
