@@ -409,12 +409,12 @@ class GPT(nn.Module):
             cache.advance(idx.shape[1])
         return self.norm(x)
 
-    def forward(self, idx, targets=None, docs=None, per_token=False):
+    def forward(self, idx, targets=None, docs=None, per_token=False, temperature=1.0):
         """Token ids (B, T) -> (logits of every position, None), or with targets (B, T) -> (None, loss):
         the mean of -log p over targets that are not -1, and 0 where there is none.
 
         `docs` (see `documents`) keeps the documents of a window apart. `per_token` gives log p of each target,
-        (B, T), 0 where it is -1, in place of the loss.
+        (B, T), 0 where it is -1, in place of the loss, as it is sampled at `temperature`.
         """
         if idx.shape[1] > self.config.max_positions:
             raise UserError(f"{idx.shape[1]} tokens are beyond max_positions={self.config.max_positions}")
@@ -422,6 +422,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.head(x).float(), None
         if per_token:
+            x = x / temperature if temperature != 1 else x
             return None, token_log_probs(x.flatten(0, 1), self.head.weight, targets.flatten()).view(idx.shape)
         return None, linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten())
 
@@ -609,7 +610,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_x, need_w = ctx.needs_input_grad[:2]
         total = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(x_low) if need_x else None
-        grad_w = torch.zeros_like(weight) if need_w else None
+        grad_w = None
         rows = max(128, LOGITS_IN_A_CHUNK["cuda" if x.is_cuda else "cpu"] // weight.shape[0])
         # torch.compile blocks a softmax itself, and would unroll the inner loop
         whole = x.device.type != "cpu" or torch.compiler.is_compiling()
@@ -630,7 +631,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if need_x:
                 grad_x[lo:lo + rows] = logits @ w_low
             if need_w:
-                grad_w += logits.T @ part
+                share = logits.T @ part
+                grad_w = share.to(weight.dtype) if grad_w is None else grad_w.add_(share)
         ctx.save_for_backward(grad_x, grad_w)
         ctx.x_dtype = x.dtype
         return total

@@ -632,14 +632,29 @@ def read_secrets(path=".env"):
 def without_secrets(text):
     """`text` as it may be shown: errors of other libraries can quote what they were given."""
     for key in SECRETS:
-        if len(os.environ.get(key, "")) > 7:
-            text = text.replace(os.environ[key], f"[{key}]")
+        hide(key, os.environ.get(key))
+    for secret, key in _hidden.items():
+        text = text.replace(secret, f"[{key}]")
     return text
+
+
+_hidden = {}
+
+
+def hide(key, secret):
+    """From now on without_secrets hides this one too."""
+    if secret and len(secret) > 7:
+        _hidden[secret] = key
 
 
 def sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def weights_hash(directory):
+    """The SHA-256 of a model's weights, in however many files."""
+    return " ".join(sha256(os.path.join(directory, f)) for f in sorted(os.listdir(directory)) if f.endswith(".safetensors"))
 
 
 def progress(**options):
@@ -1376,8 +1391,8 @@ def newest_run(runs="out"):
 
 def checkpoints(run):
     """The step_* directories of a run, oldest first."""
-    return [os.path.join(run, d) for d in sorted(os.listdir(run)) if re.fullmatch(r"step_\d{6,}", d)] \
-        if os.path.isdir(run) else []
+    found = [d for d in os.listdir(run) if re.fullmatch(r"step_\d{6,}", d)] if os.path.isdir(run) else []
+    return [os.path.join(run, d) for d in sorted(found, key=lambda d: int(d[5:]))]
 
 
 def model_directory(where):

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -159,9 +160,14 @@ for key, allowed in (('stage', ('pretrain', 'sft', 'dpo', 'rlvr')), ('pref_loss'
                      ('terminate_on_error', ('stop', 'never'))):
     if config[key] not in allowed:
         raise UserError(f"{key}={config[key]!r}: expected one of {', '.join(map(repr, allowed))}")
-for key in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval'):
+for key in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval', 'max_completion',
+            'inner_epochs'):
     if config[key] < 1:
         raise UserError(f"{key}={config[key]}: expected at least 1")
+if stage == 'rlvr' and group_size < 2:
+    raise UserError(f"group_size={group_size}: expected at least 2, a completion is measured against others of its group")
+if rollout_temperature <= 0:
+    raise UserError(f"rollout_temperature={rollout_temperature}: expected more than 0, or all of a group are alike")
 if hf_repo and not re.fullmatch(r'[\w.-]+/[\w.-]+', hf_repo):
     raise UserError(f"hf_repo={hf_repo!r}: expected the id of a Hub repository, owner/name")
 mount = os.path.dirname(os.path.abspath(backup_dir))
@@ -211,10 +217,11 @@ sequences = batch_size * gradient_accumulation_steps  # in a step, however many 
 if sequences % world:
     raise UserError(f"batch_size * gradient_accumulation_steps = {sequences} sequences a step can't be shared "
                     f"among {world} processes; make it a multiple of {world}")
+if ddp and device_type == 'cuda':
+    device = f"cuda:{os.environ['LOCAL_RANK']}"
+if device.startswith('cuda:'):
+    torch.cuda.set_device(device)
 if ddp:
-    if device_type == 'cuda':
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
     dist.init_process_group(backend if device_type == 'cuda' else 'gloo')
 if device_type == 'cuda':
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -234,7 +241,7 @@ def say(text):
 # where the run begins: a run in out_dir goes on; without one, init_from says
 
 backup = os.path.join(backup_dir, os.path.basename(os.path.normpath(out_dir))) if backup_dir else ''
-BESIDE = ('log.jsonl', 'samples.txt', 'loss.png')  # what a run has beside its checkpoints, and its backup too
+BESIDE = ('log.jsonl', 'samples.txt', 'loss.png', 'reference.pt')  # what a run has beside its checkpoints, and its backup too
 
 
 def whole(checkpoint):
@@ -294,11 +301,10 @@ for (set_name, _), directory in zip(mixture, directories):
     if not os.path.exists(os.path.join(directory, 'meta.json' if stage in ('dpo', 'rlvr') else 'train.bin')):
         if set_name not in prepare.KNOWN:
             raise UserError(f"{directory}: no such data set; {prepare.how_to_prepare(directory)}")
+        if ddp:  # the others would wait, and be paid for
+            raise UserError(f"{directory}: no such data set; {prepare.how_to_prepare(directory)}")
         say(f"{directory} is missing; preparing it now: {prepare.describe(set_name)}")
-        if master:
-            prepare.prepare(set_name, data_dir=data_dir)
-if ddp:
-    dist.barrier()
+        prepare.prepare(set_name, data_dir=data_dir)
 if stage in ('pretrain', 'sft'):
     metas = [prepare.read_meta(d) for d in directories]
     for directory, other in zip(directories, metas):
@@ -323,6 +329,11 @@ else:  # records stay text until a model's own tokenizer meets them
     data, = train_sets
     for reason, count in data.left_out.items():
         say(f"left out {count} of {count + data.per_epoch} records of {dataset}: {reason}")
+    for reason, count in val_sets[0].left_out.items():
+        say(f"left out {count} of {count + val_sets[0].per_epoch} held-out records of {dataset}: {reason}")
+for s, directory in zip(val_sets, directories):
+    if len(s.held_out(eval_iters * batch_size)) < world:
+        raise UserError(f"{directory}: {world} processes need as many held-out windows or records, there are fewer")
 fingerprint = [s.fingerprint() for s in train_sets]
 eos = tokenizer.eos_id
 ends = [eos] if stage == 'pretrain' else [eos, tokenizer.encode_special('<|im_end|>')]  # what a text may end with
@@ -333,7 +344,8 @@ origin = state['config']['init_from'] if state else init_from
 if origin == 'scratch':
     asked = vars(GPTConfig(**{**model_keys, 'vocab_size': vocab_size or data_vocab}))
 else:  # the weights bring their shape; only what was asked for in so many words can contradict it
-    asked = {k: v for k, v in model_keys.items() if k in setup.given and not (k in FOLLOWS and v == 0)}
+    asked = {k: v for k, v in model_keys.items() if k in setup.given and not (k in FOLLOWS and v == 0)
+             and k not in ('init', 'init_std', 'unit_embed', 'scale_residual')}  # how weights begin
 if state:  # it goes on only with the same data and model; otherwise nothing is touched
     before = state['config']
     for key, value in {'stage': stage, 'dataset': dataset, 'seed': seed, 'doc_mask': doc_mask, 'optimizer': optimizer, **asked}.items():
@@ -352,7 +364,7 @@ else:
     model = GPT.from_pretrained(directory)
     for key, value in asked.items():
         found = getattr(model.config, key)
-        if value != found and key not in ('block_size', 'dropout', 'init', 'init_std', 'unit_embed', 'scale_residual'):
+        if value != found and key not in ('block_size', 'dropout'):
             raise UserError(f"{key}={value!r} was asked for, the model in {init_from} has {found!r}")
     if block_size > model.config.max_positions:
         raise UserError(f"block_size={block_size} is beyond the max_positions={model.config.max_positions} of {init_from}")
@@ -411,7 +423,8 @@ def restore(state):
         for group, old in zip(opt.param_groups, saved['param_groups']):
             old |= {k: v for k, v in group.items() if k != 'params'}  # the config's rates, the checkpoint's moments
         opt.load_state_dict(saved)
-    scaler.load_state_dict(state['scaler'])
+    if state['scaler']:  # empty where the run was not in float16
+        scaler.load_state_dict(state['scaler'])
     torch.set_rng_state(state['rng'])
     if device_type == 'cuda' and state['cuda_rng'] is not None:
         torch.cuda.set_rng_state(state['cuda_rng'])
@@ -421,7 +434,8 @@ torch.manual_seed(seed + 1)  # from here on the generator draws dropout masks an
 if state:
     restore(state)
 looked_at = saved_at = step if state else -1  # the last steps that were evaluated, and saved
-forward = torch.nn.parallel.DistributedDataParallel(model) if ddp else model
+# its buffers are RoPE's tables, alike on all; sent along, they would tie processes together in evaluation too
+forward = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if ddp else model
 if warmup_iters > max_iters:
     say(f"warning: warmup_iters={warmup_iters} is beyond max_iters and clamped to {max_iters}")
 
@@ -456,7 +470,7 @@ def text_batches(positions):
     batches = []
     for some in in_micro_batches(positions):
         x, y = data.batch(some)
-        batches.append(dict(x=x, y=y, units=(y >= 0).sum().item()))
+        batches.append(dict(x=x, y=y, units=(y >= 0).sum().item(), tokens=x.numel()))
     return batches
 
 
@@ -487,7 +501,7 @@ def text_evaluation():
 
 def pair_batch(rows, reference):
     x, y = padded([row[0] for row in rows] + [row[1] for row in rows])  # the chosen above the rejected
-    return dict(x=x, y=y, reference=reference.T.flatten(), units=len(rows))
+    return dict(x=x, y=y, reference=reference.T.flatten(), units=len(rows), tokens=sum(len(ids) for row in rows for ids, _ in row))
 
 
 def pair_batches(positions):
@@ -520,15 +534,15 @@ def reference_log_probs():
     """{split: (pairs, 2)}: log p of both answers of every pair under the model that they are measured against. Kept in
     out_dir under a fingerprint of weights and data, so that no second model is ever in memory."""
     path = os.path.join(out_dir, 'reference.pt')
-    directory = prepare.model_directory(reference_model) if reference_model else start_directory
-    stamp = [prepare.sha256(os.path.join(directory, 'model.safetensors')), *fingerprint, val_sets[0].fingerprint(),
-             block_size, dtype]
+    weights = prepare.weights_hash(prepare.model_directory(reference_model)) if reference_model else config['start_weights']
+    stamp = [weights, *fingerprint, val_sets[0].fingerprint(), block_size, dtype]
     if os.path.exists(path):
         kept = torch.load(path, weights_only=True)
         if kept['stamp'] == stamp:
             return kept
+    directory = prepare.model_directory(reference_model) if reference_model else start_directory()
     say(f"log-probabilities of the pairs under {directory} ...")
-    model = GPT.from_pretrained(directory).to(device).eval()
+    model = frozen(directory)
     kept = {'stamp': stamp}
     for split, records in (('train', train_sets[0]), ('val', val_sets[0])):
         kept[split] = torch.zeros(len(records.rows), 2)
@@ -573,8 +587,8 @@ def reward_of(problem, completion):
     try:
         return judge(question, text, answer) if verifier_model else float(verify(question, text, answer))
     except Exception as e:
-        counted['verifier raised'] += 1
-        if counted['verifier raised'] == 1:
+        counted['reward/verifier_raised'] += 1
+        if counted['reward/verifier_raised'] == 1:
             say(f"warning: the verifier raised on {text[:60]!r}, which counts as no reward: {type(e).__name__}: {e}")
         return 0.0
 
@@ -601,13 +615,14 @@ def rollouts(positions):
         # a completion that was cut has no reward to speak of: it is left out of the loss, and counted
         x, y = padded([(ids + completion, [0] * len(ids) + [int(ended)] * len(completion))
                        for ids, completion, _, ended in found])
-        batch = dict(x=x, y=y, advantages=advantages.flatten(), units=(y >= 0).sum().item(), rows=len(found), measured={
+        batch = dict(x=x, y=y, advantages=advantages.flatten(), units=(y >= 0).sum().item(),
+                     tokens=sum(len(ids) + len(completion) for ids, completion, _, _ in found), measured={
             'reward/mean': rewards.mean(), 'reward/equal_groups': (advantages == 0).all(dim=1).float().mean(),
             'completions/length': sum(len(c[1]) for c in found) / len(found),
             'completions/cut': sum(not c[3] for c in found) / len(found)})
         if kl_coef:
             with autocast:
-                batch['reference'] = start_model(*on_device(x, y), per_token=True)[1].cpu()
+                batch['reference'] = start_model(*on_device(x, y), per_token=True, temperature=rollout_temperature)[1].cpu()
         batches.append(batch)
     model.train()
     return batches
@@ -615,7 +630,7 @@ def rollouts(positions):
 
 def rollout_loss(batch):
     x, y, advantages = on_device(batch['x'], batch['y'], batch['advantages'])
-    log_probs = forward(x, y, per_token=True)[1]
+    log_probs = forward(x, y, per_token=True, temperature=rollout_temperature)[1]
     old = batch.setdefault('old', log_probs.detach())  # what they were sampled under: before the first update
     reference = batch['reference'].to(device) if kl_coef else None
     each = policy_loss(log_probs, old, advantages[:, None].expand_as(old), clip_eps, reference, kl_coef)
@@ -627,16 +642,17 @@ def rollout_loss(batch):
 def rollout_evaluation():
     """Greedy pass@1, pass@group_size of samples, length, entropy, and divergence from the start, on held-out prompts."""
     records, total = val_sets[0], collections.Counter()
+    passes = 0.5 if verifier_model else 1.0  # a verifier model gives a probability
     for some in in_micro_batches(records.held_out(eval_iters * batch_size)[rank::world]):
         problems = [records.rows[i] for i in some]
-        greedy = [reward_of(p, c) for p, c in zip(problems, sample_completions(problems, 1, 0, 0.0))]
+        greedy = [reward_of(p, c) >= passes for p, c in zip(problems, sample_completions(problems, 1, 0, 0.0))]
         found = sample_completions(problems, group_size, seed + some[0] * group_size, rollout_temperature)
         rewards = torch.tensor([reward_of(problems[i // group_size], c) for i, c in enumerate(found)]).view(-1, group_size)
         x, y = on_device(*padded([(ids + c, [0] * len(ids) + [1] * len(c)) for ids, c, _, _ in found]))
-        log_probs, start = (m(x, y, per_token=True)[1] for m in (model, start_model))
+        log_probs, start = (m(x, y, per_token=True, temperature=rollout_temperature)[1] for m in (model, start_model))
         told = (y >= 0).float()
         per_token = lambda v: float((v * told).sum() / told.sum())
-        for key, value in {'pass@1': sum(greedy) / len(greedy), f'pass@{group_size}': (rewards.max(dim=1).values == 1).float().mean(),
+        for key, value in {'pass@1': sum(greedy) / len(greedy), f'pass@{group_size}': (rewards.max(dim=1).values >= passes).float().mean(),
                            'reward/mean': rewards.mean(), 'completions/length': told.sum() / len(found),
                            'policy/entropy': per_token(-log_probs), 'policy/kl': per_token(k3(log_probs, start)),
                            'units': 1.0}.items():
@@ -679,14 +695,40 @@ batches_of, loss_of, evaluation, goal = {
     'rlvr': (rollouts, rollout_loss, rollout_evaluation, 'val/pass@1')}[stage]
 better = (lambda a, b: a > b) if stage == 'rlvr' else (lambda a, b: a < b)  # loss falls, pass@1 rises
 counted = collections.Counter()
+
+
+def start_directory():
+    """The model that this run began with, known by its weights: the run that it comes from may have gone on since."""
+    for where in (config['start_directory'], origin):
+        with contextlib.suppress(UserError):
+            directory = prepare.model_directory(where)
+            if prepare.weights_hash(directory) == config['start_weights']:
+                return directory
+    raise UserError(f"{config['start_directory']}: the model that the run in {out_dir} began with is no longer there; put it "
+                    "back, or choose another --out_dir")
+
+
+def frozen(directory):
+    """A model beside the one that is trained, with as many rows for chat tokens."""
+    model = GPT.from_pretrained(directory)
+    if model.config.vocab_size < data_vocab:
+        model.grow(data_vocab)
+    return model.to(device).eval().requires_grad_(False)
+
+
 if stage in ('dpo', 'rlvr'):
-    start_directory = prepare.model_directory(origin) if not state else state['config']['start_directory']
-    config['start_directory'] = start_directory
+    if state:
+        config |= {k: state['config'][k] for k in ('start_directory', 'start_weights')}
+    else:
+        config['start_directory'] = prepare.model_directory(origin)
+        config['start_weights'] = prepare.weights_hash(config['start_directory'])
 if stage == 'dpo':
     reference = reference_log_probs()
 if stage == 'rlvr':
-    start_model = GPT.from_pretrained(start_directory).to(device).eval().requires_grad_(False)
-    judge_model = GPT.from_pretrained(verifier_model).to(device).eval() if verifier_model else None
+    start_model = frozen(start_directory())
+    judge_model = frozen(verifier_model) if verifier_model else None
+    if judge_model and not tokenizer.agrees(prepare.load_tokenizer(verifier_model)):
+        raise UserError(f"verifier_model={verifier_model!r} has another tokenizer than {origin}")
 
 
 @torch.no_grad()
@@ -713,17 +755,35 @@ def samples(count):
 
 
 def log(row):
-    """A row of log.jsonl, and of W&B and TensorBoard where they listen."""
+    """A row of log.jsonl, and of W&B and TensorBoard where they listen. What fails here never stops a run."""
+    global wandb_run, board
     if not master:
         return
-    with open(os.path.join(out_dir, 'log.jsonl'), 'a', encoding='utf-8') as f:
-        f.write(prepare.without_secrets(json.dumps({'step': step, **row})) + '\n')
+    try:
+        with open(os.path.join(out_dir, 'log.jsonl'), 'a', encoding='utf-8') as f:
+            f.write(prepare.without_secrets(json.dumps({'step': step, **row})) + '\n')
+    except OSError as e:
+        warn_once('log', f"{out_dir}/log.jsonl: {first_line(e)}; training goes on, the log has a gap")
     numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
-    if wandb_run:
-        wandb_run.log(numbers, step=step)
-    if board:
-        for key, value in numbers.items():
-            board.add_scalar(key, value, step)
+    try:
+        if wandb_run:
+            wandb_run.log(numbers, step=step)
+        if board:
+            for key, value in numbers.items():
+                board.add_scalar(key, value, step)
+    except Exception as e:
+        wandb_run = board = None
+        say(f"warning: W&B or TensorBoard failed, and get no more of this run: {first_line(e)}")
+
+
+def logged():
+    """The rows of log.jsonl. A line that a full disk cut short is passed over."""
+    rows = []
+    with open(os.path.join(out_dir, 'log.jsonl'), encoding='utf-8') as f:
+        for line in f:
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
 
 
 def start_wandb():
@@ -749,7 +809,7 @@ def start_hub():
     from huggingface_hub.utils import disable_progress_bars, logging
     disable_progress_bars()
     logging.set_verbosity_error()
-    os.environ['HF_TOKEN'] = get_token() or ''  # `hf auth login` keeps one too: now without_secrets knows it
+    prepare.hide('HF_TOKEN', get_token())  # `hf auth login` keeps one too, elsewhere than in the environment
     return HfApi()
 
 
@@ -762,18 +822,18 @@ def start_tensorboard():
 
 
 def gpu_utilization():
-    """Percent, or None without NVIDIA's library for it (pip install nvidia-ml-py)."""
+    """{'gpu/utilization': percent}; nothing without NVIDIA's library for it (pip install nvidia-ml-py), or where it
+    can't tell, as for a part of a GPU."""
     try:
-        return torch.cuda.utilization(device)
-    except (ImportError, RuntimeError):
-        return None
+        return {'gpu/utilization': torch.cuda.utilization(device)}
+    except Exception:
+        return {}
 
 
 def plot():
     """out_dir/loss.png: the loss of training and of held-out data, and the learning rate."""
     from matplotlib.figure import Figure
-    with open(os.path.join(out_dir, 'log.jsonl'), encoding='utf-8') as f:
-        rows = [json.loads(line) for line in f]
+    rows = logged()
     figure = Figure(figsize=(8, 4.5), layout='constrained')
     axis = figure.add_subplot(xlabel='step', ylabel='loss (nats a token)', title=out_dir)
     rate = axis.twinx()
@@ -782,7 +842,10 @@ def plot():
                            (rate, 'train/lr', dict(color='gray', linewidth=0.7))):
         ax.plot([r['step'] for r in rows if key in r], [r[key] for r in rows if key in r], label=key, **style)
     axis.legend()
-    figure.savefig(os.path.join(out_dir, 'loss.png'), dpi=120)
+    try:
+        figure.savefig(os.path.join(out_dir, 'loss.png'), dpi=120)
+    except OSError as e:
+        warn_once('plot', f"{out_dir}/loss.png: {first_line(e)}; training goes on")
 
 
 def update():
@@ -854,7 +917,8 @@ def write(weights, trainer, best, waited):
         send(target, best)
     except Exception as e:  # a full disk, most often: training goes on, and the one before stays whole
         shutil.rmtree(beside, ignore_errors=True)
-        say(f"warning: {target} could not be written, the one before it stays: {first_line(e)}")
+        say(f"warning: {target} is written, but not its second name, best: {first_line(e)}" if os.path.isdir(target) else
+            f"warning: {target} could not be written, the one before it stays: {first_line(e)}")
         log({'step': trainer['step'], 'event': 'checkpoint failed', 'path': target, 'error': str(e)})
 
 
@@ -1021,8 +1085,7 @@ PRIVATE = ('out_dir', 'data_dir', 'backup_dir', 'init_from', 'hf_repo', 'hf_priv
 
 def model_card():
     """README.md of the Hub repository, from the run's own config and log."""
-    with open(os.path.join(out_dir, 'log.jsonl'), encoding='utf-8') as f:
-        rows = [json.loads(line) for line in f]
+    rows = logged()
     measured = [(r['step'], r[goal]) for r in rows if goal in r] or [(step, math.nan)]
     best_step, best_value = (max if stage == 'rlvr' else min)(measured, key=lambda m: m[1])
     loss = next((r['train/loss'] for r in reversed(rows) if 'train/loss' in r), math.nan)
@@ -1143,14 +1206,16 @@ if master:
     os.makedirs(out_dir, exist_ok=True)
     log_path = os.path.join(out_dir, 'log.jsonl')
     if os.path.exists(log_path):  # rows past the checkpoint tell of steps that will be taken again
-        with open(log_path, encoding='utf-8') as f:
-            rows = [line for line in f if line.endswith('}\n') and json.loads(line)['step'] <= step]
+        kept = [json.dumps(row) + '\n' for row in logged() if row['step'] <= step]
         with open(log_path + '.part', 'w', encoding='utf-8') as f:
-            f.writelines(rows)
+            f.writelines(kept)
         os.replace(log_path + '.part', log_path)
     wandb_run = start_wandb() if wandb_log else None
     board = start_tensorboard() if tensorboard else None
     log({'event': 'resume' if state else 'start', 'config': config})
+    for damaged in own[own.index(checkpoint) + 1:] if state else []:  # else rotation would take it for the newest
+        shutil.rmtree(damaged + '.damaged', ignore_errors=True)
+        os.rename(damaged, damaged + '.damaged')
     shutil.rmtree(os.path.join(out_dir, '.copying'), ignore_errors=True)
     if backup and state and not os.path.isdir(os.path.join(backup, os.path.basename(checkpoint))):
         in_background('backup', back_up, held(checkpoint, '.copying'), False)
@@ -1180,7 +1245,8 @@ signal.signal(signal.SIGINT, ask_to_stop)
 signal.signal(signal.SIGTERM, ask_to_stop)
 tell_error, sys.excepthook = sys.excepthook, on_crash
 say(f"{model.n_params() / 1e6:.2f}M parameters; {dataset}: {' + '.join(s.amount for s in train_sets)}; "
-    f"{max_iters:,} steps of {sequences} x {block_size} = {sequences * block_size:,} tokens")
+    f"{max_iters:,} steps of {sequences} " + {'dpo': "pairs", 'rlvr': f"prompts x {group_size} completions"}.get(
+        stage, f"x {block_size} = {sequences * block_size:,} tokens"))
 say(f"{out_dir}: {device}, {dtype}, {optimizer}, attention: {attention}{', documents apart' if doc_mask else ''}")
 if master and sys.stdout.isatty():
     from tqdm import tqdm
@@ -1193,7 +1259,7 @@ model.train()
 params = list(model.parameters())
 compiled, bad_in_a_row, steps_here = False, 0, 0
 clock = last_saved = time.perf_counter()
-marked = tokens_seen, train_s  # at the last line of the log
+marked = step, tokens_seen, train_s  # at the last line of the log
 
 while True:
     # evaluation, sample, checkpoint: before the first step, at every interval, after the last
@@ -1240,8 +1306,10 @@ while True:
             group['lr'] = group['base_lr'] * factor
     mine = range(position + rank * sequences // world, position + (rank + 1) * sequences // world)
     batches = batches_of(mine)
+    units, tokens = over_processes(torch.tensor([sum(b[k] for b in batches) for k in ('units', 'tokens')],
+                                                dtype=torch.float64)).tolist()
+    units = max(units, 1)
     for inner in range(inner_epochs if stage == 'rlvr' else 1):
-        units = over_processes(torch.tensor(float(sum(b['units'] for b in batches)))).clamp(min=1).item()
         step_loss, metrics = torch.zeros((), device=device), collections.Counter()
         for i, batch in enumerate(batches):
             if ddp:
@@ -1259,7 +1327,9 @@ while True:
             scaler.unscale_(opt)
         norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
         train_loss = step_loss.item()
-        if inner < inner_epochs - 1 and stage == 'rlvr' and math.isfinite(norm):
+        if not (math.isfinite(train_loss) and (math.isfinite(norm) or scaler.is_enabled())):
+            break
+        if inner < inner_epochs - 1 and stage == 'rlvr':
             update()
     position += sequences
 
@@ -1268,10 +1338,12 @@ while True:
     why = 'not finite' if not (math.isfinite(train_loss) and math.isfinite(norm)) else \
         'loss spike' if too_high(train_loss, [r[0] for r in recent], 0.03) else \
         'gradient spike' if too_high(log_norm, [r[1] for r in recent], 0.2) else ''
-    if why and not (scaler.is_enabled() and why == 'not finite'):  # float16's scaler skips those itself
+    if why and not (scaler.is_enabled() and math.isfinite(train_loss) and not math.isfinite(norm)):
+        # float16's gradients may overflow; its scaler skips those steps itself
         bad_in_a_row += 1
         say(f"step {step + 1} skipped: {why}, loss {train_loss:.4f}, gradient norm {norm:.4g}")
         log({'event': 'skipped', 'why': why, 'train/loss': train_loss, 'train/grad_norm': norm, 'position': position})
+        scaler.update()
         for opt in optimizers:
             opt.zero_grad(set_to_none=True)
         if bad_in_a_row == max_bad_steps:
@@ -1279,6 +1351,9 @@ while True:
             if ddp:
                 dist.barrier()
             if not prepare.checkpoints(out_dir) or rollbacks == max_rollbacks:
+                leave_processes()
+                if not master:
+                    sys.exit()  # the first one tells, and finishes its uploads
                 raise UserError(f"{max_bad_steps} bad steps in a row after step {step} and {rollbacks} rollbacks; what is "
                                 f"in {out_dir} is whole. Lower the learning rate, or look at the data")
             last = prepare.checkpoints(out_dir)[-1]
@@ -1286,32 +1361,32 @@ while True:
             model.load_state_dict(GPT.from_pretrained(last).state_dict())
             restore(torch.load(os.path.join(last, 'trainer.pt'), map_location='cpu', weights_only=True))
             position, rollbacks, wall_s, bad_in_a_row, looked_at, saved_at = beyond, times, spent, 0, step, step
-            marked = tokens_seen, train_s
+            marked = step, tokens_seen, train_s
             say(f"{max_bad_steps} bad steps in a row: back to {last}, past the data that did it")
             log({'event': 'rollback', 'position': position})
         continue
-    bad_in_a_row, recent = 0, recent[-127:] + [[train_loss, log_norm]]
+    bad_in_a_row = 0
+    if math.isfinite(log_norm):
+        recent = recent[-127:] + [[train_loss, log_norm]]
 
     update()
     step, steps_here = step + 1, steps_here + 1
-    tokens_seen += sequences * block_size
+    tokens_seen += int(tokens)
     train_s += time.perf_counter() - begun
 
     if bar:
         bar.update()
     if step % log_interval == 0 or step == max_iters:
-        speed = (tokens_seen - marked[0]) / (train_s - marked[1])
-        left = (max_iters - step) * sequences * block_size / speed
-        marked = tokens_seen, train_s
+        speed = (tokens_seen - marked[1]) / (train_s - marked[2])
+        left = (max_iters - step) * (train_s - marked[2]) / (step - marked[0])
+        marked = step, tokens_seen, train_s
         row = {'train/loss': train_loss, 'train/lr': learning_rate * factor, 'train/grad_norm': norm,
                'train/tok_per_sec': speed, 'train/epoch': position / data.per_epoch, 'time/train_s': train_s,
-               'train/skipped': position // sequences - step, 'cost/eta_hours': left / 3600, **metrics}
+               'train/skipped': position // sequences - step, 'cost/eta_hours': left / 3600, **metrics, **counted}
         if peak_flops:
             row['train/mfu'] = speed * flops / (peak_flops * world)
         if device_type == 'cuda':
-            row['gpu/memory_allocated_gb'] = torch.cuda.max_memory_allocated() / 1e9
-            if gpu_utilization() is not None:
-                row['gpu/utilization'] = gpu_utilization()
+            row |= {'gpu/memory_allocated_gb': torch.cuda.max_memory_allocated() / 1e9, **gpu_utilization()}
         if gpu_cost_per_hour:
             spent = (wall_s + time.perf_counter() - clock) / 3600 * gpu_cost_per_hour
             row |= {'cost/usd_spent': spent, 'cost/usd_left': left / 3600 * gpu_cost_per_hour,
@@ -1335,9 +1410,10 @@ final = in_background('Hub', upload_final) if hub and finished else None
 if bar:
     bar.close()
     bar = None
-again = 'python ' + ' '.join(sys.argv)
+again = [*(['torchrun', f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if ddp else ['python']), *sys.argv]
 if stopping and not finished:
-    say(f"{stop_signal or 'a signal'}: stopped after step {step:,} of {max_iters:,}, which is saved. To go on:\n  {again}")
+    saved = 'which is saved' if os.path.isdir(os.path.join(out_dir, f'step_{step:06d}')) else 'which is not saved'
+    say(f"{stop_signal or 'a signal'}: stopped after step {step:,} of {max_iters:,}, {saved}. To go on:\n  {shlex.join(again)}")
 elif master:
     for text in samples(3):
         print(f"--- a sample ---\n{text}")
@@ -1345,7 +1421,7 @@ elif master:
           f"best {goal.replace('val/loss', 'val loss')} {best_val:.4f} ---\n"
           f"the loss, drawn      {os.path.join(out_dir, 'loss.png')}\n"
           f"write more           python sample.py --out_dir={out_dir} --start=\"{sample_start or 'Once upon a time'}\"\n"
-          f"train longer         {' '.join(a for a in again.split(' ') if not a.startswith('--max_iters='))} "
+          f"train longer         {shlex.join(a for a in again if not a.startswith('--max_iters='))} "
           f"--max_iters={2 * max_iters}")
 finish_jobs(tries=4 if finished else 1)
 on_hub = final is not None and final.result()

@@ -204,18 +204,18 @@ def test_log_probs_of_sampled_tokens_equal_a_full_forward_pass(keys, monkeypatch
 
     def watched(logits, draw, temperature, *more):
         token = sample(logits, draw, temperature, *more)
-        seen.append(logits.log_softmax(-1).gather(1, token[:, None])[:, 0])
+        seen.append((logits / temperature).log_softmax(-1).gather(1, token[:, None])[:, 0])
         return token
     monkeypatch.setattr(model_module, "sample_token", watched)
     prompts = [torch.randint(97, (n,)) for n in lengths]
     pad = torch.tensor([11 - n for n in lengths])
     batch = torch.stack([F.pad(p, (11 - len(p), 0)) for p in prompts])
-    out = model.generate(batch, new, temperature=1.0, seed=5, pad=pad)
+    out = model.generate(batch, new, temperature=0.7, seed=5, pad=pad)
     rows = torch.stack([F.pad(row[n:], (0, n)) for row, n in zip(out, pad.tolist())])
     x, y = rows[:, :-1], rows[:, 1:].clone()
     for row, n in enumerate(lengths):
         y[row, :n - 1] = y[row, n - 1 + new:] = -1
-    again = model(x, y, per_token=True)[1]
+    again = model(x, y, per_token=True, temperature=0.7)[1]
     assert (again[y >= 0].view(4, new) - torch.stack(seen, dim=1)).abs().max() < 1e-4
 
 

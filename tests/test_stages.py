@@ -3,6 +3,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,7 @@ def test_guards_of_the_verifier(place):
     assert text.count("the verifier raised") == 1 and "KeyError" in text
     rows = [r for r in log(place / "out" / "raises") if "reward/mean" in r]
     assert all(r["reward/mean"] == 0 and r["reward/equal_groups"] == 1 for r in rows)
+    assert rows[-1]["reward/verifier_raised"] >= rows[0]["reward/verifier_raised"] > 0
     for bad in ("nothing.py", "regex:(", "wish"):
         assert f"--verifier={bad}" in train(place, *RLVR[:-2], f"--verifier={bad}", "--out_dir=out/no", ok=False)
     assert "not a model directory" in train(place, *RLVR, "--verifier_model=nowhere", "--out_dir=out/no", ok=False)
@@ -131,6 +133,21 @@ def test_a_model_may_be_the_verifier(place):
     train(place, *RLVR, "--verifier_model=out/chat/step_000040", "--max_iters=2", "--out_dir=out/judged")
     rewards = [r["reward/mean"] for r in log(place / "out" / "judged") if "train/loss" in r]
     assert all(0 <= r <= 1 for r in rewards)
+
+
+@pytest.mark.parametrize("stage, dataset", [("dpo", "prefs"), ("rlvr", "sums")])
+def test_what_a_run_began_with_may_be_gone(place, stage, dataset):
+    """From a model without chat tokens, which is then lost: pairs have their reference, rollouts want it back."""
+    shutil.copytree(place / "out" / "base" / "step_000010", place / "start")
+    args = (f"--stage={stage}", f"--dataset={dataset}", "--init_from=start", f"--out_dir=out/{stage}_gone", "--eval_iters=1")
+    assert "the model grows rows for 2 chat tokens" in train(place, *args, "--max_iters=2")
+    row = next(r for r in log(place / "out" / f"{stage}_gone") if "train/loss" in r)
+    assert row["train/tok_per_sec"] > 0
+    shutil.rmtree(place / "start")
+    if stage == "dpo":
+        assert "resuming" in train(place, *args, "--max_iters=3")
+    else:
+        assert "the model that the run in out/rlvr_gone began with is no longer there" in train(place, *args, ok=False)
 
 
 @pytest.mark.slow

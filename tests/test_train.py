@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import prepare
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = ["--n_layer=2", "--n_head=2", "--n_kv_head=1", "--n_embd=32", "--block_size=32", "--batch_size=4", "--eval_iters=2",
         "--eval_interval=10", "--log_interval=5", "--warmup_iters=2", "--dtype=float32", "--max_iters=20"]
@@ -143,6 +145,8 @@ def test_weights_from_a_run_or_a_model_directory(place, finished):
     assert "weights from out/toy/step_000020" in run.stdout
     first = log(place / "out" / "tuned")[1]["val/loss"]
     assert first == pytest.approx(log(finished[0])[-1].get("val/loss", log(finished[0])[-2].get("val/loss")), abs=1e-4)
+    again = train(place, "--out_dir=out/tuned", "--init_from=out/toy", "--max_iters=3", "--dropout=0.1", "--init_std=0.5")
+    assert "resuming out/tuned/step_000002" in again.stdout  # how weights would begin is no reason to refuse
     a, b = (load_file(d / "model.safetensors") for d in (finished[0] / "step_000020", place / "out" / "tuned" / "step_000002"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     said = train(place, "--out_dir=out/tuned2", "--init_from=out/toy", "--n_layer=3", ok=False).stderr
@@ -196,9 +200,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(place):
     train(place, "--out_dir=out/damaged")
     weights = out / "step_000020" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    text = train(place, "--out_dir=out/damaged", "--max_iters=22").stdout
+    with open(out / "log.jsonl", "a") as f:
+        f.write('{"step": 20, "tra')  # a line that a full disk cut
+    text = train(place, "--out_dir=out/damaged", "--max_iters=22", "--keep_checkpoints=1").stdout
     assert "step_000020 is damaged and passed over" in text and "resuming out/damaged/step_000010" in text
-    assert os.path.exists(out / "step_000022")
+    assert {d for d in os.listdir(out) if d.startswith("step")} == {"step_000020.damaged", "step_000022"}
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for step in (999_000, 1_000_000, 20):
+        (tmp_path / f"step_{step:06d}").mkdir()
+    assert [os.path.basename(d) for d in prepare.checkpoints(tmp_path)] == ["step_000020", "step_999000", "step_1000000"]
 
 
 # --- one mean over all targets
@@ -232,7 +244,9 @@ def test_micro_batches_and_processes_do_not_change_a_step(place):
     (["--vocab_size=100"], "vocab_size=100 of the model is smaller than the data's 257"),
     (["--block_size=100000"], "too few for one window of block_size=100000"), (["--n_head=3"], "not divisible by n_head=3"),
     (["--init_from=resume", "--out_dir=out/none"], "no run to resume"), (["--optimizer=sgd"], "optimizer='sgd'"),
-    (["--batch_size=0"], "batch_size=0: expected at least 1"), (["--schedule=linear"], "schedule='linear'"),
+    (["--batch_size=0"], "batch_size=0: expected at least 1"), (["--inner_epochs=0"], "inner_epochs=0: expected at least 1"),
+    (["--rollout_temperature=0.0"], "rollout_temperature=0.0: expected more than 0"),
+    (["--stage=rlvr", "--group_size=1"], "group_size=1: expected at least 2"), (["--schedule=linear"], "schedule='linear'"),
     (["--dtype=half"], "dtype='half'"), (["--init_from=./nowhere"], "nowhere: no such directory")])
 def test_bad_input_is_told_in_one_line(place, args, said):
     run = train(place, *(["--out_dir=out/bad"] + args), ok=False)
@@ -295,6 +309,8 @@ def test_bad_steps_are_skipped_and_roll_back(place, tmp_path):
     assert events.count("rollback") == 2 and events.count("skipped") == 3
     assert "skipped: loss spike" in run.stdout and "past the data that did it" in run.stdout
     train(tmp_path, *args, "--max_rollbacks=3", "--max_bad_steps=99", "--dataset=tiny")  # the checkpoint is intact
+    half = train(tmp_path, *args, "--max_bad_steps=99", "--dtype=float16", "--out_dir=out/half").stdout
+    assert "skipped: loss spike" in half and "step    300 | val loss" in half
 
 
 # --- ancestors
