@@ -161,7 +161,7 @@ def test_one_step_on_real_problems_at_135m(tmp_path_factory, shared, stage):
     (cwd / "gsm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     kind = {"sft": "chat", "dpo": "prefs", "rlvr": "verify"}[stage]
     tokenizer = os.path.join(shared, "smollm2_tokenizer.json")
-    run = script("prepare.py", "gsm.jsonl", f"--as={kind}", f"--tokenizer={tokenizer}", "--val_fraction=0.1", cwd=cwd)
+    run = script("prepare.py", "gsm.jsonl", f"--as={kind}", f"--tokenizer={tokenizer}", "--val_fraction=0.25", cwd=cwd)
     assert run.returncode == 0, run.stderr
     tok = prepare.with_chat_tokens(prepare.load_tokenizer(tokenizer))
     tok.save(cwd / "start")
