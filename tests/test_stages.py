@@ -139,7 +139,7 @@ def test_a_model_may_be_the_verifier(place):
 def test_what_a_run_began_with_may_be_gone(place, stage, dataset):
     """From a model without chat tokens, which is then lost: pairs have their reference, rollouts want it back."""
     shutil.copytree(place / "out" / "base" / "step_000010", place / "start")
-    args = (f"--stage={stage}", f"--dataset={dataset}", "--init_from=start", f"--out_dir=out/{stage}_gone", "--eval_iters=1")
+    args = (f"--stage={stage}", f"--dataset={dataset}", "--init_from=./start", f"--out_dir=out/{stage}_gone", "--eval_iters=1")
     assert "the model grows rows for 2 chat tokens" in train(place, *args, "--max_iters=2")
     row = next(r for r in log(place / "out" / f"{stage}_gone") if "train/loss" in r)
     assert row["train/tok_per_sec"] > 0
