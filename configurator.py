@@ -13,6 +13,7 @@ Config files are Python and apply in the order given; the command line has the l
 """
 import ast
 import difflib
+import errno
 import os
 import sys
 import tokenize
@@ -32,7 +33,8 @@ def configure(variables, words=False, also=None, argv=None):
     `also` names a second script whose keys, with its defaults, are taken too (bench.py takes train.py's).
 
     Returns a namespace: `.keys` (the names), `.given` (name -> where it was set: a config file's path
-    or 'command line'; absent where the default holds), `.files` (the config files), `.words`.
+    or 'command line'; absent where the default holds), `.files` (the config files), `.from_files` (the keys
+    that they set, and to what), `.words`.
     Raises UserError, which from here on is printed as one line: see `_one_line`.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -47,7 +49,7 @@ def configure(variables, words=False, also=None, argv=None):
         print(help_text)
         sys.exit(0)
 
-    given, files, rest, options = {}, [], [], []
+    given, from_files, files, rest, options = {}, {}, [], [], []
     for arg in argv:
         if arg.startswith("--"):
             options.append(arg)
@@ -59,7 +61,8 @@ def configure(variables, words=False, also=None, argv=None):
             raise UserError(f"{arg!r} is neither a config file (*.py) nor an option (--key=value)")
     for path in files:
         for key, value in _read_config(path, {k: variables[k] for k in defaults}).items():
-            variables[key], given[key] = _checked(key, value, defaults[key], path), path
+            variables[key] = from_files[key] = _checked(key, value, defaults[key], path)
+            given[key] = path
     for option in options:
         key, equals, text = option[2:].partition("=")
         if key not in defaults:
@@ -68,7 +71,7 @@ def configure(variables, words=False, also=None, argv=None):
             raise UserError(f"--{key} wants a value: --{key}={defaults[key]}")
         variables[key] = _parsed(key, text, defaults[key]) if equals else True
         given[key] = "command line"
-    return types.SimpleNamespace(keys=list(defaults), given=given, files=files, words=rest)
+    return types.SimpleNamespace(keys=list(defaults), given=given, from_files=from_files, files=files, words=rest)
 
 
 def _read_block(script):
@@ -164,9 +167,20 @@ def _nearest(name, known):
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+# a disk that is full, read-only or someone else's, a file where a directory should be: no mistake of the program
+_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EEXIST, errno.ENOTDIR)
+
+
 def _one_line(kind, error, traceback):
-    """sys.excepthook: a UserError is told in one line, everything else keeps its traceback."""
+    """sys.excepthook: a UserError, a disk's trouble and Ctrl-C take one line, all else keeps its traceback."""
+    script = os.path.basename(sys.argv[0])
     if issubclass(kind, UserError):
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        print(f"{script}: {error}", file=sys.stderr)
+    elif issubclass(kind, BrokenPipeError):  # `| head` has read enough; nor may the last flush complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    elif issubclass(kind, OSError) and error.errno in _DISK:
+        print(f"{script}: {error.filename or 'a file'}: {error.strerror}; mend that, or choose another place", file=sys.stderr)
+    elif issubclass(kind, KeyboardInterrupt):
+        print(f"\n{script}: stopped", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)

@@ -69,6 +69,10 @@ class GPTConfig:
     scale_residual: bool = True   # projections into the residual stream begin smaller by sqrt(2 n_layer)
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):  # a config.json of someone else may hold anything
+            value, kind = getattr(self, field.name), field.type
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise UserError(f"{field.name}={value!r}: expected {kind.__name__}")
         for key, allowed in (("norm", ("rmsnorm", "layernorm")), ("mlp", ("swiglu", "gelu")),
                              ("pos", ("rope", "learned")), ("init", ("normal", "trunc_normal"))):
             if getattr(self, key) not in allowed:
@@ -863,8 +867,16 @@ def schedule_factor(step, schedule, warmup_iters, decay_iters, floor=0.0, decay_
 # the machine
 
 def pick_device(device):
-    """'auto' -> the fastest that is here."""
+    """'auto' -> the fastest that is here. UserError for one that is not."""
     if device != "auto":
+        try:
+            kind, index = torch.device(device).type, torch.device(device).index or 0
+        except RuntimeError:
+            kind = ""
+        if kind not in ("cpu", "cuda", "mps"):
+            raise UserError(f"device={device!r}: expected 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'")
+        if kind == "cuda" and index >= torch.cuda.device_count() or kind == "mps" and not torch.backends.mps.is_available():
+            raise UserError(f"device={device!r}: torch {torch.__version__} finds none here; 'auto' takes what there is")
         return device
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
@@ -1135,16 +1147,27 @@ def _load_hf(cls, directory):
         config = _from_hf_config(hf, path)
     except KeyError as e:
         raise UserError(f"{path}: the key {e} is missing") from None
+    except (AttributeError, TypeError) as e:
+        raise UserError(f"{path}: not a model's config: {e}") from None
     tensors, kind = _read_safetensors(directory), hf["model_type"]
     if kind == "gpt2" and "wte.weight" in tensors:  # the Hub's gpt2 leaves the prefix out
         tensors = {f"transformer.{k}": v for k, v in tensors.items()}
 
-    with torch.device("meta"):
-        wanted = cls(config).state_dict()
+    with _Uninitialized():
+        model = cls(config)
+    wanted = model.state_dict()
     if config.tie_embeddings:
         wanted.pop("head.weight")
     names = [(k, [(k, None)], False) for k in wanted] if kind == "nanosmol" else \
         [n for n in _hf_names(config, kind) if n[0] in wanted]
+    # beside masks, RoPE's frequencies, a head that is the embedding and biases of 0, nothing may be left: it would be
+    # another model
+    known = {name for _, theirs, _ in names for name, _ in theirs}
+    left = [t for t in tensors if t not in known and not re.search(r"(lm_head\.weight|inv_freq|attn\.(masked_)?bias)$", t)
+            and tensors[t].any()]
+    if left:
+        raise UserError(f"{directory}: {len(left)} tensors, such as {left[0]}, have no place in the model that config.json "
+                        "describes")
     state = {}
     for ours, theirs, transposed in names:
         if config.embed_scale and config.tie_embeddings and ours == "embed.weight" and kind != "nanosmol":
@@ -1164,9 +1187,18 @@ def _load_hf(cls, directory):
         state["embed.weight"] = state["embed.weight"] / math.sqrt(config.n_embd)
     if config.tie_embeddings:
         state["head.weight"] = state["embed.weight"]
-    model = cls(config)
     model.load_state_dict(state)
     return model
+
+
+class _Uninitialized(torch.overrides.TorchFunctionMode):
+    """Modules made in this context don't draw their first weights, four fifths of the time that loading takes. (The
+    meta device would do, but imports torch.compile's machinery for it: a second more.)"""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return (kwargs or {}).get("tensor")
+        return func(*args, **(kwargs or {}))
 
 
 def _read_safetensors(directory):
@@ -1176,8 +1208,11 @@ def _read_safetensors(directory):
     index = os.path.join(directory, "model.safetensors.index.json")
     files = ["model.safetensors"]
     if os.path.exists(index):
-        with open(index, encoding="utf-8") as f:
-            files = sorted(set(json.load(f)["weight_map"].values()))
+        try:
+            with open(index, encoding="utf-8") as f:
+                files = sorted(set(json.load(f)["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise UserError(f"{index}: not an index of shards: {e}") from None
     tensors = {}
     for file in files:
         path = os.path.join(directory, file)

@@ -13,6 +13,7 @@ Each makes data/<name>/: train.bin and val.bin (headerless little-endian token i
 the end-of-text token), meta.json, and the tokenizer's own files. Chat adds train.mask and val.mask (1 where
 the loss counts); preferences and verifiable problems are train.jsonl and val.jsonl instead of bins.
 """
+import codecs
 import collections
 import concurrent.futures
 import ctypes
@@ -225,14 +226,12 @@ def load_tokenizer(spec):
         return _byte()
     path = os.path.join(spec, "tokenizer.json") if os.path.isdir(spec) else spec
     if os.path.isfile(path):
+        beside, settings = os.path.join(os.path.dirname(path), "tokenizer_config.json"), {}
+        if os.path.basename(path) == "tokenizer.json" and os.path.exists(beside):
+            settings = read_json(beside)
         try:
             with open(path, encoding="utf-8") as f:
                 content = json.load(f)
-            settings = {}
-            beside = os.path.join(os.path.dirname(path), "tokenizer_config.json")
-            if os.path.basename(path) == "tokenizer.json" and os.path.exists(beside):
-                with open(beside, encoding="utf-8") as f:
-                    settings = json.load(f)
             return Tokenizer(content, settings.get("nanosmol_name", spec), settings)
         except UserError:
             raise
@@ -573,7 +572,7 @@ def verifier(spec):
         try:
             with open(spec, encoding="utf-8") as f:
                 exec(compile(f.read(), spec, "exec"), space)
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             raise UserError(f"--verifier={spec}: {type(e).__name__}: {e}") from None
         if not callable(space.get("verify")):
             raise UserError(f"--verifier={spec}: it must define verify(prompt, completion, answer) -> float")
@@ -614,19 +613,41 @@ def write_json(path, value, indent=2):
     os.replace(f.name, path)
 
 
+def read_json(path):
+    """The JSON object in a file; UserError where there is none."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            value = json.load(f)
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
+        return value
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: {e}") from None
+
+
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "RUNPOD_API_KEY")
 
 
 def read_secrets(path=".env"):
     """Puts the SECRETS that a .env file holds (`HF_TOKEN=...` a line) into the environment, which wins over it."""
-    lines = open(path, encoding="utf-8", errors="replace").read().splitlines() if os.path.isfile(path) else []
-    for line in lines:
+    raw = open(path, "rb").read() if os.path.isfile(path) else b""
+    wide = raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # what echo writes in PowerShell
+    kept = {}
+    for line in raw.decode("utf-16" if wide else "utf-8-sig", "replace").splitlines():
         found = re.match(r"""\s*(?:export\s+)?(\w+)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s#]*))""", line)
         if found and found[1] in SECRETS:
-            os.environ.setdefault(found[1], next(v for v in found.groups()[1:] if v is not None))
-    for key in SECRETS:  # a line end that was pasted along would end up in an error message
-        if key in os.environ:
-            os.environ[key] = os.environ[key].strip()
+            kept[found[1]] = next(v for v in found.groups()[1:] if v is not None)
+    for key in SECRETS:
+        secret = os.environ.get(key, kept.get(key, "")).strip()  # a line end that was pasted along
+        if not re.fullmatch(r"[!#-&(-~]*", secret):
+            raise UserError(f"{key}: it holds a quote, a space or another character that no token has; copy it again")
+        if key in kept or key in os.environ:
+            os.environ[key] = secret
+
+
+def for_terminal(text):
+    """`text` without the control characters that a terminal would obey, if it is one."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text) if sys.stdout.isatty() else text
 
 
 def without_secrets(text):
@@ -1065,7 +1086,6 @@ class Job:
                     made = record[self.field]
                     if not isinstance(made, str):
                         raise ValueError(f"{self.field!r} is not a text")
-                    made = made.encode("utf-8", "replace").decode()  # a lone surrogate is legal in JSON only
                     if not made:
                         raise ValueError(f"{self.field!r} is empty")
                 else:
@@ -1084,8 +1104,11 @@ class Job:
         for i, line in enumerate(block.data.split(b"\n")):
             if line.strip():
                 try:
-                    yield block.at + i + 1, json.loads(_decoded(line, None, result)), len(line)
-                except ValueError as e:
+                    record = json.loads(_decoded(line, None, result))
+                    if b"\\ud" in line or b"\\uD" in line:  # half a character is legal in JSON only
+                        record = json.loads(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace"))
+                    yield block.at + i + 1, record, len(line)
+                except (ValueError, RecursionError) as e:
                     result["wrong"].append((block.at + i + 1, f"not JSON: {e}"))
 
     def write_text(self, split, found, result):
@@ -1267,14 +1290,19 @@ class Records:
             raise UserError(f"{self.path}: no such file; {how_to_prepare(directory)}")
         self.rows, self.left_out = [], collections.Counter()
         with open(self.path, encoding="utf-8", newline="\n") as f:  # U+2028 ends no record
-            for line in f:
-                row = encode(json.loads(line))
+            for n, line in enumerate(f, 1):
+                try:
+                    record = json.loads(line)
+                except ValueError as e:
+                    raise UserError(f"{self.path}, line {n}: not JSON ({e}); {how_to_prepare(directory)}") from None
+                row = encode(record)
                 if isinstance(row, str):
                     self.left_out[row] += 1
                 else:
                     self.rows.append(row)
         if not self.rows:
-            raise UserError(f"{self.path}: nothing in it can be used: {dict(self.left_out)}")
+            why = "; ".join(f"{count} left out: {reason}" for reason, count in self.left_out.items()) or "it is empty"
+            raise UserError(f"{self.path}: nothing in it can be used ({why}); {how_to_prepare(directory)}")
         self.per_epoch, self.amount = len(self.rows), f"{len(self.rows):,} records"
 
     def __getitem__(self, position):
@@ -1371,6 +1399,16 @@ def read_meta(directory):
             return json.load(f)
     # nanoGPT rounds 50,257 up to 50,304 rows, a multiple of 64, for speed
     return {"tokenizer": "gpt2", "vocab_size": 50304, "dtype": "uint16", "eos_id": 50256}
+
+
+def check_kind(directory, stage):
+    """UserError where a prepared data set is not what a stage learns from. Bins without meta.json may be anything."""
+    names = dict(text="text", chat="conversations", prefs="pairs of answers", verify="problems with answers")
+    wanted = dict(pretrain=("text", "chat"), sft=("chat",), dpo=("prefs",), rlvr=("verify",))[stage]
+    kind = read_meta(directory).get("kind", wanted[0])
+    if kind not in wanted:
+        raise UserError(f"{directory} holds {names[kind]}, stage={stage!r} wants {names[wanted[0]]}; "
+                        f"python prepare.py FILE --as={wanted[0]} makes them")
 
 
 def how_to_prepare(directory):
@@ -2114,8 +2152,10 @@ def _pack(files, settings, partial, target, workers):
                 raise UserError(f"{settings['source']}: too short: {count['bytes']} bytes leave nothing for "
                                 f"{'training' if part == 'train' else 'validation'}")
             better = min(0.5, round(5 / count["documents"], 4)) if part == "val" else 0.005
-            raise UserError(f"{settings['source']}: of {count['documents']} documents none fell into {part}; "
-                            f"set --val_fraction={better}")
+            further = better > settings["val_fraction"] if part == "val" else better < settings["val_fraction"]
+            raise UserError(f"{settings['source']}: of {count['documents']} documents none fell into {part}; " + (
+                f"set --val_fraction={better}" if further and count["documents"] >= 10 else
+                "bring more, or a folder with a train and a val file of your own"))
     meta = dict(name=name, kind=shape, source=settings["source"], stamp=stamp, documents=count["documents"],
                 bytes=count["bytes"], val_fraction=settings["val_fraction"], left_out=count["wrong"],
                 replaced_characters=count["broken"])
@@ -2382,7 +2422,9 @@ def _report(target):
     stage = dict(chat="sft", prefs="dpo", verify="rlvr").get(meta["kind"])
     own = stage and meta["source"].startswith("toy")
     how = f" config/toy_{stage}.py" if own else f" --stage={stage} --init_from=MODEL" if stage else ""
-    print(f"next: python train.py{how} --dataset={os.path.basename(target)}")
+    named = os.path.basename(target)
+    apart = "" if own or named == "toy" else f" --out_dir=out/{named}"  # without a config it would be out/toy
+    print(f"next: python train.py{how} --dataset={named}{apart}")
 
 
 def main(words, given):

@@ -68,7 +68,8 @@ ALLOWED = {
     'seed': ('0 to 2^62', lambda v: 0 <= v <= 2 ** 62), 'batch_size': ('at least 1', lambda v: v >= 1),
     'overflow': ("'slide' or 'refuse'", lambda v: v in ('slide', 'refuse')),
     'chat': ("'auto', 'yes' or 'no'", lambda v: v in ('auto', 'yes', 'no')),
-    'port': ('1 to 65535', lambda v: 1 <= v <= 65535)}
+    'port': ('1 to 65535', lambda v: 1 <= v <= 65535),
+    'dtype': ("'auto', 'float32', 'bfloat16' or 'float16'", lambda v: v in ('auto', 'float32', 'bfloat16', 'float16'))}
 
 
 def check(**values):
@@ -100,6 +101,8 @@ if out_file and not prompts:
     raise UserError(f"out_file={out_file}: only the answers to --prompts=FILE are written to a file")
 if os.path.exists(out_file):
     raise UserError(f"out_file={out_file}: it exists already; choose another name, or remove it")
+if not os.path.isdir(os.path.dirname(os.path.abspath(out_file))):
+    raise UserError(f"out_file={out_file}: its directory does not exist")
 try:
     stops = json.loads(stop) if stop.startswith('[') else [stop.replace('\\n', '\n')] if stop else []
     if not all(isinstance(s, str) and s for s in stops):
@@ -121,10 +124,10 @@ import torch  # this late, so that a mistake above is told at once
 
 from model import GPT, pack_weights, pick_device, pick_dtype
 
+device = pick_device(device)
 directory = prepare.model_directory(init_from)
 tokenizer = prepare.load_tokenizer(directory)
 model = GPT.from_pretrained(directory)
-device = pick_device(device)
 dtype = pick_dtype(dtype, device, model.config)
 model.to(device, getattr(torch, dtype)).eval()
 window = model.config.max_positions
@@ -136,8 +139,11 @@ elif device == 'cpu':
 im_end, ends = tokenizer.encode_special(prepare.IM_END), [tokenizer.eos_id]
 path = os.path.join(directory, 'generation_config.json')
 if os.path.exists(path):
-    declared = json.loads(read(path, 'generation_config')).get('eos_token_id') or []
-    ends += declared if isinstance(declared, list) else [declared]
+    declared = prepare.read_json(path).get('eos_token_id') or []
+    declared = declared if isinstance(declared, list) else [declared]
+    if not all(isinstance(i, int) for i in declared):
+        raise UserError(f"{path}: eos_token_id is {declared!r}, expected token ids")
+    ends += declared
 
 
 def trained_to_chat():
@@ -146,8 +152,11 @@ def trained_to_chat():
     state = os.path.join(directory, 'trainer.pt')
     if im_end is None or im_end in ends or not os.path.exists(state):
         return im_end in ends
-    state = torch.load(state, map_location='cpu', weights_only=True, mmap=True)  # the rest is gigabytes
-    return state['config'].get('stage', 'pretrain') != 'pretrain'
+    try:
+        config = torch.load(state, map_location='cpu', weights_only=True, mmap=True)['config']  # the rest is gigabytes
+    except Exception as e:
+        raise UserError(f"{state}: damaged; --chat=yes or --chat=no does without it ({type(e).__name__})") from None
+    return config.get('stage', 'pretrain') != 'pretrain'
 
 
 chatting = trained_to_chat() if chat == 'auto' else chat == 'yes'
@@ -162,10 +171,7 @@ def note(text):
 
 
 def show(text):
-    """On the standard output. A terminal would obey control characters, so it gets none."""
-    if sys.stdout.isatty():
-        text = re.sub(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]', '\ufffd', text)
-    print(text, end='', flush=True)
+    print(prepare.for_terminal(text), end='', flush=True)
 
 
 sys.stdout.reconfigure(errors='replace')  # a terminal that can't show a character shows a ? in its place
@@ -282,31 +288,43 @@ def answer_file():
             try:
                 record = json.loads(line) if prompts.endswith('.jsonl') else {'prompt': line}
                 found.append((record, *encode_record(record)))
-            except ValueError as e:  # json's own, and UserError is one too
+            except (ValueError, RecursionError) as e:  # json's own, and UserError is one too
                 raise UserError(f"{prompts}, line {n}: {e}") from None
     if not found:
         raise UserError(f"prompts={prompts}: there is no prompt in it")
     try:
-        out = open(out_file, 'x', encoding='utf-8', errors='replace') if out_file else sys.stdout
+        out = open(out_file, 'xb', buffering=0) if out_file else sys.stdout.buffer
     except OSError as e:
         raise UserError(f"out_file={out_file}: {e}") from None
-    with prepare.progress(total=len(found), unit=' prompts') as bar:
-        for lo in range(0, len(found), 16 * batch_size):  # written in the file's order, every 16 batches
-            texts, todo = {}, list(range(lo, min(lo + 16 * batch_size, len(found))))
-            todo.sort(key=lambda i: len(found[i][1]))  # similar lengths side by side: little padding
-            while todo:
-                # where the window slides follows from a row's length: a longer neighbour would move it
-                longest, most = len(found[todo[-1]][1]), max(found[i][2] for i in todo)
-                batch = [i for i in todo[-batch_size:]
-                         if len(found[i][1]) == longest or longest + most <= window]
-                todo = [i for i in todo if i not in batch]
-                texts |= answer_batch({i: found[i][1:] for i in batch})
-                bar.update(len(batch))
-            for i in sorted(texts):
-                answer = dict(completion=texts[i].text, finish_reason=texts[i].finish_reason)
-                out.write(json.dumps(found[i][0] | answer, ensure_ascii=False) + '\n')
-                tokens += texts[i].tokens
-            out.flush()
+    written = size = 0  # answers, and their bytes
+    try:
+        with prepare.progress(total=len(found), unit=' prompts') as bar:
+            for lo in range(0, len(found), 16 * batch_size):  # written in the file's order, every 16 batches
+                texts, todo = {}, list(range(lo, min(lo + 16 * batch_size, len(found))))
+                todo.sort(key=lambda i: len(found[i][1]))  # similar lengths side by side: little padding
+                while todo:
+                    # where the window slides follows from a row's length: a longer neighbour would move it
+                    longest, most = len(found[todo[-1]][1]), max(found[i][2] for i in todo)
+                    batch = [i for i in todo[-batch_size:]
+                             if len(found[i][1]) == longest or longest + most <= window]
+                    todo = [i for i in todo if i not in batch]
+                    texts |= answer_batch({i: found[i][1:] for i in batch})
+                    bar.update(len(batch))
+                lines = [json.dumps(found[i][0] | dict(completion=texts[i].text, finish_reason=texts[i].finish_reason),
+                                    ensure_ascii=False) + '\n' for i in sorted(texts)]
+                rest = whole = ''.join(lines).encode('utf-8', 'replace')
+                while rest:  # a disk that fills up takes a part, and refuses the next
+                    rest = rest[out.write(rest):]
+                out.flush()
+                written, size = written + len(texts), size + len(whole)
+                tokens += sum(text.tokens for text in texts.values())
+    except (KeyboardInterrupt, OSError):
+        if out_file and written:
+            out.truncate(size)
+        elif out_file:
+            os.remove(out_file)
+        note(f"stopped: {written:,} of {len(found):,} prompts are answered" + (f" in {out_file}" if written and out_file else ''))
+        raise
     note(f"{len(found):,} prompts, {tokens / (time.perf_counter() - begun):,.0f} tokens a second")
 
 
@@ -362,6 +380,7 @@ def converse():
             elif command == '/system' and chatting:
                 told = rest
             elif command == '/temperature' and re.fullmatch(r'\d*\.?\d+', rest):
+                check(temperature=float(rest))
                 how['temperature'] = float(rest)
             elif command == '/save' and rest:
                 head = [dict(role='system', content=told)] if told else []
@@ -369,7 +388,7 @@ def converse():
                     f.write(json.dumps(dict(messages=head + turns) if chatting else dict(text=text)) + '\n')
                 print(f"appended to {rest}")
             elif command.startswith('/'):
-                raise UserError(f"{line[:60]}: no such command, see /help; a text with a space before it")
+                raise UserError(f"{line[:60]}: no such command, or not written as in /help; a text with a space before it")
             elif chatting and line.strip():
                 turns.append(dict(role='user', content=line))
                 try:

@@ -149,6 +149,9 @@ from model import (FOLLOWS, GPT, GPUS, GPTConfig, architecture, compile_pays, do
                    pick_device, pick_dtype, policy_loss, preference_loss, schedule_factor)
 
 prepare.read_secrets()
+start_over = setup.given.get('init_from') == 'command line' and init_from == 'scratch'
+if start_over:  # as its config says: a later stage's names the model to begin with
+    init_from = config['init_from'] = setup.from_files.get('init_from', 'scratch')
 name = os.path.splitext(os.path.basename(setup.files[-1]))[0] if setup.files else 'toy'
 out_dir = config['out_dir'] = out_dir or os.path.join('out', name)
 mixture = prepare.parse_mixture(dataset)
@@ -160,25 +163,33 @@ for key, allowed in (('stage', ('pretrain', 'sft', 'dpo', 'rlvr')), ('pref_loss'
                      ('terminate_on_error', ('stop', 'never'))):
     if config[key] not in allowed:
         raise UserError(f"{key}={config[key]!r}: expected one of {', '.join(map(repr, allowed))}")
-for key in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval', 'max_completion',
-            'inner_epochs'):
-    if config[key] < 1:
-        raise UserError(f"{key}={config[key]}: expected at least 1")
+for least, keys in ((1, ('batch_size', 'gradient_accumulation_steps', 'block_size', 'eval_interval', 'eval_iters', 'log_interval',
+                         'max_iters', 'max_completion', 'inner_epochs')),
+                    (0, ('keep_checkpoints', 'checkpoint_interval', 'checkpoint_minutes', 'sample_interval', 'warmup_iters',
+                         'learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip', 'kl_coef', 'label_smoothing'))):
+    for key in keys:
+        if not config[key] >= least:
+            raise UserError(f"{key}={config[key]}: expected at least {least}")
+for key in ('beta', 'clip_eps', 'rollout_temperature'):
+    if not config[key] > 0:
+        raise UserError(f"{key}={config[key]}: expected more than 0")
+if label_smoothing > 0.5:
+    raise UserError(f"label_smoothing={label_smoothing}: expected at most 0.5, where half of the pairs are the wrong way round")
 if stage == 'rlvr' and group_size < 2:
     raise UserError(f"group_size={group_size}: expected at least 2, a completion is measured against others of its group")
-if rollout_temperature <= 0:
-    raise UserError(f"rollout_temperature={rollout_temperature}: expected more than 0, or all of a group are alike")
 if hf_repo and not re.fullmatch(r'[\w.-]+/[\w.-]+', hf_repo):
     raise UserError(f"hf_repo={hf_repo!r}: expected the id of a Hub repository, owner/name")
 mount = os.path.dirname(os.path.abspath(backup_dir))
 if backup_dir and not os.path.isdir(mount):
     raise UserError(f"backup_dir={backup_dir!r}: {mount} does not exist; mount the drive first")
+if backup_dir and os.path.exists(backup_dir) and not os.path.isdir(backup_dir):
+    raise UserError(f"backup_dir={backup_dir!r}: not a directory")
 if stage in ('dpo', 'rlvr') and len(mixture) > 1:
     raise UserError(f"dataset={dataset!r}: stage={stage!r} takes one data set, not a mixture")
 if stage == 'rlvr':  # a verifier that is missing is refused before anything is loaded
     verify = prepare.verifier(verifier)
-    if verifier_model and not os.path.exists(os.path.join(verifier_model, 'config.json')):
-        raise UserError(f"verifier_model={verifier_model!r}: not a model directory, it has no config.json")
+    if verifier_model and not os.path.isdir(verifier_model):
+        raise UserError(f"verifier_model={verifier_model!r}: not a model directory, nor a run")
 
 if dry_run:
     vocab = vocab_size or prepare.read_meta(directories[0])['vocab_size']
@@ -247,6 +258,7 @@ BESIDE = ('log.jsonl', 'samples.txt', 'loss.png', 'reference.pt')  # what a run 
 def whole(checkpoint):
     """(model, trainer.pt) of a checkpoint; None if it is damaged, which is told: the one before may be whole."""
     try:
+        prepare.load_tokenizer(checkpoint)
         return GPT.from_pretrained(checkpoint), torch.load(os.path.join(checkpoint, 'trainer.pt'), map_location='cpu',
                                                            weights_only=True)
     except Exception as e:
@@ -257,15 +269,7 @@ def first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-if setup.given.get('init_from') == 'command line' and init_from == 'scratch':
-    old_runs = [d for d in (out_dir, backup) if os.path.exists(d)]
-    if ddp:
-        dist.barrier()  # every process has seen the old run before it moves
-    for old in old_runs if master else []:
-        aside = next(f"{old}~{i}" for i in range(1, 10 ** 6) if not os.path.exists(f"{old}~{i}"))
-        say(f"the run in {old} is set aside as {aside}")
-        os.rename(old, aside)
-if master and backup and not prepare.checkpoints(out_dir):  # a machine that was replaced: the backup comes back
+if master and backup and not start_over and not prepare.checkpoints(out_dir):  # a machine that was replaced
     for kept in reversed(prepare.checkpoints(backup)):
         os.makedirs(out_dir, exist_ok=True)
         if whole(prepare.copy_whole(kept, os.path.join(out_dir, os.path.basename(kept)))):
@@ -283,7 +287,7 @@ if ddp:
 
 state = None
 another = eval_only and setup.given.get('init_from') == 'command line' and init_from != 'resume'  # not out_dir's own
-own = [] if another else prepare.checkpoints(out_dir)
+own = [] if another or start_over else prepare.checkpoints(out_dir)
 for checkpoint in reversed(own):
     if found := whole(checkpoint):
         model, state = found
@@ -298,6 +302,8 @@ if not state and (init_from == 'resume' or stage in ('dpo', 'rlvr') and init_fro
 # data
 
 for (set_name, _), directory in zip(mixture, directories):
+    if os.path.exists(os.path.join(directory, 'meta.json')):
+        prepare.check_kind(directory, stage)
     if not os.path.exists(os.path.join(directory, 'meta.json' if stage in ('dpo', 'rlvr') else 'train.bin')):
         if set_name not in prepare.KNOWN:
             raise UserError(f"{directory}: no such data set; {prepare.how_to_prepare(directory)}")
@@ -334,6 +340,9 @@ else:  # records stay text until a model's own tokenizer meets them
 for s, directory in zip(val_sets, directories):
     if len(s.held_out(eval_iters * batch_size)) < world:
         raise UserError(f"{directory}: {world} processes need as many held-out windows or records, there are fewer")
+for key in ('reference_model', 'verifier_model') if stage in ('dpo', 'rlvr') else ():
+    if config[key] and not tokenizer.agrees(prepare.load_tokenizer(prepare.model_directory(config[key]))):
+        raise UserError(f"{key}={config[key]!r} has another tokenizer than the model that is trained")
 fingerprint = [s.fingerprint() for s in train_sets]
 eos = tokenizer.eos_id
 ends = [eos] if stage == 'pretrain' else [eos, tokenizer.encode_special('<|im_end|>')]  # what a text may end with
@@ -348,15 +357,24 @@ else:  # the weights bring their shape; only what was asked for in so many words
              and k not in ('init', 'init_std', 'unit_embed', 'scale_residual')}  # how weights begin
 if state:  # it goes on only with the same data and model; otherwise nothing is touched
     before = state['config']
-    for key, value in {'stage': stage, 'dataset': dataset, 'seed': seed, 'doc_mask': doc_mask, 'optimizer': optimizer, **asked}.items():
+    same = {'stage': stage, 'dataset': dataset, 'seed': seed, 'doc_mask': doc_mask, 'optimizer': optimizer, **asked}
+    if setup.given.get('init_from') == 'command line' and init_from != 'resume':
+        same['init_from'] = init_from
+    for key, value in same.items():
         if before[key] != value:
             raise UserError(f"{out_dir} holds a run with {key}={before[key]!r}, this one asks for {value!r}; choose "
                             "another --out_dir, or --init_from=scratch to set the old run aside")
     if state['fingerprint'] != fingerprint:
         raise UserError(f"{', '.join(directories)}: the data changed since the run in {out_dir} began; put it back, "
                         "choose another --out_dir, or --init_from=scratch to set the old run aside")
-    say(f"resuming {checkpoint}")
+    say(f"{'evaluating' if eval_only else 'resuming'} {checkpoint}")
+    changed = [f"{k} {before[k]!r} -> {config[k]!r}" for k in setup.keys if k in before and before[k] != config[k]
+               and k not in ('init_from', 'eval_only') and k not in model_keys]
+    if changed:
+        say(f"changed since: {', '.join(changed)}")
 elif origin == 'scratch':
+    if stage == 'sft':
+        say("warning: stage='sft' from random weights; --init_from= names a model to begin with")
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**asked))
 else:
@@ -412,13 +430,14 @@ train_s = 0.0     # seconds in steps, compilation included
 wall_s = 0.0      # seconds in all: what a rented machine is paid for
 best_val = math.nan   # the best of what the stage is after
 rollbacks = 0
+skipped = 0       # steps whose data was consumed and that count for nothing
 recent = []       # (loss, log of the gradient norm) of the last 128 good steps
-COUNTERS = ('step', 'position', 'tokens_seen', 'train_s', 'wall_s', 'best_val', 'rollbacks', 'recent')
+COUNTERS = ('step', 'position', 'tokens_seen', 'train_s', 'wall_s', 'best_val', 'rollbacks', 'skipped', 'recent')
 
 
 def restore(state):
     """Everything but the weights, from trainer.pt."""
-    globals().update({k: state[k] for k in COUNTERS})
+    globals().update({k: state[k] for k in COUNTERS if k in state})
     for opt, saved in zip(optimizers, state['optimizers']):
         for group, old in zip(opt.param_groups, saved['param_groups']):
             old |= {k: v for k, v in group.items() if k != 'params'}  # the config's rates, the checkpoint's moments
@@ -514,6 +533,7 @@ def pair_loss(batch):
     x, y, before = on_device(batch['x'], batch['y'], batch['reference'])
     chosen, rejected = (forward(x, y, per_token=True)[1].sum(dim=1) - before).chunk(2)
     loss = preference_loss(pref_loss, chosen, rejected, beta, label_smoothing).mean()
+    chosen, rejected = chosen.detach(), rejected.detach()
     return loss, {'rewards/chosen': beta * chosen.mean(), 'rewards/rejected': beta * rejected.mean(),
                   'rewards/margins': beta * (chosen - rejected).mean(),
                   'rewards/accuracies': (chosen > rejected).float().mean()}
@@ -536,7 +556,7 @@ def reference_log_probs():
     path = os.path.join(out_dir, 'reference.pt')
     weights = prepare.weights_hash(prepare.model_directory(reference_model)) if reference_model else config['start_weights']
     stamp = [weights, *fingerprint, val_sets[0].fingerprint(), block_size, dtype]
-    if os.path.exists(path):
+    with contextlib.suppress(Exception):  # not there, or damaged
         kept = torch.load(path, weights_only=True)
         if kept['stamp'] == stamp:
             return kept
@@ -544,7 +564,7 @@ def reference_log_probs():
     say(f"log-probabilities of the pairs under {directory} ...")
     model = frozen(directory)
     kept = {'stamp': stamp}
-    for split, records in (('train', train_sets[0]), ('val', val_sets[0])):
+    for split, records in (('train', train_sets[0]), ('val', val_sets[0]))[eval_only:]:
         kept[split] = torch.zeros(len(records.rows), 2)
         for some in in_micro_batches(range(len(records.rows))[rank::world]):
             x, y = on_device(*padded([records.rows[i][0] for i in some] + [records.rows[i][1] for i in some]))
@@ -552,24 +572,27 @@ def reference_log_probs():
                 sums = model(x, y, per_token=True)[1].sum(dim=1).float().cpu()
             kept[split][list(some)] = sums.view(2, -1).T
         kept[split] = over_processes(kept[split])
-    if master:
-        os.makedirs(out_dir, exist_ok=True)
-        torch.save(kept, path + '.part')
-        os.replace(path + '.part', path)
+    if master and not eval_only:
+        try:
+            torch.save(kept, path + '.part')
+            os.replace(path + '.part', path)
+        except (OSError, RuntimeError) as e:  # RuntimeError is torch's word for a full disk
+            say(f"warning: {path} could not be kept, the next start computes it again: {first_line(e)}")
     return kept
 
 
 # --- rlvr: completions that the model samples itself, rewarded by a verifier
 
-def sample_completions(problems, copies, first_seed, temperature):
-    """[(prompt ids, completion ids, text, whether it came to an end)], `copies` for each problem. Row r draws from
-    first_seed + r: a rollout depends on its position, not on who samples it."""
+def sample_completions(problems, places, copies, temperature, first_seed=seed):
+    """[(prompt ids, completion ids, text, whether it came to an end)], `copies` for each problem. Each draws from a seed
+    of its own that follows from its problem's place in the data, not from who samples it."""
     prompts = [ids for ids, _, _ in problems for _ in range(copies)]
+    seeds = [first_seed + place * copies + copy for place in places for copy in range(copies)]
     longest = max(map(len, prompts))
     idx = torch.tensor([[eos] * (longest - len(ids)) + ids for ids in prompts], device=device)
     pad = torch.tensor([longest - len(ids) for ids in prompts], device=device)
     with autocast:
-        out = model.generate(idx, max_completion, temperature, seed=first_seed, stop=ends, pad=pad)[:, longest:].tolist()
+        out = model.generate(idx, max_completion, temperature, seed=seeds, stop=ends, pad=pad)[:, longest:].tolist()
     found = []
     for ids, completion in zip(prompts, out):
         end = next((i for i, token in enumerate(completion) if token in ends), None)
@@ -585,8 +608,11 @@ def reward_of(problem, completion):
     if not ended or not text.strip():
         return 0.0
     try:
-        return judge(question, text, answer) if verifier_model else float(verify(question, text, answer))
-    except Exception as e:
+        reward = judge(question, text, answer) if verifier_model else float(verify(question, text, answer))
+        if not math.isfinite(reward):
+            raise ValueError(f"it gave {reward}")
+        return reward
+    except (Exception, SystemExit) as e:
         counted['reward/verifier_raised'] += 1
         if counted['reward/verifier_raised'] == 1:
             say(f"warning: the verifier raised on {text[:60]!r}, which counts as no reward: {type(e).__name__}: {e}")
@@ -609,7 +635,7 @@ def rollouts(positions):
     batches = []
     for some in in_micro_batches(positions):
         problems = [data[p][1] for p in some]
-        found = sample_completions(problems, group_size, seed + 1 + some[0] * group_size, rollout_temperature)
+        found = sample_completions(problems, some, group_size, rollout_temperature, seed + 1)
         rewards = torch.tensor([reward_of(problems[i // group_size], c) for i, c in enumerate(found)])
         advantages = group_advantages(rewards.view(-1, group_size), scale_rewards)
         # a completion that was cut has no reward to speak of: it is left out of the loss, and counted
@@ -645,19 +671,21 @@ def rollout_evaluation():
     passes = 0.5 if verifier_model else 1.0  # a verifier model gives a probability
     for some in in_micro_batches(records.held_out(eval_iters * batch_size)[rank::world]):
         problems = [records.rows[i] for i in some]
-        greedy = [reward_of(p, c) >= passes for p, c in zip(problems, sample_completions(problems, 1, 0, 0.0))]
-        found = sample_completions(problems, group_size, seed + some[0] * group_size, rollout_temperature)
+        greedy = [reward_of(p, c) >= passes for p, c in zip(problems, sample_completions(problems, some, 1, 0.0))]
+        found = sample_completions(problems, some, group_size, rollout_temperature)
         rewards = torch.tensor([reward_of(problems[i // group_size], c) for i, c in enumerate(found)]).view(-1, group_size)
         x, y = on_device(*padded([(ids + c, [0] * len(ids) + [1] * len(c)) for ids, c, _, _ in found]))
         log_probs, start = (m(x, y, per_token=True, temperature=rollout_temperature)[1] for m in (model, start_model))
         told = (y >= 0).float()
-        per_token = lambda v: float((v * told).sum() / told.sum())
         for key, value in {'pass@1': sum(greedy) / len(greedy), f'pass@{group_size}': (rewards.max(dim=1).values >= passes).float().mean(),
                            'reward/mean': rewards.mean(), 'completions/length': told.sum() / len(found),
-                           'policy/entropy': per_token(-log_probs), 'policy/kl': per_token(k3(log_probs, start)),
-                           'units': 1.0}.items():
+                           'policy/entropy': -(log_probs * told).sum() / len(found),
+                           'policy/kl': (k3(log_probs, start) * told).sum() / len(found), 'units': 1.0}.items():
             total[key] += float(value) * len(some)
-    return means_over_processes(total, 'val/')
+    row = means_over_processes(total, 'val/')
+    for key in ('val/policy/entropy', 'val/policy/kl'):  # of a completion so far; now of a token
+        row[key] /= row['val/completions/length']
+    return row
 
 
 def over_processes(tensor):
@@ -716,19 +744,45 @@ def frozen(directory):
     return model.to(device).eval().requires_grad_(False)
 
 
+def lock_out_dir():
+    """Two trainings at once in one out_dir would delete each other's checkpoints. The lock goes with this process."""
+    try:
+        import fcntl  # not on Windows
+        fcntl.flock(os.open(out_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{out_dir}: another training is under way in it; choose another --out_dir") from None
+    except (ImportError, OSError):  # a drive without locks
+        pass
+
+
 if stage in ('dpo', 'rlvr'):
     if state:
         config |= {k: state['config'][k] for k in ('start_directory', 'start_weights')}
     else:
         config['start_directory'] = prepare.model_directory(origin)
         config['start_weights'] = prepare.weights_hash(config['start_directory'])
-if stage == 'dpo':
-    reference = reference_log_probs()
 if stage == 'rlvr':
     start_model = frozen(start_directory())
-    judge_model = frozen(verifier_model) if verifier_model else None
-    if judge_model and not tokenizer.agrees(prepare.load_tokenizer(verifier_model)):
-        raise UserError(f"verifier_model={verifier_model!r} has another tokenizer than {origin}")
+    judge_model = frozen(prepare.model_directory(verifier_model)) if verifier_model else None
+
+# all checks are passed: an old run steps aside, and out_dir is this one's
+if ddp:
+    dist.barrier()  # every process is done with the old run
+if master and not eval_only:
+    os.makedirs(out_dir, exist_ok=True)
+    lock_out_dir()
+    for old in (out_dir, backup) if start_over else ():
+        if os.path.isdir(old) and os.listdir(old):
+            aside = next(f"{old}~{i}" for i in range(1, 10 ** 6) if not os.path.exists(f"{old}~{i}"))
+            say(f"the run in {old} is set aside as {aside}")
+            os.rename(old, aside)
+            if old == out_dir:
+                os.makedirs(out_dir)
+                lock_out_dir()
+if ddp:
+    dist.barrier()
+if stage == 'dpo':
+    reference = reference_log_probs()
 
 
 @torch.no_grad()
@@ -761,7 +815,7 @@ def log(row):
         return
     try:
         with open(os.path.join(out_dir, 'log.jsonl'), 'a', encoding='utf-8') as f:
-            f.write(prepare.without_secrets(json.dumps({'step': step, **row})) + '\n')
+            f.write(prepare.without_secrets(json.dumps({'step': step, **in_json(row)})) + '\n')
     except OSError as e:
         warn_once('log', f"{out_dir}/log.jsonl: {first_line(e)}; training goes on, the log has a gap")
     numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
@@ -776,13 +830,20 @@ def log(row):
         say(f"warning: W&B or TensorBoard failed, and get no more of this run: {first_line(e)}")
 
 
+def in_json(row):
+    """JSON has no word for a loss that is not a number: null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
 def logged():
-    """The rows of log.jsonl. A line that a full disk cut short is passed over."""
+    """The rows of log.jsonl. A line that is none, one that a full disk cut short say, is passed over."""
     rows = []
-    with open(os.path.join(out_dir, 'log.jsonl'), encoding='utf-8') as f:
+    with open(os.path.join(out_dir, 'log.jsonl'), encoding='utf-8', errors='replace') as f:
         for line in f:
             with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
+                row = json.loads(line)
+                if isinstance(row, dict) and 'step' in row:
+                    rows.append(row)
     return rows
 
 
@@ -799,7 +860,7 @@ def start_wandb():
             return wandb.init(**options, settings=wandb.Settings(**quiet))
         say("warning: not logged in to W&B (wandb login), so it logs offline; wandb sync uploads it later")
     except Exception as e:
-        say(f"warning: W&B can't be reached, so it logs offline; wandb sync uploads it later: {first_line(e)}")
+        say(f"warning: W&B did not start, so it logs offline; wandb sync uploads it later: {first_line(e)}")
     return wandb.init(**options, mode='offline', settings=wandb.Settings(**quiet))
 
 
@@ -840,7 +901,8 @@ def plot():
     rate.set_ylabel('learning rate')
     for ax, key, style in ((axis, 'train/loss', dict(alpha=0.6)), (axis, 'val/loss', dict(marker='o')),
                            (rate, 'train/lr', dict(color='gray', linewidth=0.7))):
-        ax.plot([r['step'] for r in rows if key in r], [r[key] for r in rows if key in r], label=key, **style)
+        known = [r for r in rows if r.get(key) is not None]
+        ax.plot([r['step'] for r in known], [r[key] for r in known], label=key, **style)
     axis.legend()
     try:
         figure.savefig(os.path.join(out_dir, 'loss.png'), dpi=120)
@@ -917,8 +979,9 @@ def write(weights, trainer, best, waited):
         send(target, best)
     except Exception as e:  # a full disk, most often: training goes on, and the one before stays whole
         shutil.rmtree(beside, ignore_errors=True)
-        say(f"warning: {target} is written, but not its second name, best: {first_line(e)}" if os.path.isdir(target) else
-            f"warning: {target} could not be written, the one before it stays: {first_line(e)}")
+        before = 'the one before it stays' if prepare.checkpoints(out_dir) else 'there is none before it'
+        what = 'is written, but not its second name, best' if os.path.isdir(target) else f'could not be written, {before}'
+        say(f"warning: {target} {what}: {first_line(e)} ({shutil.disk_usage(out_dir).free / 1e6:,.1f} MB are free)")
         log({'step': trainer['step'], 'event': 'checkpoint failed', 'path': target, 'error': str(e)})
 
 
@@ -1086,9 +1149,9 @@ PRIVATE = ('out_dir', 'data_dir', 'backup_dir', 'init_from', 'hf_repo', 'hf_priv
 def model_card():
     """README.md of the Hub repository, from the run's own config and log."""
     rows = logged()
-    measured = [(r['step'], r[goal]) for r in rows if goal in r] or [(step, math.nan)]
+    measured = [(r['step'], r[goal]) for r in rows if r.get(goal) is not None] or [(step, math.nan)]
     best_step, best_value = (max if stage == 'rlvr' else min)(measured, key=lambda m: m[1])
-    loss = next((r['train/loss'] for r in reversed(rows) if 'train/loss' in r), math.nan)
+    loss = next((r['train/loss'] for r in reversed(rows) if r.get('train/loss') is not None), math.nan)
     sources = [prepare.KNOWN[n]['hub'] for n, _ in mixture if 'hub' in prepare.KNOWN.get(n, {})]
     local = origin == 'scratch' or os.path.exists(origin) or origin.startswith(('.', '/', 'out/'))
     base = '' if local else origin  # a Hub id
@@ -1165,7 +1228,7 @@ def end_pod(how):
     """Terminates or stops this pod, after ten seconds in which Ctrl-C calls it off."""
     import requests
     method, url = ('DELETE', '') if how == 'terminate' else ('POST', '/stop')
-    url = f"{os.environ.get('RUNPOD_API_BASE', 'https://rest.runpod.io/v1')}/pods/{pod}{url}"
+    url = f"{os.environ.get('RUNPOD_API_BASE', 'https://rest.runpod.io/v1')}/pods/{requests.utils.quote(pod, safe='')}{url}"
     key = {'Authorization': f"Bearer {os.environ.get('RUNPOD_API_KEY', '')}"}
     tell = lambda text: print(f"RunPod: {prepare.without_secrets(text)}", flush=True)  # whichever process crashed
     tell(f"about to {how} pod {pod} in ten seconds; Ctrl-C calls it off")
@@ -1203,7 +1266,6 @@ if eval_only:
     leave_processes()
     sys.exit()
 if master:
-    os.makedirs(out_dir, exist_ok=True)
     log_path = os.path.join(out_dir, 'log.jsonl')
     if os.path.exists(log_path):  # rows past the checkpoint tell of steps that will be taken again
         kept = [json.dumps(row) + '\n' for row in logged() if row['step'] <= step]
@@ -1212,7 +1274,8 @@ if master:
         os.replace(log_path + '.part', log_path)
     wandb_run = start_wandb() if wandb_log else None
     board = start_tensorboard() if tensorboard else None
-    log({'event': 'resume' if state else 'start', 'config': config})
+    left_out = {s.path: dict(s.left_out) for s in train_sets + val_sets if getattr(s, 'left_out', None)}
+    log({'event': 'resume' if state else 'start', 'config': config, **({'left_out': left_out} if left_out else {})})
     for damaged in own[own.index(checkpoint) + 1:] if state else []:  # else rotation would take it for the newest
         shutil.rmtree(damaged + '.damaged', ignore_errors=True)
         os.rename(damaged, damaged + '.damaged')
@@ -1340,7 +1403,7 @@ while True:
         'gradient spike' if too_high(log_norm, [r[1] for r in recent], 0.2) else ''
     if why and not (scaler.is_enabled() and math.isfinite(train_loss) and not math.isfinite(norm)):
         # float16's gradients may overflow; its scaler skips those steps itself
-        bad_in_a_row += 1
+        bad_in_a_row, skipped = bad_in_a_row + 1, skipped + 1
         say(f"step {step + 1} skipped: {why}, loss {train_loss:.4f}, gradient norm {norm:.4g}")
         log({'event': 'skipped', 'why': why, 'train/loss': train_loss, 'train/grad_norm': norm, 'position': position})
         scaler.update()
@@ -1354,13 +1417,16 @@ while True:
                 leave_processes()
                 if not master:
                     sys.exit()  # the first one tells, and finishes its uploads
-                raise UserError(f"{max_bad_steps} bad steps in a row after step {step} and {rollbacks} rollbacks; what is "
-                                f"in {out_dir} is whole. Lower the learning rate, or look at the data")
+                kept = prepare.checkpoints(out_dir)
+                raise UserError(f"{max_bad_steps} bad steps in a row after step {step} and {rollbacks} rollbacks; "
+                                f"{f'{kept[-1]} is whole' if kept else 'there is no checkpoint yet to go back to'}. Lower "
+                                "the learning rate, or look at the data")
             last = prepare.checkpoints(out_dir)[-1]
-            beyond, times, spent = position, rollbacks + 1, wall_s
+            beyond, times, spent, lost = position, rollbacks + 1, wall_s, skipped + step
             model.load_state_dict(GPT.from_pretrained(last).state_dict())
             restore(torch.load(os.path.join(last, 'trainer.pt'), map_location='cpu', weights_only=True))
             position, rollbacks, wall_s, bad_in_a_row, looked_at, saved_at = beyond, times, spent, 0, step, step
+            skipped = lost - step
             marked = step, tokens_seen, train_s
             say(f"{max_bad_steps} bad steps in a row: back to {last}, past the data that did it")
             log({'event': 'rollback', 'position': position})
@@ -1380,9 +1446,14 @@ while True:
         speed = (tokens_seen - marked[1]) / (train_s - marked[2])
         left = (max_iters - step) * (train_s - marked[2]) / (step - marked[0])
         marked = step, tokens_seen, train_s
+        if ddp:
+            metrics = {k: v / world for k, v in zip(metrics, over_processes(torch.tensor(list(metrics.values()))).tolist())}
+        raised = over_processes(torch.tensor(float(counted['reward/verifier_raised']))).item()
         row = {'train/loss': train_loss, 'train/lr': learning_rate * factor, 'train/grad_norm': norm,
                'train/tok_per_sec': speed, 'train/epoch': position / data.per_epoch, 'time/train_s': train_s,
-               'train/skipped': position // sequences - step, 'cost/eta_hours': left / 3600, **metrics, **counted}
+               'train/skipped': skipped, 'cost/eta_hours': left / 3600, **metrics}
+        if raised:
+            row['reward/verifier_raised'] = raised
         if peak_flops:
             row['train/mfu'] = speed * flops / (peak_flops * world)
         if device_type == 'cuda':
@@ -1410,19 +1481,23 @@ final = in_background('Hub', upload_final) if hub and finished else None
 if bar:
     bar.close()
     bar = None
-again = [*(['torchrun', f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if ddp else ['python']), *sys.argv]
+again = [*(['torchrun', f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if ddp else ['python']),
+         *(a for a in sys.argv if a != '--init_from=scratch')]  # which would begin anew
+is_saved = os.path.isdir(os.path.join(out_dir, f'step_{step:06d}'))
 if stopping and not finished:
-    saved = 'which is saved' if os.path.isdir(os.path.join(out_dir, f'step_{step:06d}')) else 'which is not saved'
-    say(f"{stop_signal or 'a signal'}: stopped after step {step:,} of {max_iters:,}, {saved}. To go on:\n  {shlex.join(again)}")
+    say(f"{stop_signal or 'a signal'}: stopped after step {step:,} of {max_iters:,}, "
+        f"{'which is saved' if is_saved else 'which is not saved'}. To go on:\n  {shlex.join(again)}")
 elif master:
     for text in samples(3):
-        print(f"--- a sample ---\n{text}")
+        print(f"--- a sample ---\n{prepare.for_terminal(text)}")
+    write_more = f"--start={sample_start or 'Once upon a time'}"
     print(f"--- {step:,} steps, {tokens_seen:,} tokens in {train_s:.0f} s of training: "
           f"best {goal.replace('val/loss', 'val loss')} {best_val:.4f} ---\n"
-          f"the loss, drawn      {os.path.join(out_dir, 'loss.png')}\n"
-          f"write more           python sample.py --out_dir={out_dir} --start=\"{sample_start or 'Once upon a time'}\"\n"
-          f"train longer         {shlex.join(a for a in again if not a.startswith('--max_iters='))} "
-          f"--max_iters={2 * max_iters}")
+          f"the loss, drawn      {os.path.join(out_dir, 'loss.png')}")
+    if is_saved:
+        print(f"write more           {shlex.join(['python', 'sample.py', f'--out_dir={out_dir}', write_more])}\n"
+              f"train longer         {shlex.join(a for a in again if not a.startswith('--max_iters='))} "
+              f"--max_iters={2 * max_iters}")
 finish_jobs(tries=4 if finished else 1)
 on_hub = final is not None and final.result()
 if final:
@@ -1435,3 +1510,5 @@ if board:
 wandb_run = board = None
 if pod and master and finished and not stop_signal:
     end_pod('terminate' if on_hub else 'stop')
+if master and finished and step and not is_saved:
+    sys.exit(f"train.py: the last step is not in {out_dir}, its checkpoint could not be written (see above)")

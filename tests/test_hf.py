@@ -127,6 +127,12 @@ def test_damaged_directories_are_refused_in_one_line(tmp_path):
     refused("model_type is 'mamba'")
     config.write_text(json.dumps(said | {"rope_parameters": {"rope_type": "yarn"}}))
     refused("rope_type is 'yarn'")
+    for key, value, pattern in (("num_hidden_layers", 2, r"tensors, such as model\.layers\.2\..* have no place in the model"),
+                                ("hidden_size", "a", "n_embd='a': expected int"), ("vocab_size", 1.5, "vocab_size=1.5: expected int")):
+        config.write_text(json.dumps(said | {key: value}))
+        refused(pattern)
+    config.write_text("[]")
+    refused("not a model's config")
     config.write_text("{")
     refused("not valid JSON")
     config.unlink()

@@ -399,7 +399,7 @@ def test_a_crash_stops_the_pod(scene):
 
 def test_secrets_come_from_the_environment_or_the_file(tmp_path, monkeypatch):
     import prepare
-    (tmp_path / "env").write_text("HF_TOKEN=from_file # mine\nexport WANDB_API_KEY = 'quoted key'\n"
+    (tmp_path / "env").write_text("HF_TOKEN=from_file # mine\nexport WANDB_API_KEY = 'quoted+key='\n"
                                   "RUNPOD_API_KEY=\nPATH=/x\n=\n")
     for key in SECRETS:
         monkeypatch.setenv(key, "")  # so that what it was comes back afterwards
@@ -407,9 +407,20 @@ def test_secrets_come_from_the_environment_or_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_environment\n")
     before = os.environ["PATH"]
     prepare.read_secrets(str(tmp_path / "env"))
-    assert [os.environ[k] for k in SECRETS] == ["hf_environment", "quoted key", ""] and os.environ["PATH"] == before
+    assert [os.environ[k] for k in SECRETS] == ["hf_environment", "quoted+key=", ""] and os.environ["PATH"] == before
     assert prepare.without_secrets("Illegal header b'Bearer hf_environment'") == "Illegal header b'Bearer [HF_TOKEN]'"
     prepare.read_secrets(str(tmp_path / "none"))
+    for written in ("\ufeffHF_TOKEN=one\nHF_TOKEN=two".encode(), "\ufeffHF_TOKEN=two\r\n".encode("utf-16-le")):  # Windows' editors
+        (tmp_path / "env").write_bytes(written)
+        monkeypatch.delenv("HF_TOKEN")
+        prepare.read_secrets(str(tmp_path / "env"))
+        assert os.environ["HF_TOKEN"] == "two"
+    for bad in ("hf_café", '"hf_open', "hf_a\0b"):
+        (tmp_path / "env").write_text(f"HF_TOKEN={bad}\n")
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        with pytest.raises(prepare.UserError, match="HF_TOKEN: it holds a quote, a space or another character") as e:
+            prepare.read_secrets(str(tmp_path / "env"))
+        assert bad not in str(e.value)
 
 
 # --- bad input: one warning, and training goes on
@@ -460,7 +471,7 @@ def scene_wandb_that_hangs(cwd):
 
 def test_wandb_that_hangs(scene):
     cwd, (out, errors) = scene
-    assert len(warnings(out)) == 1 and "W&B can't be reached, so it logs offline" in out and "--- 20 steps" in out
+    assert len(warnings(out)) == 1 and "so it logs offline" in out and "--- 20 steps" in out
     assert SECRETS["WANDB_API_KEY"] not in out + errors
     assert any("offline-run" in d for d in os.listdir(cwd / "out" / "toy" / "wandb"))
 

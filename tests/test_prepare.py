@@ -324,7 +324,7 @@ def test_bad_text(here, capsys):
     (here / "few").mkdir()
     for i in range(3):
         (here / "few" / f"{i}.txt").write_text(STORIES[i])
-    refused("none fell into val; set --val_fraction", "few", tokenizer="byte")
+    refused("none fell into val; bring more, or a folder", "few", tokenizer="byte")
 
 
 def test_importing_has_no_side_effect(here):
@@ -487,6 +487,18 @@ def test_bad_records(here, capsys):
     assert "left out: 5 records" in said
     assert "chats.jsonl, line 51: the conversation begins with the assistant" in said
     assert "line 52: 'messages' is not a list" in said
+    # half a character, which JSON can hold, is no reason to stop; nor is what nests too deeply
+    pairs = [dict(prompt=f"{i}?", chosen="sur\ud800", rejected="b") for i in range(50)]
+    (here / "half.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs) + '{"prompt": "?", "chosen": ' + "[" * 100_000)
+    directory = prepare.prepare("half.jsonl", val_fraction=0.2)
+    assert meta_of(directory)["documents"] == 50 and meta_of(directory)["left_out"] == 1
+    (here / "one.jsonl").write_text(json.dumps(pairs[0]))
+    with pytest.raises(UserError, match="of 1 documents none fell into .*bring more, or a folder"):
+        prepare.prepare("one.jsonl", val_fraction=0.5)
+    with open(os.path.join(directory, "val.jsonl"), "a") as f:
+        f.write("{cut\n")
+    with pytest.raises(UserError, match=r"val.jsonl, line \d+: not JSON"):
+        prepare.Records(directory, "val", lambda record: record)
 
 
 # --- chat, preferences, verifiers

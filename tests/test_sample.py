@@ -172,7 +172,8 @@ def test_one_prompt(place):
     (["--temperature=-1"], "temperature=-1.0: expected at least 0"), (["--top_p=3"], "top_p=3.0: expected 0 to 1"),
     (["--min_p=2"], "min_p=2.0"), (["--repetition_penalty=0"], "repetition_penalty=0.0"), (["--stop=[]x"], "stop=[]x"),
     (["--overflow=fall"], "overflow='fall'"), (["--chat=maybe"], "chat='maybe'"), (["--interactive", "--web"], "choose one"),
-    (["--out_file=x.jsonl"], "only the answers to --prompts"), (["--prompts=a", "--out_file=chat"], "it exists already")])
+    (["--device=tpu"], "device='tpu'"), (["--dtype=int8"], "dtype='int8': expected"),
+    (["--prompts=a", "--out_file=none/x"], "its directory does not exist"), (["--out_file=x.jsonl"], "only the answers to --prompts"), (["--prompts=a", "--out_file=chat"], "it exists already")])
 def test_refuses_in_one_line(place, args, said):
     run = sample(place, "--init_from=chat", *args, code=1)
     assert said in run.stderr and run.stderr.count("\n") == 1 and not run.stdout
@@ -201,6 +202,31 @@ def test_many_prompts(place):
     assert [json.loads(line)["completion"] for line in alone] == [r["completion"] for r in rows]
     single = sample(place, "--init_from=chat", "--start=the cat", "--num_samples=1", "--max_new_tokens=60").stdout
     assert single == f"the cat\n{rows[0]['completion']}\n---------------\n"
+
+
+def test_what_is_answered_is_kept(place):
+    """Ctrl-C, a disk that fills up, a reader that goes away: whole lines stay, and no traceback is shown."""
+    import resource
+    (place / "many.txt").write_text("the cat\n" * 400)
+    args = [sys.executable, os.path.join(ROOT, "sample.py"), "--init_from=base", "--prompts=many.txt", "--batch_size=1",
+            "--max_new_tokens=40"]
+    with subprocess.Popen([*args, "--out_file=int.jsonl"], cwd=place, stderr=subprocess.PIPE, text=True,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:  # not as of a job behind &
+        while not os.path.exists(place / "int.jsonl") or not os.path.getsize(place / "int.jsonl"):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        told = process.stderr.read()
+    lines = (place / "int.jsonl").read_text().splitlines()
+    assert process.returncode == 130 and f"stopped: {len(lines)} of 400 prompts are answered in int.jsonl" in told
+    assert len(list(map(json.loads, lines))) >= 16 and "Traceback" not in told
+    run = subprocess.run([*args, "--out_file=full.jsonl"], cwd=place, capture_output=True, text=True, preexec_fn=lambda: (
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))))
+    lines = (place / "full.jsonl").read_text().splitlines()
+    assert run.returncode == 1 and f"stopped: {len(lines)} of 400" in run.stderr and "Traceback" not in run.stderr
+    assert all(map(json.loads, lines)) and len(lines) % 16 == 0
+    run = subprocess.run(f"{' '.join(args)} --max_new_tokens=1 | head -c 9", shell=True, cwd=place, capture_output=True, text=True)
+    assert len(run.stdout) == 9 and "Traceback" not in run.stderr
 
 
 def test_a_text_is_continued_alike_in_any_batch_also_where_the_window_slides(place):

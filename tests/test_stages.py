@@ -86,6 +86,31 @@ def test_preferences_are_learned(place, kind):
         content = torch.load(kept, weights_only=True)
         torch.save(content | {"stamp": ["another"]}, kept)
         assert "log-probabilities of the pairs under" in train(place, *args, "--max_iters=12")
+        kept.write_bytes(kept.read_bytes()[:500])  # cut short
+        assert "log-probabilities of the pairs under" in train(place, *args, "--max_iters=13")
+        before = kept.read_bytes()  # measuring another model leaves it alone
+        text = train(place, *args, "--eval_only", "--init_from=out/base", "--reference_model=out/chat")
+        assert "val/rewards/accuracies" in text and kept.read_bytes() == before
+
+
+def test_models_beside_share_the_tokenizer(place, tmp_path):
+    shutil.copytree(place / "out" / "chat" / "step_000040", tmp_path / "other")
+    spec = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    vocab = spec["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(spec))
+    for stage, key in (("dpo", "reference_model"), ("rlvr", "verifier_model")):
+        said = train(place, f"--stage={stage}", f"--dataset={'prefs' if stage == 'dpo' else 'sums'}", "--init_from=out/chat",
+                     f"--{key}={tmp_path}/other", "--out_dir=out/no", ok=False)
+        assert f"{key}='{tmp_path}/other' has another tokenizer" in said
+    assert not os.path.exists(place / "out" / "no")
+
+
+def test_a_stage_starts_over_from_the_model_of_its_config(place):
+    (place / "again.py").write_text("stage = 'dpo'\ndataset = 'prefs'\ninit_from = 'out/chat'\nmax_iters = 2\n")
+    train(place, "again.py", "--max_iters=2")
+    text = train(place, "again.py", "--max_iters=2", "--init_from=scratch")
+    assert "set aside as out/again~1" in text and "weights from out/chat" in text
 
 
 RLVR = ("--stage=rlvr", "--dataset=sums", "--init_from=out/chat", "--muon_lr=0.002", "--learning_rate=1e-3", "--verifier=number",
@@ -116,7 +141,14 @@ def test_rewards_are_measured_and_a_killed_run_ends_the_same(place):
 
 
 def test_guards_of_the_verifier(place):
-    (place / "raises.py").write_text("def verify(prompt, completion, answer):\n    raise KeyError('no')\n")
+    (place / "raises.py").write_text("""calls = 0
+def verify(prompt, completion, answer):
+    global calls
+    calls += 1
+    if calls % 2:
+        raise KeyError('no')
+    return float('nan')
+""")
     text = train(place, *RLVR[:-3], "--verifier=raises.py", "--max_iters=2", "--out_dir=out/raises")
     assert text.count("the verifier raised") == 1 and "KeyError" in text
     rows = [r for r in log(place / "out" / "raises") if "reward/mean" in r]
@@ -133,6 +165,15 @@ def test_a_model_may_be_the_verifier(place):
     train(place, *RLVR, "--verifier_model=out/chat/step_000040", "--max_iters=2", "--out_dir=out/judged")
     rewards = [r["reward/mean"] for r in log(place / "out" / "judged") if "train/loss" in r]
     assert all(0 <= r <= 1 for r in rewards)
+
+
+def test_rewards_are_measured_alike_by_two_processes(place):
+    args = [*TINY, *RLVR, "--eval_only", "--eval_iters=2", "--out_dir=out/no"]
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                          os.path.join(ROOT, "train.py"), *args], cwd=place, capture_output=True, text=True, timeout=300,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, two = (next(line for line in text.splitlines() if line.startswith("val/")) for text in (train(place, *args), run.stdout))
+    assert one == two
 
 
 @pytest.mark.parametrize("stage, dataset", [("dpo", "prefs"), ("rlvr", "sums")])

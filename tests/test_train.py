@@ -134,9 +134,35 @@ def test_scratch_on_the_command_line_sets_the_old_run_aside(place):
     train(place, "--out_dir=out/again", "--max_iters=3")
     old = (place / "out" / "again" / "step_000003" / "model.safetensors").read_bytes()
     text = train(place, "--out_dir=out/again", "--max_iters=2", "--init_from=scratch", "--seed=5").stdout
-    assert "set aside as out/again~1" in text
+    assert "set aside as out/again~1" in text and "--init_from=scratch" not in text.split("train longer")[1]
     assert (place / "out" / "again~1" / "step_000003" / "model.safetensors").read_bytes() == old
     assert os.path.exists(place / "out" / "again" / "step_000002")
+    # what is refused, or only measured, moves nothing
+    assert "no such data set" in train(place, "--out_dir=out/again", "--init_from=scratch", "--dataset=none", ok=False).stderr
+    train(place, "--out_dir=out/again", "--init_from=scratch", "--eval_only")
+    assert not os.path.exists(place / "out" / "again~2")
+
+
+def test_two_trainings_at_once_in_one_directory(place, finished):
+    import fcntl
+    handle = os.open(finished[0], os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        for arg in ("--max_iters=30", "--init_from=scratch"):
+            assert "out/toy: another training is under way in it" in train(place, arg, ok=False).stderr
+    finally:
+        os.close(handle)
+
+
+def test_a_run_tells_what_changed_and_how_it_goes_on(place):
+    train(place, "--out_dir=out/told", "--max_iters=2", "--weight_decay=0.1")
+    with open(place / "out" / "told" / "log.jsonl", "ab") as f:  # what a full disk or a hand may leave
+        f.write(b'[1]\n{"a": 1}\n\xff\n')
+    run = train(place, "--out_dir=out/told", "--max_iters=3", "--weight_decay=0.2", "--sample_start=a \"red\" hat")
+    assert "weight_decay 0.1 -> 0.2, max_iters 2 -> 3" in run.stdout.split("changed since: ")[1]
+    assert "'--start=a \"red\" hat'" in run.stdout  # as a shell takes it
+    assert "init_from='scratch', this one asks for 'out/toy'" in train(place, "--out_dir=out/told", "--init_from=out/toy",
+                                                                       ok=False).stderr
 
 
 def test_weights_from_a_run_or_a_model_directory(place, finished):
@@ -245,6 +271,10 @@ def test_micro_batches_and_processes_do_not_change_a_step(place):
     (["--block_size=100000"], "too few for one window of block_size=100000"), (["--n_head=3"], "not divisible by n_head=3"),
     (["--init_from=resume", "--out_dir=out/none"], "no run to resume"), (["--optimizer=sgd"], "optimizer='sgd'"),
     (["--batch_size=0"], "batch_size=0: expected at least 1"), (["--inner_epochs=0"], "inner_epochs=0: expected at least 1"),
+    (["--keep_checkpoints=-1"], "keep_checkpoints=-1: expected at least 0"), (["--beta=0"], "beta=0.0: expected more than 0"),
+    (["--label_smoothing=0.6"], "label_smoothing=0.6: expected at most 0.5"), (["--device=tpu"], "device='tpu': expected 'auto'"),
+    (["--device=cuda:99"], "finds none here"), (["--out_dir=tiny.txt"], "tiny.txt: File exists"),
+    (["--stage=dpo", "--init_from=gpt2"], "data/tiny holds text, stage='dpo' wants pairs of answers"),
     (["--rollout_temperature=0.0"], "rollout_temperature=0.0: expected more than 0"),
     (["--stage=rlvr", "--group_size=1"], "group_size=1: expected at least 2"), (["--schedule=linear"], "schedule='linear'"),
     (["--dtype=half"], "dtype='half'"), (["--init_from=./nowhere"], "nowhere: no such directory")])
@@ -283,7 +313,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(place):
     run = script("train.py", "--dataset=tiny", *TINY, "--out_dir=out/full", cwd=place,
                  preexec_fn=lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
                                      resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
-    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.returncode == 1 and "the last step is not in out/full" in run.stderr and "train longer" not in run.stdout
     assert "step_000020 could not be written, the one before it stays" in run.stdout
     assert [d for d in os.listdir(out) if d.startswith(("step", ".writing"))] == ["step_000010"]
     assert "resuming out/full/step_000010" in train(place, "--out_dir=out/full").stdout
