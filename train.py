@@ -453,8 +453,9 @@ torch.manual_seed(seed + 1)  # from here on the generator draws dropout masks an
 if state:
     restore(state)
 looked_at = saved_at = step if state else -1  # the last steps that were evaluated, and saved
-# its buffers are RoPE's tables, alike on all; sent along, they would tie processes together in evaluation too
-forward = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if ddp else model
+forward = torch.nn.parallel.DistributedDataParallel(model) if ddp else model
+if ddp:  # buffers are RoPE's tables, alike on all; sent along, they would tie processes together in evaluation too
+    forward.broadcast_buffers = False  # the argument is deprecated since torch 2.13, its successor unknown before
 if warmup_iters > max_iters:
     say(f"warning: warmup_iters={warmup_iters} is beyond max_iters and clamped to {max_iters}")
 
