@@ -637,12 +637,12 @@ def read_secrets(path=".env"):
         found = re.match(r"""\s*(?:export\s+)?(\w+)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s#]*))""", line)
         if found and found[1] in SECRETS:
             kept[found[1]] = next(v for v in found.groups()[1:] if v is not None)
-    for key in SECRETS:
-        secret = os.environ.get(key, kept.get(key, "")).strip()  # a line end that was pasted along
+    kept |= {key: os.environ[key] for key in SECRETS if key in os.environ}
+    for key, secret in kept.items():
+        secret = secret.strip()  # a line end that was pasted along
         if not re.fullmatch(r"[!#-&(-~]*", secret):
             raise UserError(f"{key}: it holds a quote, a space or another character that no token has; copy it again")
-        if key in kept or key in os.environ:
-            os.environ[key] = secret
+        os.environ[key] = secret
 
 
 def for_terminal(text):
@@ -1395,8 +1395,7 @@ def read_meta(directory):
     """meta.json of a data set. Bins without one are nanoGPT's: GPT-2 tokens, uint16."""
     path = os.path.join(directory, "meta.json")
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
+        return read_json(path)
     # nanoGPT rounds 50,257 up to 50,304 rows, a multiple of 64, for speed
     return {"tokenizer": "gpt2", "vocab_size": 50304, "dtype": "uint16", "eos_id": 50256}
 
@@ -2350,14 +2349,13 @@ def _tell_wrong(state, count):
 
 def _done(directory, stamp):
     try:
-        with open(os.path.join(directory, "meta.json"), encoding="utf-8") as f:
-            meta = json.load(f)
+        meta = read_json(os.path.join(directory, "meta.json"))
         width = np.dtype(meta.get("dtype", "uint8")).itemsize
         wanted = {part: width * meta.get(part + "_tokens", 0) for part in ("train", "val")}
         return meta.get("stamp") == stamp and all(
             os.path.getsize(os.path.join(directory, part + ".bin")) == size for part, size in wanted.items()
             if size)
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # a UserError is one too
         return False
 
 
@@ -2403,8 +2401,7 @@ def copy_files(source, target, names):
 
 
 def _report(target):
-    with open(os.path.join(target, "meta.json"), encoding="utf-8") as f:
-        meta = json.load(f)
+    meta = read_json(os.path.join(target, "meta.json"))
     print(f"{target}: {meta['kind']} from {meta['source']}")
     if "documents" in meta:
         print(f"  {meta['documents']:,} documents, {meta['bytes']:,} bytes")

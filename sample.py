@@ -298,26 +298,15 @@ def answer_file():
         raise UserError(f"out_file={out_file}: {e}") from None
     written = size = 0  # answers, and their bytes
     try:
-        with prepare.progress(total=len(found), unit=' prompts') as bar:
-            for lo in range(0, len(found), 16 * batch_size):  # written in the file's order, every 16 batches
-                texts, todo = {}, list(range(lo, min(lo + 16 * batch_size, len(found))))
-                todo.sort(key=lambda i: len(found[i][1]))  # similar lengths side by side: little padding
-                while todo:
-                    # where the window slides follows from a row's length: a longer neighbour would move it
-                    longest, most = len(found[todo[-1]][1]), max(found[i][2] for i in todo)
-                    batch = [i for i in todo[-batch_size:]
-                             if len(found[i][1]) == longest or longest + most <= window]
-                    todo = [i for i in todo if i not in batch]
-                    texts |= answer_batch({i: found[i][1:] for i in batch})
-                    bar.update(len(batch))
-                lines = [json.dumps(found[i][0] | dict(completion=texts[i].text, finish_reason=texts[i].finish_reason),
-                                    ensure_ascii=False) + '\n' for i in sorted(texts)]
-                rest = whole = ''.join(lines).encode('utf-8', 'replace')
-                while rest:  # a disk that fills up takes a part, and refuses the next
-                    rest = rest[out.write(rest):]
-                out.flush()
-                written, size = written + len(texts), size + len(whole)
-                tokens += sum(text.tokens for text in texts.values())
+        for texts in answers(found):
+            lines = [json.dumps(found[i][0] | dict(completion=texts[i].text, finish_reason=texts[i].finish_reason),
+                                ensure_ascii=False) + '\n' for i in sorted(texts)]
+            rest = whole = ''.join(lines).encode('utf-8', 'replace')
+            while rest:  # a disk that fills up takes a part, and refuses the next
+                rest = rest[out.write(rest):]
+            out.flush()
+            written, size = written + len(texts), size + len(whole)
+            tokens += sum(text.tokens for text in texts.values())
     except (KeyboardInterrupt, OSError):
         if out_file and written:
             out.truncate(size)
@@ -326,6 +315,23 @@ def answer_file():
         note(f"stopped: {written:,} of {len(found):,} prompts are answered" + (f" in {out_file}" if written and out_file else ''))
         raise
     note(f"{len(found):,} prompts, {tokens / (time.perf_counter() - begun):,.0f} tokens a second")
+
+
+def answers(found):
+    """{i: Text} of the next 16 batches of prompts in the file's order, until all are answered."""
+    with prepare.progress(total=len(found), unit=' prompts') as bar:
+        for lo in range(0, len(found), 16 * batch_size):
+            texts, todo = {}, list(range(lo, min(lo + 16 * batch_size, len(found))))
+            todo.sort(key=lambda i: len(found[i][1]))  # similar lengths side by side: little padding
+            while todo:
+                # where the window slides follows from a row's length: a longer neighbour would move it
+                longest, most = len(found[todo[-1]][1]), max(found[i][2] for i in todo)
+                batch = [i for i in todo[-batch_size:]
+                         if len(found[i][1]) == longest or longest + most <= window]
+                todo = [i for i in todo if i not in batch]
+                texts |= answer_batch({i: found[i][1:] for i in batch})
+                bar.update(len(batch))
+            yield texts
 
 
 def answer_batch(rows):

@@ -149,7 +149,8 @@ from model import (FOLLOWS, GPT, GPUS, GPTConfig, architecture, compile_pays, do
                    pick_device, pick_dtype, policy_loss, preference_loss, schedule_factor)
 
 prepare.read_secrets()
-start_over = setup.given.get('init_from') == 'command line' and init_from == 'scratch'
+init_typed = setup.given.get('init_from') == 'command line'  # a config's is a default, what was typed is meant
+start_over = init_typed and init_from == 'scratch'
 if start_over:  # as its config says: a later stage's names the model to begin with
     init_from = config['init_from'] = setup.from_files.get('init_from', 'scratch')
 name = os.path.splitext(os.path.basename(setup.files[-1]))[0] if setup.files else 'toy'
@@ -286,7 +287,7 @@ if ddp:
     dist.barrier()
 
 state = None
-another = eval_only and setup.given.get('init_from') == 'command line' and init_from != 'resume'  # not out_dir's own
+another = eval_only and init_typed and init_from != 'resume'  # not out_dir's own
 own = [] if another or start_over else prepare.checkpoints(out_dir)
 for checkpoint in reversed(own):
     if found := whole(checkpoint):
@@ -305,9 +306,7 @@ for (set_name, _), directory in zip(mixture, directories):
     if os.path.exists(os.path.join(directory, 'meta.json')):
         prepare.check_kind(directory, stage)
     if not os.path.exists(os.path.join(directory, 'meta.json' if stage in ('dpo', 'rlvr') else 'train.bin')):
-        if set_name not in prepare.KNOWN:
-            raise UserError(f"{directory}: no such data set; {prepare.how_to_prepare(directory)}")
-        if ddp:  # the others would wait, and be paid for
+        if set_name not in prepare.KNOWN or ddp:  # processes that wait for the one that prepares are paid for
             raise UserError(f"{directory}: no such data set; {prepare.how_to_prepare(directory)}")
         say(f"{directory} is missing; preparing it now: {prepare.describe(set_name)}")
         prepare.prepare(set_name, data_dir=data_dir)
@@ -333,10 +332,9 @@ else:  # records stay text until a model's own tokenizer meets them
         (lambda r: prepare.encode_problem(r, tokenizer, block_size - max_completion))
     train_sets, val_sets = ([prepare.Records(d, split, encode, seed) for d in directories] for split in ('train', 'val'))
     data, = train_sets
-    for reason, count in data.left_out.items():
-        say(f"left out {count} of {count + data.per_epoch} records of {dataset}: {reason}")
-    for reason, count in val_sets[0].left_out.items():
-        say(f"left out {count} of {count + val_sets[0].per_epoch} held-out records of {dataset}: {reason}")
+    for records, what in ((data, 'records'), (val_sets[0], 'held-out records')):
+        for reason, count in records.left_out.items():
+            say(f"left out {count} of {count + records.per_epoch} {what} of {dataset}: {reason}")
 for s, directory in zip(val_sets, directories):
     if len(s.held_out(eval_iters * batch_size)) < world:
         raise UserError(f"{directory}: {world} processes need as many held-out windows or records, there are fewer")
@@ -358,7 +356,7 @@ else:  # the weights bring their shape; only what was asked for in so many words
 if state:  # it goes on only with the same data and model; otherwise nothing is touched
     before = state['config']
     same = {'stage': stage, 'dataset': dataset, 'seed': seed, 'doc_mask': doc_mask, 'optimizer': optimizer, **asked}
-    if setup.given.get('init_from') == 'command line' and init_from != 'resume':
+    if init_typed and init_from != 'resume':
         same['init_from'] = init_from
     for key, value in same.items():
         if before[key] != value:
@@ -604,6 +602,7 @@ def sample_completions(problems, places, copies, temperature, first_seed=seed):
 
 def reward_of(problem, completion):
     """What the verifier gives; nothing for one that is empty or never ends. One that raises is counted."""
+    global raised
     _, question, answer = problem
     _, _, text, ended = completion
     if not ended or not text.strip():
@@ -614,8 +613,8 @@ def reward_of(problem, completion):
             raise ValueError(f"it gave {reward}")
         return reward
     except (Exception, SystemExit) as e:
-        counted['reward/verifier_raised'] += 1
-        if counted['reward/verifier_raised'] == 1:
+        raised += 1
+        if raised == 1:
             say(f"warning: the verifier raised on {text[:60]!r}, which counts as no reward: {type(e).__name__}: {e}")
         return 0.0
 
@@ -723,7 +722,7 @@ batches_of, loss_of, evaluation, goal = {
     'dpo': (pair_batches, pair_loss, pair_evaluation, 'val/loss'),
     'rlvr': (rollouts, rollout_loss, rollout_evaluation, 'val/pass@1')}[stage]
 better = (lambda a, b: a > b) if stage == 'rlvr' else (lambda a, b: a < b)  # loss falls, pass@1 rises
-counted = collections.Counter()
+raised = 0  # times that the verifier did, in this process
 
 
 def start_directory():
@@ -1447,14 +1446,12 @@ while True:
         speed = (tokens_seen - marked[1]) / (train_s - marked[2])
         left = (max_iters - step) * (train_s - marked[2]) / (step - marked[0])
         marked = step, tokens_seen, train_s
-        if ddp:
-            metrics = {k: v / world for k, v in zip(metrics, over_processes(torch.tensor(list(metrics.values()))).tolist())}
-        raised = over_processes(torch.tensor(float(counted['reward/verifier_raised']))).item()
+        metrics = means_over_processes({**metrics, 'units': 1}, '')
         row = {'train/loss': train_loss, 'train/lr': learning_rate * factor, 'train/grad_norm': norm,
                'train/tok_per_sec': speed, 'train/epoch': position / data.per_epoch, 'time/train_s': train_s,
                'train/skipped': skipped, 'cost/eta_hours': left / 3600, **metrics}
-        if raised:
-            row['reward/verifier_raised'] = raised
+        if on_all := over_processes(torch.tensor(float(raised))).item():
+            row['reward/verifier_raised'] = on_all
         if peak_flops:
             row['train/mfu'] = speed * flops / (peak_flops * world)
         if device_type == 'cuda':
@@ -1491,14 +1488,14 @@ if stopping and not finished:
 elif master:
     for text in samples(3):
         print(f"--- a sample ---\n{prepare.for_terminal(text)}")
-    write_more = f"--start={sample_start or 'Once upon a time'}"
+    write_more = ['python', 'sample.py', f'--out_dir={out_dir}', f"--start={sample_start or 'Once upon a time'}"]
+    train_longer = [*(a for a in again if not a.startswith('--max_iters=')), f'--max_iters={2 * max_iters}']
     print(f"--- {step:,} steps, {tokens_seen:,} tokens in {train_s:.0f} s of training: "
           f"best {goal.replace('val/loss', 'val loss')} {best_val:.4f} ---\n"
           f"the loss, drawn      {os.path.join(out_dir, 'loss.png')}")
     if is_saved:
-        print(f"write more           {shlex.join(['python', 'sample.py', f'--out_dir={out_dir}', write_more])}\n"
-              f"train longer         {shlex.join(a for a in again if not a.startswith('--max_iters='))} "
-              f"--max_iters={2 * max_iters}")
+        print(f"write more           {shlex.join(write_more)}\n"
+              f"train longer         {shlex.join(train_longer)}")
 finish_jobs(tries=4 if finished else 1)
 on_hub = final is not None and final.result()
 if final:
@@ -1511,5 +1508,5 @@ if board:
 wandb_run = board = None
 if pod and master and finished and not stop_signal:
     end_pod('terminate' if on_hub else 'stop')
-if master and finished and step and not is_saved:
+if master and finished and not is_saved:
     sys.exit(f"train.py: the last step is not in {out_dir}, its checkpoint could not be written (see above)")
