@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import prepare
+import runs
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = ["--n_layer=2", "--n_head=2", "--n_kv_head=1", "--n_embd=32", "--block_size=32", "--batch_size=4", "--eval_iters=2",
@@ -236,7 +237,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(place):
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     for step in (999_000, 1_000_000, 20):
         (tmp_path / f"step_{step:06d}").mkdir()
-    assert [os.path.basename(d) for d in prepare.checkpoints(tmp_path)] == ["step_000020", "step_999000", "step_1000000"]
+    assert [os.path.basename(d) for d in runs.checkpoints(tmp_path)] == ["step_000020", "step_999000", "step_1000000"]
 
 
 # --- one mean over all targets
