@@ -2577,7 +2577,7 @@ def publish(partial, target):
     if os.path.exists(target):
         os.rename(target, aside)
     os.rename(partial, target)
-    _sync(os.path.dirname(target))
+    _sync(os.path.dirname(target) or ".")
     if os.path.exists(aside):
         with contextlib.suppress(OSError):
             remove_directory(aside, kind)

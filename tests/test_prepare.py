@@ -681,6 +681,7 @@ def test_what_is_ours_is_replaced_and_said(here, capsys):
     assert os.listdir("elsewhere") == ["t"] and ".DS_Store" not in os.listdir("data/t")
     os.makedirs("data/empty")
     prepare.prepare("t.txt", tokenizer="char", name="empty")
+    assert prepare.prepare("t.txt", tokenizer="byte", name="u", data_dir="") == "u"
 
 
 def test_what_a_kill_left_is_gone_on_from(here):
