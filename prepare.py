@@ -16,12 +16,17 @@ the loss counts); preferences and verifiable problems are train.jsonl and val.js
 import codecs
 import collections
 import concurrent.futures
+import contextlib
 import ctypes
+import decimal
 import difflib
+import errno
 import fnmatch
 import functools
 import hashlib
+import inspect
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -40,22 +45,23 @@ from configurator import UserError, configure
 tokenizer = ''           # char, byte, gpt2, bpe:4096 (trained on the text), a directory, file or Hub id
 name = ''                # the data set becomes data/<name>/; '' follows the source
 data_dir = 'data'        # where data sets live
-max_tokens = 0           # stop after about this many training tokens; 0 takes everything
+max_tokens = 0           # stop after about this many training tokens; 0 takes everything (>= 0)
 # how to read the source
 field = ''               # the key or column that holds the text; '' tries text, content
 config = ''              # hub: a folder or subset of the repository, such as sample/10BT
 split = ''               # hub: take this split only, such as train
-as_ = ''                 # text, chat, prefs or verify; '' follows the first record (--as= does too)
-val_fraction = 0.005     # share of the documents, by a hash of their text, that is held out (toy: more)
-block_size = 0           # chat: leave out, and count, conversations longer than this many tokens; 0 keeps all
+as_ = ''                 # '' | 'text' | 'chat' | 'prefs' | 'verify' (--as= does too); '' follows the first record
+val_fraction = 0.005     # share of the documents, by a hash of their text, that is held out (> 0, < 1); toy: more
+block_size = 0           # chat: leave out conversations longer than this many tokens; 0 keeps all (>= 0)
 # how to work
-workers = 0              # 0 takes one for each core. The bytes do not depend on it
-seed = 1337              # of the toy world
-vocab_size = 49152       # of `prepare.py tokenizer PATH...`
-min_frequency = 2        # of `prepare.py tokenizer`: rarer pairs are not merged
+workers = 0              # 0 takes one for each core (>= 0). The bytes do not depend on it
+seed = 1337              # of the toy world (>= 0)
+vocab_size = 49152       # of `prepare.py tokenizer PATH...` (>= 259, <= 1048576)
+min_frequency = 2        # of `prepare.py tokenizer`: rarer pairs are not merged (>= 1)
 # -----------------------------------------------------------------------------
 
 EOT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+MAX_VOCABULARY = 1 << 20
 BLOCK = 1 << 20          # bytes of text that a worker gets at a time: 50 ms of work
 LONGEST = 16 << 20       # a document longer than this is taken as several: nothing larger is held in memory
 SAVE = 5                 # seconds between two entries in the journal, from which a killed run goes on
@@ -119,7 +125,7 @@ class Tokenizer:
     def __init__(self, spec, name, settings=None):
         """`spec`: the content of a tokenizer.json; `settings`: of the tokenizer_config.json beside it."""
         from tokenizers import Tokenizer as Engine
-        self.name, self.spec = name, dict(spec, truncation=None, padding=None)
+        self.name, self.spec = name, {"added_tokens": [], **spec, "truncation": None, "padding": None}
         self.engine = Engine.from_str(json.dumps(self.spec))
         self.engine.encode_special_tokens = True  # which means: as the ordinary text that they are
         vocab = self.engine.get_vocab(with_added_tokens=True)
@@ -214,8 +220,8 @@ class Tokenizer:
         if self.encode_special(IM_START) is not None and self.encode_special(IM_END) is not None:
             settings.update(chat_template=CHAT_TEMPLATE)
         os.makedirs(directory, exist_ok=True)
+        write_json(os.path.join(directory, "tokenizer_config.json"), settings)  # first: it marks what is ours
         write_json(os.path.join(directory, "tokenizer.json"), self.spec, indent=None)
-        write_json(os.path.join(directory, "tokenizer_config.json"), settings)
 
 
 def load_tokenizer(spec):
@@ -268,9 +274,11 @@ def make_tokenizer(spec, texts):
 
 def train_bpe(texts, size, name, min_frequency=2):
     """A byte-level BPE of `size` ids trained on `texts`; <|endoftext|> and ChatML's two are ids 0, 1, 2."""
-    if size < 256 + 3:
-        raise UserError(f"a byte-level BPE needs at least {256 + 3} ids (the bytes and 3 special tokens), "
-                        f"not {size}")
+    if not 256 + 3 <= size <= MAX_VOCABULARY:
+        raise UserError(f"a byte-level BPE has from {256 + 3} ids (the bytes and 3 special tokens) to "
+                        f"{MAX_VOCABULARY}, not {size}")
+    if min_frequency < 1:
+        raise UserError(f"--min_frequency={min_frequency}: 1 or more is wanted")
     from tokenizers import Tokenizer as Engine, decoders, models, pre_tokenizers, trainers
     engine = Engine(models.BPE())
     # digits one by one, as SmolLM does: numbers that share no token with their neighbours teach no sums
@@ -398,9 +406,9 @@ def _tiktoken(spec, vocab_size, eos_id):
     import tiktoken
     from tokenizers import models
     model, before = spec["model"], spec.get("pre_tokenizer") or {}
-    steps = before.get("pretokenizers", [before])
-    last = steps[-1]
-    if model["type"] != "BPE" or spec.get("normalizer") or last.get("type") != "ByteLevel" \
+    steps = before.get("pretokenizers") or [before]
+    last = dict(use_regex=True) | steps[-1]
+    if model["type"] != "BPE" or model.get("dropout") or spec.get("normalizer") or last.get("type") != "ByteLevel" \
             or last.get("add_prefix_space") or any(not t["special"] for t in spec["added_tokens"]):
         return None
     if len(steps) == 1 and last["use_regex"]:
@@ -529,8 +537,10 @@ def as_prefs(record):
 def as_verify(record):
     """{"prompt": messages, "answer": text}"""
     answer = record["answer"]
-    if not isinstance(answer, (str, int, float)) or not str(answer).strip():
-        raise ValueError("'answer' is not a text")
+    if isinstance(answer, float) and math.isfinite(answer):
+        answer = format(decimal.Decimal(repr(answer)), "f")  # 1e-05 is 0.00001, as a person would write it
+    if not isinstance(answer, (str, int)) or not str(answer).strip():
+        raise ValueError("'answer' is neither a text nor a number")
     return dict(prompt=_messages(_first(record, "prompt", "question"), "prompt"), answer=str(answer))
 
 
@@ -544,42 +554,46 @@ def _first(record, *keys):
 # -----------------------------------------------------------------------------
 # Verifiers: is the completion right? verify(prompt, completion, answer) -> float, 1.0 for right
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+# 7, -1,234.50, .5, 1e-05; an exponent has at most three digits, since 10 ** 999999999 would fill the memory
+NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|(?<!\d)\.\d+)(?:[eE][+-]?\d{1,3}(?!\w))?")
 LISTING = re.compile(r"(?:-?\d[\d.]*[\s,;]+){7,}-?\d")  # eight numbers and nothing between them: fishing
 
 
 def verifier(spec):
     """verify(prompt, completion, answer) -> float for 'number' (the last number, or the one after ####),
     'exact', 'regex:PATTERN' (its first group, or all that it matches, is the answer), 'toy', or a Python file
-    that defines verify. UserError if there is no such verifier."""
-    if spec in ("number", "exact"):
-        return _same_number if spec == "number" else lambda prompt, completion, answer: float(
-            completion.strip() == answer.strip())
+    that defines verify. UserError if there is no such verifier, or if verify does not take three arguments."""
+    if spec == "number":
+        return _same_number
+    if spec == "exact":
+        return _same_text
     if spec == "toy":
         return toy_verify
     if spec.startswith("regex:"):
-        try:
-            pattern = re.compile(spec[6:], re.DOTALL)
-        except re.error as e:
-            raise UserError(f"--verifier={spec}: not a regular expression: {e}") from None
-        def matches(prompt, completion, answer):
-            found = [m[1] if pattern.groups else m[0] for m in pattern.finditer(completion)]
-            return float(bool(found) and (found[-1] or "").strip() == answer.strip())
-        return matches
+        return _regex_verifier(spec)
     if spec.endswith(".py"):
-        if not os.path.isfile(spec):
-            raise UserError(f"--verifier={spec}: no such file")
-        space = dict(__name__="verifier", __file__=spec)
-        try:
-            with open(spec, encoding="utf-8") as f:
-                exec(compile(f.read(), spec, "exec"), space)
-        except (Exception, SystemExit) as e:
-            raise UserError(f"--verifier={spec}: {type(e).__name__}: {e}") from None
-        if not callable(space.get("verify")):
-            raise UserError(f"--verifier={spec}: it must define verify(prompt, completion, answer) -> float")
-        return lambda prompt, completion, answer: float(space["verify"](prompt, completion, answer))
+        return _file_verifier(spec)
     raise UserError(f"--verifier={spec}: there is no such verifier; number, exact, regex:PATTERN, toy or a "
                     ".py file")
+
+
+def readable_gold(spec, answer):
+    """Whether the verifier `spec` can reward any completion where `answer` is the reference answer: one without a
+    number can't be compared by 'number'. What a regex or a .py file makes of it is not known here: True."""
+    if spec == "number":
+        return final_number(answer) is not None
+    if spec == "toy":
+        return answer.isdigit() or toy_verify("", answer, answer) == 1.0
+    return bool(answer.strip())
+
+
+def _same_number(prompt, completion, answer):
+    number, right = final_number(completion), final_number(answer)
+    return float(number is not None and number == right)
+
+
+def _same_text(prompt, completion, answer):
+    return float(completion.strip() == answer.strip())
 
 
 def final_number(text):
@@ -589,12 +603,56 @@ def final_number(text):
     if "####" in after or LISTING.search(text):
         return None
     found = NUMBER.findall(after if mark else text)
-    return Fraction(found[0 if mark else -1].replace(",", "")) if found else None
+    number = found[0 if mark else -1] if found else ""
+    return Fraction(number.replace(",", "")) if 0 < len(number) < 1000 else None
 
 
-def _same_number(prompt, completion, answer):
-    said, right = final_number(completion), final_number(answer)
-    return float(said is not None and said == right)
+def _regex_verifier(spec):
+    try:
+        pattern = re.compile(spec.removeprefix("regex:"), re.DOTALL)
+    except (re.error, OverflowError, RecursionError) as e:
+        raise UserError(f"--verifier={spec}: not a regular expression: {e}") from None
+    if not pattern.pattern:
+        raise UserError("--verifier=regex: wants a pattern, such as 'regex:answer is (.*)'")
+
+    def verify(prompt, completion, answer):
+        found = [m[1] if pattern.groups else m[0] for m in pattern.finditer(completion)]
+        return float(bool(found) and (found[-1] or "").strip() == answer.strip())
+    return verify
+
+
+def _file_verifier(path):
+    """The verify of a Python file, which may import modules that lie beside it."""
+    usage = "it must define verify(prompt, completion, answer) -> float"
+    if not os.path.isfile(path):
+        raise UserError(f"--verifier={path}: {'not a file' if os.path.exists(path) else 'no such file'}; {usage}")
+    module = types.ModuleType("user_verifier")
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # dataclasses and pickle look it up there
+    beside = os.path.dirname(os.path.abspath(path))
+    if beside not in sys.path:
+        sys.path.append(beside)  # last: a helper there must not take the place of a module of ours
+    try:
+        with open(path, "rb") as f:  # as bytes, so that compile() minds a byte-order mark and an encoding line
+            exec(compile(f.read(), path, "exec"), module.__dict__)
+    except (Exception, SystemExit) as e:
+        raise UserError(f"--verifier={path}: {type(e).__name__}: {e}".split("\n")[0]) from None
+    function = getattr(module, "verify", None)
+    if not callable(function):
+        raise UserError(f"--verifier={path}: {usage}")
+    try:
+        inspect.signature(function).bind("prompt", "completion", "answer")
+    except TypeError:
+        raise UserError(f"--verifier={path}: verify{inspect.signature(function)} does not take three "
+                        f"arguments; {usage}") from None
+    except ValueError:
+        pass  # written in C, without a signature: the first call will tell
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        raise UserError(f"--verifier={path}: verify returns a coroutine or generator, not a number; {usage}")
+
+    def verify(prompt, completion, answer):
+        return float(function(prompt, completion, answer))
+    return verify
 
 
 # -----------------------------------------------------------------------------
@@ -607,7 +665,8 @@ def cache_dir():
 
 def write_json(path, value, indent=2):
     """Writes a JSON file that is whole whenever it is there."""
-    with open(f"{path}.tmp{os.getpid()}", "w", encoding="utf-8") as f:
+    # "replace": a file name that is not UTF-8 must not end a preparation
+    with open(f"{path}.tmp{os.getpid()}", "w", encoding="utf-8", errors="replace") as f:
         json.dump(value, f, ensure_ascii=False, indent=indent)
         f.flush()
         os.fsync(f.fileno())
@@ -795,10 +854,9 @@ def local_path(file):
     from huggingface_hub import hf_hub_download
     for attempt in range(2):
         path = _hub(hf_hub_download, file.repo, filename=file.path, repo_type="dataset",
-                    revision=file.revision)
+                    revision=file.revision, force_download=attempt > 0)
         if os.path.getsize(path) == file.size and file.digest in (None, sha256(path)):
             return path
-        os.remove(os.path.realpath(path))  # the blob that the path links to
     raise UserError(f"{file.repo}: {file.path} arrives damaged (size or SHA-256 differs); try again later")
 
 
@@ -842,8 +900,13 @@ def local_files(path):
     """The files of a local source: one file of any name, or those of a folder that hold data."""
     if os.path.isfile(path):
         return [File(path, os.path.getsize(path), *[None] * 4)]
+    if not os.path.isdir(path):
+        raise UserError(f"{path}: neither a file nor a folder")
     found = sorted(os.path.join(folder, f) for folder, _, names in os.walk(path) for f in names
                    if not f.startswith(".") and _kind_of(f)[0])
+    gone = [f for f in found if not os.path.exists(f)]
+    if gone:
+        raise UserError(f"{gone[0]}: a link to a file that is not there; remove it, or bring the file back")
     if not found:
         raise UserError(f"{path}: this folder holds no .txt, .md, .jsonl, .jsonl.zst, .jsonl.gz or .parquet "
                         "file")
@@ -1171,7 +1234,7 @@ def _shape_of(file, block, wanted, field):
         try:
             record = json.loads(line)
             keys = list(record) if isinstance(record, dict) else None
-        except ValueError:
+        except (ValueError, RecursionError):
             keys = None
         where = f", line {i + 1}"
         if keys is None:
@@ -2293,8 +2356,10 @@ def prepare(source, tokenizer="", name="", data_dir="data", max_tokens=0, field=
                         f"{'; did you mean ' + ' or '.join(close) + '?' if close else ''} "
                         "(python prepare.py lists them)")
     name = name or (source if known else _stem(source))
-    if not re.fullmatch(r"[\w.+-]+", name):
-        raise UserError(f"--name={name}: letters, digits, '-', '_', '.' only, since it becomes a directory")
+    _check_name(name)
+    for key, value in dict(max_tokens=max_tokens, block_size=block_size, workers=workers, seed=seed).items():
+        if value < 0:
+            raise UserError(f"--{key}={value}: 0 or more is wanted")
     val_fraction = known.get("val_fraction", 0.005) if val_fraction is None else val_fraction
     if not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction={val_fraction}: a share between 0 and 1 is wanted, such as 0.005")
@@ -2303,20 +2368,84 @@ def prepare(source, tokenizer="", name="", data_dir="data", max_tokens=0, field=
     as_ = as_ or known.get("as_", "")
     usual = SMOLLM2 if source.startswith("hub:") else "bpe:4096"
     tokenizer = tokenizer or known.get("tokenizer", "") or usual
-    target, partial = os.path.join(data_dir, name), os.path.join(data_dir, name + ".partial")
-    os.makedirs(partial, exist_ok=True)
+    target = os.path.join(data_dir, name)
+    partial = _place(target) + ".partial"
+    replaced = _check_target(target, "data set", [source] if is_path and not known else [])
+    if not os.path.exists(os.path.join(partial, "journal.json")):
+        os.makedirs(partial, exist_ok=True)
+        write_json(os.path.join(partial, "journal.json"), dict(stamp=""))  # which marks the directory as ours
     try:
         made = _make(source, known, tokenizer, partial, target, dict(
             version=1, name=name, source=source, max_tokens=int(max_tokens), field=field, shape=as_,
             val_fraction=val_fraction, block_size=block_size), config, split, workers, seed)
     except BaseException:
-        if not os.path.exists(os.path.join(partial, "journal.json")):
-            shutil.rmtree(partial, ignore_errors=True)  # nothing in it that another try could go on from
+        with contextlib.suppress(OSError, UserError):
+            if not read_journal(partial).get("stamp"):
+                remove_directory(partial, "unfinished data set")  # nothing in it to go on from
         raise
     if made:
         publish(partial, target)
+        if replaced:
+            print(f"{target} replaces {replaced}")
         _report(target)
     return target
+
+
+def read_journal(partial):
+    path = os.path.join(partial, "journal.json")
+    return read_json(path) if os.path.exists(path) else {}
+
+
+def _check_name(name):
+    if not re.fullmatch(r"[\w.+-]+", name) or not name.strip(".") or name.endswith(".partial"):
+        raise UserError(f"--name={name}: letters, digits, '-', '_', '.' only, since it becomes a directory")
+
+
+def _place(target):
+    """Where a data set is written: a link to a directory elsewhere, on a larger disk say, stays a link."""
+    return os.path.realpath(target) if os.path.islink(target) else target
+
+
+def _check_target(target, kind, sources):
+    """UserError if data must not be written to `target`, before any work is done: because it would take the place of
+    something that this program did not make, or of its source. Returns what it will replace, in words, or ""."""
+    place = _place(target)
+    for source in sources:
+        for directory in (place, place + ".partial", _aside(place)):
+            if _inside(source, directory):
+                raise UserError(f"{target} would replace its own source, {source}; choose another --name= or "
+                                "--data_dir=")
+        if os.path.isdir(source) and _inside(place, source):
+            raise UserError(f"{target} lies in the folder {source} that it would be made from; choose a --data_dir= "
+                            "outside of it")
+    partial = place + ".partial"
+    kind_of_partial = kind
+    if kind == "data set" and kind_of_directory(partial) != "data set":  # it is one if it was only not yet published
+        kind_of_partial = "unfinished data set"
+    restore(place, kind)
+    for directory, kind_there in ((place, kind), (partial, kind_of_partial), (_aside(place), kind)):
+        reason = not_ours(directory, kind_there)
+        if reason:
+            raise UserError(f"{directory} {reason}, and would be replaced; choose another --name= or --data_dir=, or "
+                            "move it elsewhere")
+    if not os.path.isdir(place) or not kind_of_directory(place):
+        return ""
+    if kind == "data set":
+        meta = read_json(os.path.join(place, "meta.json"))
+        return f"what was made there from {meta.get('source')}"
+    return "the tokenizer that was there"
+
+
+def _inside(path, directory):
+    """Whether `path` is `directory` or lies within it, whatever links, dots or letter case spell them."""
+    path = os.path.realpath(path)
+    while os.path.isdir(directory):
+        if os.path.exists(path) and os.path.samefile(path, directory):
+            return True
+        if path == os.path.dirname(path):
+            return False
+        path = os.path.dirname(path)
+    return False
 
 
 def _stem(source):
@@ -2343,6 +2472,8 @@ def _make(source, known, tokenizer, partial, target, settings, config, split, wo
                           known.get("files", ""))
     else:
         files = local_files(source)
+        # a folder may hold links to files of the target
+        _check_target(target, "data set", [f.path for f in files if os.path.islink(f.path)])
     if not sum(f.size for f in files):
         raise UserError(f"{source}: empty, there is no text in it")
     return _pack(files, dict(settings, tokenizer=tokenizer), partial, target, workers)
@@ -2373,7 +2504,7 @@ def _take_bins(known, partial, target):
     stamp = files[where + "train.bin"].revision
     if _done(target, stamp):
         print(f"{target} holds this already")
-        shutil.rmtree(partial)
+        remove_directory(partial, "unfinished data set")
         return False
     _check_space(partial, 2 * sum(files[where + f].size for f in ("train.bin", "val.bin")))
     tok = load_tokenizer(local_path(files[found]))
@@ -2389,6 +2520,7 @@ def _take_bins(known, partial, target):
         meta[part + "_tokens"] = len(ids)
     tok.save(partial)
     write_json(os.path.join(partial, "meta.json"), meta)
+    os.remove(os.path.join(partial, "journal.json"))
     return True
 
 
@@ -2407,17 +2539,15 @@ def _pack(files, settings, partial, target, workers):
     stamp = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()
     if _done(target, stamp):
         print(f"{target} holds this already")
-        shutil.rmtree(partial)
+        remove_directory(partial, "unfinished data set")
         return False
 
     journal = os.path.join(partial, "journal.json")
     state = dict(stamp=stamp, file=0, block=0, sizes={}, count={}, wrong=[])
-    if os.path.exists(journal):
-        with open(journal, encoding="utf-8") as f:
-            old = json.load(f)
-        if old["stamp"] == stamp:
-            state = old
-            print(f"going on after {sum(state['sizes'].values()) / 1e6:.1f} MB that were written before")
+    old = read_journal(partial)
+    if old.get("stamp") == stamp:
+        state = old
+        print(f"going on after {sum(state['sizes'].values()) / 1e6:.1f} MB that were written before")
     if shape in ("prefs", "verify"):
         tok = None  # they stay text until a model's own tokenizer meets them
     elif os.path.exists(os.path.join(partial, "tokenizer.json")) and state["sizes"]:
@@ -2434,7 +2564,7 @@ def _pack(files, settings, partial, target, workers):
     _run(files, job, state, journal, partial, settings["max_tokens"], workers)
 
     count = collections.Counter(state["count"])
-    os.remove(journal)
+    write_json(journal, dict(stamp=""))  # nothing to go on from
     if not count["documents"]:
         raise UserError(f"{settings['source']}: nothing in it could be used{_examples(state['wrong'])}")
     for part in ("train", "val"):
@@ -2457,7 +2587,7 @@ def _pack(files, settings, partial, target, workers):
     else:
         meta.update(train_records=count["train_documents"], val_records=count["val_documents"])
     write_json(os.path.join(partial, "meta.json"), meta)
-    for left in ("toy.txt", "toy.jsonl"):
+    for left in ("toy.txt", "toy.jsonl", "journal.json"):
         if os.path.exists(os.path.join(partial, left)):
             os.remove(os.path.join(partial, left))
     _tell_wrong(state, count)
@@ -2652,36 +2782,152 @@ def _done(directory, stamp):
         return False
 
 
+# -----------------------------------------------------------------------------
+# What this program may replace or remove: directories that it wrote itself, and nothing else
+
+_DATA = r"(train|val)\.(bin|mask|jsonl)|meta\.json|tokenizer(_config)?\.json"
+WRITTEN = {  # kind of directory -> the names of the files that this program writes into it
+    "data set": _DATA,
+    "unfinished data set": _DATA + r"|journal\.json|toy\.(txt|jsonl)",
+    "tokenizer": r"tokenizer(_config)?\.json",
+    "checkpoint": r"trainer\.pt|(config|generation_config|tokenizer|tokenizer_config)\.json|README\.md|loss\.png"
+                  r"|model[\w.-]*\.safetensors|model\.safetensors\.index\.json|[\w.-]+\.gguf",
+}
+# nobody's work: what file managers leave behind, and what write_json leaves when it is killed
+_PASSING = r"\.DS_Store|Thumbs\.db|desktop\.ini|\w+\.json\.tmp\d+"
+
+
+def kind_of_directory(directory):
+    """What this program wrote a directory as: a key of WRITTEN, by the file that marks it; None if it did not."""
+    def marked(name, *keys):
+        try:
+            return read_json(os.path.join(directory, name)).keys() >= set(keys)
+        except UserError:
+            return False
+    if all(os.path.isfile(os.path.join(directory, name)) for name in ("trainer.pt", "config.json")):
+        return "checkpoint"
+    if marked("journal.json", "stamp"):
+        return "unfinished data set"
+    if marked("meta.json", "stamp", "kind"):
+        return "data set"
+    if marked("tokenizer_config.json", "nanosmol_name") and not os.path.exists(os.path.join(directory, "config.json")):
+        return "tokenizer"
+    return None
+
+
+def ours(directory):
+    """Whether this program wrote a directory and everything in it, so that it may be replaced or removed."""
+    kind = kind_of_directory(directory) if os.path.isdir(directory) else None
+    return kind is not None and not not_ours(directory, kind)
+
+
+def not_ours(directory, kind):
+    """Why a directory may not be replaced by a new one of this kind, in words; "" if it may, or if there is none."""
+    if not os.path.lexists(directory):
+        return ""
+    if not os.path.isdir(directory):
+        return "is not a directory"
+    names = sorted(os.listdir(directory))
+    strangers = [f for f in names if not _written(os.path.join(directory, f), kind)]
+    if strangers:
+        return f"holds {strangers[0]}, which is not a file of a {kind} that this program made"
+    if all(re.fullmatch(_PASSING, f) for f in names) or kind_of_directory(directory) == kind:
+        return ""
+    return f"is not a {kind} that this program made"
+
+
+def _written(path, kind):
+    known = re.fullmatch(rf"({WRITTEN[kind]})(\.tmp\d*)?|{_PASSING}", os.path.basename(path))
+    return bool(known) and os.path.isfile(path) and not os.path.islink(path)
+
+
+def remove_directory(directory, kind):
+    """Removes the files of one kind, and the directory if nothing else is in it: what someone put there stays."""
+    for name in os.listdir(directory):
+        if _written(os.path.join(directory, name), kind):
+            os.remove(os.path.join(directory, name))
+    if not os.listdir(directory):
+        os.rmdir(directory)
+
+
 def publish(partial, target):
-    """The directory `partial`, whole and on the disk, takes the name `target`; what had it goes only then."""
-    for path in [os.path.join(partial, f) for f in os.listdir(partial)] + [partial]:
-        handle = os.open(path, os.O_RDONLY)
+    """The directory `partial`, whole and on the disk, takes the name `target`; what had it goes only then.
+
+    What had it must be of the same kind (a data set, a tokenizer, a checkpoint), made by this program, with nothing
+    else in it: UserError otherwise, and nothing is touched."""
+    kind = kind_of_directory(partial)
+    target = _place(target)
+    aside = _aside(target)
+    for directory in (target, aside):
+        reason = not_ours(directory, kind) if kind else os.path.lexists(directory) and "is in the way"
+        if reason:
+            raise UserError(f"{directory} {reason}; move it elsewhere, or choose another name")
+    for name in os.listdir(partial):
+        _sync(os.path.join(partial, name))
+    _sync(partial)
+    restore(target, kind)
+    if os.path.exists(target):
+        os.rename(target, aside)
+    os.rename(partial, target)
+    _sync(os.path.dirname(target) or ".")
+    if os.path.exists(aside):
+        with contextlib.suppress(OSError):
+            remove_directory(aside, kind)
+
+
+def _aside(target):
+    """Where publish keeps what it replaces, until that is done. Not a name that anyone would choose."""
+    return os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.replaced")
+
+
+def restore(target, kind):
+    """Undoes or ends what a publish() that was killed had begun: what stands aside gets its name back, or goes."""
+    aside = _aside(target)
+    if not os.path.exists(aside) or not_ours(aside, kind):
+        return
+    if os.path.exists(target):
+        remove_directory(aside, kind)
+    else:
+        os.rename(aside, target)
+
+
+def _sync(path):
+    """Waits until a file or directory is on the disk, where the system can do that: Windows opens no directory and
+    syncs no file that is open for reading only, and some mounted drives sync nothing."""
+    cannot = (errno.EACCES, errno.EPERM, errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+    for flags in (os.O_RDWR, os.O_RDONLY) if os.path.isfile(path) else (os.O_RDONLY,):
+        try:
+            handle = os.open(path, flags)
+        except OSError as e:
+            if e.errno not in cannot:
+                raise
+            continue
         try:
             os.fsync(handle)
-        except OSError:
-            if path != partial:  # some mounted drives don't sync directories
+            return
+        except OSError as e:
+            if e.errno not in cannot:
                 raise
         finally:
             os.close(handle)
-    old = target + ".old"
-    if os.path.exists(old):
-        shutil.rmtree(old) if os.path.exists(target) else os.rename(old, target)
-    if os.path.exists(target):
-        os.rename(target, old)
-    os.rename(partial, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def copy_whole(source, target):
-    """Copies the files of a directory to `target`, whole or not at all. Returns `target`."""
-    beside = os.path.join(os.path.dirname(target), ".part")
-    shutil.rmtree(beside, ignore_errors=True)
-    os.makedirs(beside)
+    """Copies the files of a directory to `target`, whole or not at all. Returns `target`. See publish."""
+    target = _place(target)
+    kind = kind_of_directory(source) or "checkpoint"
+    beside = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.part")
+    os.makedirs(beside, exist_ok=True)
     try:
+        remove_directory(beside, kind)  # what a kill left
+        os.makedirs(beside, exist_ok=True)
+        if os.listdir(beside):
+            raise UserError(f"{beside} holds {os.listdir(beside)[0]}, which this program did not write; move it elsewhere")
         copy_files(source, beside, os.listdir(source))
         publish(beside, target)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_directory(beside, kind)
     return target
 
 
@@ -2730,10 +2976,16 @@ def main(words, given):
         missing = [p for p in paths if not os.path.exists(p)]
         if missing:
             raise UserError(f"{missing[0]}: no such file or folder")
+        _check_name(name or "tokenizer")
         target = os.path.join(data_dir, name or "tokenizer")
+        replaced = _check_target(target, "tokenizer", paths)
         texts = (text for path in paths for text in _texts_of(local_files(path), as_, field))
         tok = train_bpe(texts, int(vocab_size), f"bpe:{vocab_size}", min_frequency)
-        tok.save(target)
+        partial = _place(target) + ".partial"
+        tok.save(partial)
+        publish(partial, target)
+        if replaced:
+            print(f"{target} replaces {replaced}")
         print(f"{target}: a byte-level BPE of {tok.vocab_size:,} ids\nnext: python prepare.py TEXT "
               f"--tokenizer={target}")
         return
