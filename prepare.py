@@ -1593,6 +1593,7 @@ class Problems(_Conversations):
 
     def __init__(self, config, tokenizer):
         self.longest = config["block_size"] - config["max_completion"]
+        self.verifier = "" if config["verifier_model"] else config["verifier"]
         super().__init__(config, tokenizer)
 
     def encode(self, record):
@@ -1600,6 +1601,8 @@ class Problems(_Conversations):
         ids, _ = render_chat(record["prompt"], self.tokenizer, add_generation_prompt=True)
         if len(ids) > self.longest:
             return f"a prompt longer than {self.longest} tokens, which leave no room for the answer"
+        if self.verifier and not readable_gold(self.verifier, record["answer"]):
+            return f"an answer that verifier={self.verifier!r} can't read"
         return ids, record["prompt"][-1]["content"], record["answer"]
 
     def batch(self, positions):
@@ -1692,12 +1695,11 @@ class Grader:
 
 
 def open_data(config, model_directory, say, world_size=1):
-    """Windows, Pairs or Problems, by config["stage"]; a data set that is missing and known by name is prepared first.
+    """Windows, Pairs or Problems, by config["stage"].
 
     Pairs and Problems are tokenized with the tokenizer of the model in `model_directory`, to which chat tokens are added
     if it has none.
     """
-    prepare_missing(config, say, alone=world_size == 1)
     if config["stage"] in ("pretrain", "sft"):
         data = Windows(config)
     else:
@@ -1745,9 +1747,9 @@ def batch_means(batches, over_processes):
     return {name: total / count for name, total in zip(names, sums)}
 
 
-def prepare_missing(config, say, alone=True):
+def prepare_missing(config, say, world_size=1):
     """Prepares the data sets of a run that are missing and known by name, after their size is said; UserError for others,
-    for data of another kind than the stage learns from, and where other processes would wait (`alone` is false)."""
+    for data of another kind than the stage learns from, and where other processes, which are paid for, would wait."""
     for name, _ in parse_mixture(config["dataset"]):
         directory = os.path.join(config["data_dir"], name)
         if os.path.exists(os.path.join(directory, "meta.json")):
@@ -1755,7 +1757,7 @@ def prepare_missing(config, say, alone=True):
         file = "train.bin" if config["stage"] in ("pretrain", "sft") else "meta.json"
         if os.path.exists(os.path.join(directory, file)):
             continue
-        if name not in KNOWN or not alone:
+        if name not in KNOWN or world_size > 1:
             raise UserError(f"{directory}: no such data set; {how_to_prepare(directory)}")
         say(f"{directory} is missing; preparing it now: {describe(name)}")
         prepare(name, data_dir=config["data_dir"])

@@ -26,9 +26,6 @@ from configurator import UserError
 # -----------------------------------------------------------------------------
 # where runs and models lie
 
-# what a checkpoint may hold; a directory with any other file in it is never removed
-CHECKPOINT_FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-                    "trainer.pt"}
 LOG, SAMPLES, PLOT = "log.jsonl", "samples.txt", "loss.png"
 
 
@@ -75,18 +72,13 @@ def first_line(error):
 
 def is_checkpoint(directory):
     """Whether a run wrote this directory, and nothing else is in it: only then may it be removed or replaced."""
-    names = set(os.listdir(directory)) if os.path.isdir(directory) else set()
-    return {"config.json", "trainer.pt"} <= names <= CHECKPOINT_FILES
+    return prepare.kind_of_directory(directory) == "checkpoint" and prepare.ours(directory)
 
 
 def remove_leftover(directory):
-    """Removes what is left of a checkpoint that was being written or deleted; another's files in it stay."""
-    for name in CHECKPOINT_FILES:
-        for path in (os.path.join(directory, name), os.path.join(directory, f"{name}.tmp")):
-            with contextlib.suppress(OSError):
-                os.remove(path)
-    with contextlib.suppress(OSError):
-        os.rmdir(directory)
+    """Removes what is left of a checkpoint that was being written or deleted; files of others in it stay."""
+    if os.path.isdir(directory):
+        prepare.remove_directory(directory, "checkpoint")
 
 
 def remove_checkpoint(directory):
@@ -353,8 +345,8 @@ def keep_first_model(out_dir, source):
     kept, beside = os.path.join(out_dir, "start"), os.path.join(out_dir, ".writing.start")
     if os.path.exists(kept):
         return
-    shutil.rmtree(beside, ignore_errors=True)
-    os.makedirs(beside)
+    remove_leftover(beside)
+    os.makedirs(beside, exist_ok=True)
     for name in os.listdir(source):
         if os.path.isfile(os.path.join(source, name)) and name != "trainer.pt":
             link_or_copy(os.path.join(source, name), os.path.join(beside, name))
@@ -697,8 +689,6 @@ class Checkpoints:
         """Written beside, synced, renamed: a directory under its final name is whole."""
         target, beside = self.path(step), os.path.join(self.out_dir, f".writing.step_{step:06d}")
         try:
-            if os.path.lexists(target) and not is_checkpoint(target):
-                raise OSError(f"{target} is there, and not a checkpoint of this run: move it away")
             remove_leftover(beside)
             write(beside)
             prepare.publish(beside, target)
@@ -724,10 +714,10 @@ class Checkpoints:
         if not is_checkpoint(source):  # it could not be written, which was said
             return
         try:
-            if os.path.lexists(best) and not is_checkpoint(best):
-                raise OSError("it is there, and not a checkpoint of this run: move it away")
             remove_leftover(beside)
-            shutil.copytree(source, beside, copy_function=link_or_copy)
+            os.makedirs(beside, exist_ok=True)
+            for name in os.listdir(source):
+                link_or_copy(os.path.join(source, name), os.path.join(beside, name))
             prepare.publish(beside, best)
             self.log(step, {"event": "best", "path": best})
         except Exception as e:
@@ -981,16 +971,11 @@ class Backup:
             there = {name: os.path.getsize(os.path.join(target, name)) for name in os.listdir(target)}
             if there == sizes:
                 return False
-        self._replace(item, target)
+        prepare.copy_whole(item, target)
         for old in checkpoints(self.directory)[:-self.keep] if self.keep else []:
             if is_checkpoint(old):
                 remove_checkpoint(old)
         return True
-
-    def _replace(self, source, target):
-        if os.path.lexists(target) and not is_checkpoint(target):
-            raise OSError(f"{target} is there, and not a checkpoint of this run: move it away")
-        prepare.copy_whole(source, target)
 
     def put_beside(self):
         """The log, samples and plot; best/ if it has changed, and start/."""
@@ -999,7 +984,7 @@ class Backup:
         if is_checkpoint(best):
             weights = os.stat(os.path.join(best, "model.safetensors"))
             if self.best != (weights.st_ino, weights.st_mtime_ns):
-                self._replace(best, os.path.join(self.directory, "best"))
+                prepare.copy_whole(best, os.path.join(self.directory, "best"))
                 self.best = (weights.st_ino, weights.st_mtime_ns)
         if os.path.isdir(start) and not os.path.exists(os.path.join(self.directory, "start")):
             prepare.copy_whole(start, os.path.join(self.directory, "start"))

@@ -164,6 +164,7 @@ def barrier():
 if master_process:
     runs.restore_backup(config, setup, say)
 barrier()
+prepare.prepare_missing(config, say, world_size)
 start = runs.find(config, setup, say)
 state = start.state           # what a checkpoint holds beside the weights; None: a new run
 data = prepare.open_data(config, start.checkpoint, say, world_size)  # its order is a function of (seed, position)
