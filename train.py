@@ -409,10 +409,9 @@ attention = pick_attention(device, dtype, doc_mask, compile, model.config.dropou
 
 model.to(device)
 model.grad_checkpoint = grad_checkpoint
-odd = architecture(model.config)[1]
+odd = architecture(model.config, model.state_dict())[1]
 if odd and hf_layout:
-    say(f"warning: no Hugging Face architecture combines {', '.join(odd)} like this; checkpoints will be model_type "
-        "nanosmol, which loads here but not in transformers")
+    say("warning: checkpoints will be model_type nanosmol, which loads here but not in transformers: " + '; '.join(odd))
 muon_dtype = torch.bfloat16 if config['dtype'] != 'float32' and multiplies_bf16(device) else torch.float32
 optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, muon_momentum, weight_decay, (beta1, beta2),
                              cautious, decay_embeddings, muon_dtype)
@@ -964,7 +963,7 @@ def write(weights, trainer, best, waited):
     target, beside = os.path.join(out_dir, f"step_{trainer['step']:06d}"), os.path.join(out_dir, '.writing')
     try:
         shutil.rmtree(beside, ignore_errors=True)
-        model.save_pretrained(beside, hf_layout, {'eos_token_id': ends if len(ends) > 1 else eos}, weights)
+        model.save_pretrained(beside, hf_layout and not odd, {'eos_token_id': ends if len(ends) > 1 else eos}, weights)
         tokenizer.save(beside)
         torch.save(trainer, os.path.join(beside, 'trainer.pt'))
         prepare.publish(beside, target)
