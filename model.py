@@ -44,30 +44,32 @@ class GPTConfig:
 
     Raises UserError where two keys contradict each other.
     """
-    block_size: int = 1024        # tokens in a training window
-    vocab_size: int = 50304       # rows of the embedding
-    n_layer: int = 12             # blocks
-    n_head: int = 12              # query heads
-    n_embd: int = 768             # width of the residual stream
-    n_kv_head: int = 0            # key and value heads (GQA); 0: n_head
-    head_dim: int = 0             # width of a head; 0: n_embd / n_head
-    ffn_dim: int = 0              # hidden width of the MLP; 0: 4 n_embd (gelu), 8/3 n_embd in 64s (swiglu)
-    max_positions: int = 0        # the longest context that config.json declares; 0: block_size
-    dropout: float = 0.0
+    # fmt: off
+    block_size: int = 256         # tokens in a training window (>= 1)
+    vocab_size: int = 0           # rows of the embedding; 0: the data's; it may be larger, never smaller (>= 0)
+    n_layer: int = 4              # blocks (>= 1)
+    n_head: int = 4               # query heads (>= 1)
+    n_embd: int = 128             # width of the residual stream (>= 1)
+    n_kv_head: int = 0            # key and value heads (GQA); 0: n_head (>= 0)
+    head_dim: int = 0             # width of a head; 0: n_embd / n_head (>= 0)
+    ffn_dim: int = 0              # hidden width of the MLP; 0: 4 n_embd (gelu), 8/3 n_embd in 64s (swiglu) (>= 0)
+    max_positions: int = 0        # the longest context that config.json declares; 0: block_size (>= 0)
+    dropout: float = 0.0          # (>= 0, < 1)
     bias: bool = False            # in linear layers and LayerNorm
     norm: str = "rmsnorm"         # 'rmsnorm' | 'layernorm'
-    norm_eps: float = 1e-5
+    norm_eps: float = 1e-5        # (> 0)
     mlp: str = "swiglu"           # 'swiglu' | 'gelu' (tanh form, as GPT-2)
     pos: str = "rope"             # 'rope' | 'learned'
-    rope_theta: float = 10000.0
-    nope_every: int = 0           # every n-th layer has no RoPE (4: layers 3, 7, 11, ...); 0: never
-    qk_norm: bool = False         # RMSNorm on each head's queries and keys (Qwen3)
+    rope_theta: float = 300.0     # (> 0)
+    nope_every: int = 0           # every n-th layer has no RoPE (4: layers 3, 7, 11, ...); 0: never (>= 0)
+    qk_norm: bool = True          # RMSNorm on each head's queries and keys (Qwen3)
     tie_embeddings: bool = True   # one matrix for embedding and head
     embed_scale: bool = False     # embeddings x sqrt(n_embd)
-    unit_embed: bool = False      # embeddings begin at std 1, the final norm's gain at n_embd^-0.5
+    unit_embed: bool = True       # embeddings begin at std 1, the final norm's gain at n_embd^-0.5
     init: str = "normal"          # 'normal' | 'trunc_normal' (cut at 3 std)
-    init_std: float = 0.02
+    init_std: float = 0.02        # (> 0)
     scale_residual: bool = True   # projections into the residual stream begin smaller by sqrt(2 n_layer)
+    # fmt: on
 
     def __post_init__(self):
         for field in dataclasses.fields(self):  # a config.json of someone else may hold anything
@@ -702,6 +704,79 @@ def group_advantages(rewards, scale=False):
 
 
 # -----------------------------------------------------------------------------
+# stages: the loss of a micro-batch of pairs or of completions (a Batch of prepare.py), and what is measured beside it.
+# `policy` is the model that is trained, `reference` the frozen model that it began as.
+
+def answer_log_probs(model, batch, temperature=1.0):
+    """log p of each target of a batch, (B, T), 0 where there is none."""
+    return model(batch.x, batch.y, per_token=True, temperature=temperature)[1]
+
+
+def pair_loss(policy, reference, batch, kind="sigmoid", beta=0.1, label_smoothing=0.0):
+    """(mean loss, metrics) of preference pairs: the first half of the batch holds the chosen answers, the second half
+    the rejected. `rewards/...` are the implicit rewards of Rafailov et al. 2023, section 4: beta times the log-ratio."""
+    with torch.no_grad():
+        before = answer_log_probs(reference, batch).sum(dim=1)  # (2 pairs,)
+    log_ratios = answer_log_probs(policy, batch).sum(dim=1) - before
+    chosen, rejected = log_ratios.chunk(2)
+    loss = preference_loss(kind, chosen, rejected, beta, label_smoothing).mean()
+    chosen, rejected = chosen.detach(), rejected.detach()
+    return loss, {"rewards/chosen": beta * chosen.mean(), "rewards/rejected": beta * rejected.mean(),
+                  "rewards/margins": beta * (chosen - rejected).mean(),
+                  "rewards/accuracies": (chosen > rejected).float().mean()}
+
+
+def completion_loss(policy, reference, batch, temperature=1.0, clip_eps=0.2, kl_coef=0.0):
+    """(mean loss over the completions' tokens, metrics) of sampled completions with `batch.advantages` (B,).
+
+    The log-probabilities that they were sampled under, and with kl_coef those under the reference, are made at the first
+    call for a batch and kept on it, for the further updates on the same rollouts.
+    """
+    log_probs = answer_log_probs(policy, batch, temperature)
+    if not hasattr(batch, "old_log_probs"):
+        batch.old_log_probs, batch.reference_log_probs = log_probs.detach(), None
+        if kl_coef:
+            with torch.no_grad():
+                batch.reference_log_probs = answer_log_probs(reference, batch, temperature)
+    counts = (batch.y >= 0).float()
+    advantages = batch.advantages[:, None].expand_as(log_probs)
+    losses = policy_loss(log_probs, batch.old_log_probs, advantages, clip_eps, batch.reference_log_probs, kl_coef)
+    targets = counts.sum().clamp(min=1)
+    return (losses * counts).sum() / targets, {"policy/entropy": -(batch.old_log_probs * counts).sum() / targets}
+
+
+def completion_measures(policy, reference, batch, temperature=1.0):
+    """{name: (mean over the completions' tokens, how many)}: entropy, and the KL divergence from the reference (k3)."""
+    log_probs = answer_log_probs(policy, batch, temperature)
+    divergence = k3(log_probs, answer_log_probs(reference, batch, temperature))
+    counts = (batch.y >= 0).float()
+    targets = counts.sum().clamp(min=1)
+    return {"policy/entropy": (-(log_probs * counts).sum() / targets, targets),
+            "policy/kl": ((divergence * counts).sum() / targets, targets)}
+
+
+def sample_completions(model, prompts, seeds, max_new_tokens, temperature, stop):
+    """[(ids, ended)]: a completion of each prompt (a list of ids), its last token one of `stop` if it ended. Each draws
+    from a seed of its own, so it does not depend on the other prompts of the batch."""
+    device = model.embed.weight.device
+    longest = max(len(ids) for ids in prompts)
+    idx = torch.tensor([[stop[0]] * (longest - len(ids)) + ids for ids in prompts], device=device)
+    pad = torch.tensor([longest - len(ids) for ids in prompts], device=device)
+    rows = model.generate(idx, max_new_tokens, temperature, seed=seeds, stop=stop, pad=pad)[:, longest:].tolist()
+    completions = []
+    for ids in rows:
+        end = next((i for i, token in enumerate(ids) if token in stop), None)
+        completions.append((ids if end is None else ids[:end + 1], end is not None))
+    return completions
+
+
+def yes_probability(model, ids, yes, no):
+    """A model's probability of the token `yes` over `yes` and `no`, after the prompt `ids` (a list)."""
+    logits = model(torch.tensor([ids], device=model.embed.weight.device))[0][0, -1]
+    return logits[[yes, no]].softmax(0)[0].item()
+
+
+# -----------------------------------------------------------------------------
 # optimizers
 
 # Polar Express (Amsel et al. 2025), table for lower bound 1e-3: the best odd quintic for what interval
@@ -857,8 +932,55 @@ def schedule_factor(step, schedule, warmup_iters, decay_iters, floor=0.0, decay_
     return floor + (1 - floor) * (1 - (math.sqrt(progress) if decay_shape == "1-sqrt" else progress))
 
 
+def why_harmful(loss, grad_norm, recent, spike_z=12.0, scaled=False):
+    """Why an update must not be taken: '' for a good one, else 'not finite', 'gradient is 0', 'loss spike', 'gradient spike'.
+
+    A spike is more than spike_z deviations (0: never) above the median of `recent`, the (loss, log of the gradient norm) of
+    earlier updates, once there are 32. 1.4826 times the median absolute deviation estimates a standard deviation; the
+    floors keep a run with little noise from skipping ordinary steps. `scaled`: with float16 gradients may overflow, and its
+    scaler skips those updates itself.
+    """
+    if not math.isfinite(loss):
+        return "not finite"
+    if not math.isfinite(grad_norm):
+        return "" if scaled else "not finite"
+    if grad_norm == 0:
+        return "gradient is 0"
+    if not spike_z or len(recent) < 32:
+        return ""
+    for i, value, floor, why in ((0, loss, 0.03, "loss spike"), (1, math.log(grad_norm), 0.2, "gradient spike")):
+        earlier = sorted(pair[i] for pair in recent)
+        median = earlier[len(earlier) // 2]
+        deviation = 1.4826 * sorted(abs(e - median) for e in earlier)[len(earlier) // 2]
+        if value - median > spike_z * max(deviation, floor):
+            return why
+    return ""
+
+
 # -----------------------------------------------------------------------------
 # the machine
+
+def set_up_device(device):
+    """The device to train on, ready for it: of torchrun's processes each takes a GPU of its own; TF32 is on."""
+    device = pick_device(device)
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+    if device.startswith("cuda"):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if device == "cpu":
+        keep_memory()
+    return device
+
+
+def undo_compile(model):
+    """After model.compile() failed: the model runs as it did before."""
+    import torch._dynamo
+    model._compiled_call_impl = None
+    torch._dynamo.reset()
+
+
 
 def pick_device(device):
     """'auto' -> the fastest that is here. UserError for one that is not."""
@@ -889,6 +1011,11 @@ def multiplies_bf16(device):
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def pick_muon_dtype(dtype, device):
+    """The dtype of Muon's iteration: bfloat16 where that is fast, unless training is in float32."""
+    return torch.float32 if dtype == "float32" or not multiplies_bf16(device) else torch.bfloat16
 
 
 def compile_pays(device_type, steps_left, seconds_a_step):
@@ -949,6 +1076,37 @@ def memory_estimate(model, batch_size, optimizer="muon", dtype="bfloat16", grad_
     logits = min(tokens * c.vocab_size, LOGITS_IN_A_CHUNK["cuda"]) * (8 + low)  # as they are, in float32, and log p
     return {"weights": 4 * n, "gradients": 4 * n,
             "optimizer": 8 * n - (4 * hidden if optimizer == "muon" else 0), "activations": tokens * kept + logits}
+
+
+def plan(config, vocab_size, gpu=""):
+    """Prints what a run would take, for train.py --dry_run: parameters, FLOPs, tokens, memory, and on `gpu` (a name in
+    GPUS) hours and dollars. `config` holds every key of train.py."""
+    keys = {field.name: config[field.name] for field in dataclasses.fields(GPTConfig)}
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**keys | {"vocab_size": vocab_size}))
+    flops = flops_per_token(model)
+    tokens_per_step = config["batch_size"] * config["gradient_accumulation_steps"] * config["block_size"]
+    tokens = tokens_per_step * config["max_iters"]
+    memory = memory_estimate(model, config["batch_size"], config["optimizer"], config["dtype"], config["grad_checkpoint"])
+    print(f"parameters        {model.n_params():,}")
+    print(f"FLOPs a token     {flops:.4g}")
+    print(f"tokens a step     {tokens_per_step:,}")
+    print(f"total tokens      {tokens:,} in {config['max_iters']:,} steps")
+    for what, size in memory.items():
+        print(f"{what:17} {size / 1e9:.2f} GB")
+    if not gpu:
+        return
+    if not gpu_spec(gpu):
+        raise UserError(f"gpu={gpu!r}: expected one of {', '.join(GPUS)}")
+    peak, gigabytes, price = gpu_spec(gpu)
+    price = config["gpu_cost_per_hour"] or price
+    speed = peak * config["mfu"] / flops
+    hours = tokens / speed / 3600
+    print(f"on one {gpu.upper():10} {hours:,.1f} hours, ${hours * price:,.2f}, at {speed:,.0f} tok/s "
+          f"({config['mfu']:.0%} of {peak / 1e12:.0f} TFLOP/s) and ${price:.2f} an hour")
+    if sum(memory.values()) > 0.95 * gigabytes * 1e9:
+        print(f"it won't fit {gigabytes} GB: halve batch_size and double gradient_accumulation_steps until it does (the "
+              "tokens a step stay the same), or set grad_checkpoint=True")
 
 
 # -----------------------------------------------------------------------------

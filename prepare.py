@@ -16,12 +16,17 @@ the loss counts); preferences and verifiable problems are train.jsonl and val.js
 import codecs
 import collections
 import concurrent.futures
+import contextlib
 import ctypes
+import decimal
 import difflib
+import errno
 import fnmatch
 import functools
 import hashlib
+import inspect
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -30,6 +35,7 @@ import shutil
 import signal
 import sys
 import time
+import types
 
 import numpy as np
 
@@ -39,22 +45,23 @@ from configurator import UserError, configure
 tokenizer = ''           # char, byte, gpt2, bpe:4096 (trained on the text), a directory, file or Hub id
 name = ''                # the data set becomes data/<name>/; '' follows the source
 data_dir = 'data'        # where data sets live
-max_tokens = 0           # stop after about this many training tokens; 0 takes everything
+max_tokens = 0           # stop after about this many training tokens; 0 takes everything (>= 0)
 # how to read the source
 field = ''               # the key or column that holds the text; '' tries text, content
 config = ''              # hub: a folder or subset of the repository, such as sample/10BT
 split = ''               # hub: take this split only, such as train
-as_ = ''                 # text, chat, prefs or verify; '' follows the first record (--as= does too)
-val_fraction = 0.005     # share of the documents, by a hash of their text, that is held out (toy: more)
-block_size = 0           # chat: leave out, and count, conversations longer than this many tokens; 0 keeps all
+as_ = ''                 # '' | 'text' | 'chat' | 'prefs' | 'verify' (--as= does too); '' follows the first record
+val_fraction = 0.005     # share of the documents, by a hash of their text, that is held out (> 0, < 1); toy: more
+block_size = 0           # chat: leave out conversations longer than this many tokens; 0 keeps all (>= 0)
 # how to work
-workers = 0              # 0 takes one for each core. The bytes do not depend on it
-seed = 1337              # of the toy world
-vocab_size = 49152       # of `prepare.py tokenizer PATH...`
-min_frequency = 2        # of `prepare.py tokenizer`: rarer pairs are not merged
+workers = 0              # 0 takes one for each core (>= 0). The bytes do not depend on it
+seed = 1337              # of the toy world (>= 0)
+vocab_size = 49152       # of `prepare.py tokenizer PATH...` (>= 259, <= 1048576)
+min_frequency = 2        # of `prepare.py tokenizer`: rarer pairs are not merged (>= 1)
 # -----------------------------------------------------------------------------
 
 EOT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+MAX_VOCABULARY = 1 << 20
 BLOCK = 1 << 20          # bytes of text that a worker gets at a time: 50 ms of work
 LONGEST = 16 << 20       # a document longer than this is taken as several: nothing larger is held in memory
 SAVE = 5                 # seconds between two entries in the journal, from which a killed run goes on
@@ -118,7 +125,7 @@ class Tokenizer:
     def __init__(self, spec, name, settings=None):
         """`spec`: the content of a tokenizer.json; `settings`: of the tokenizer_config.json beside it."""
         from tokenizers import Tokenizer as Engine
-        self.name, self.spec = name, dict(spec, truncation=None, padding=None)
+        self.name, self.spec = name, {"added_tokens": [], **spec, "truncation": None, "padding": None}
         self.engine = Engine.from_str(json.dumps(self.spec))
         self.engine.encode_special_tokens = True  # which means: as the ordinary text that they are
         vocab = self.engine.get_vocab(with_added_tokens=True)
@@ -213,8 +220,8 @@ class Tokenizer:
         if self.encode_special(IM_START) is not None and self.encode_special(IM_END) is not None:
             settings.update(chat_template=CHAT_TEMPLATE)
         os.makedirs(directory, exist_ok=True)
+        write_json(os.path.join(directory, "tokenizer_config.json"), settings)  # first: it marks what is ours
         write_json(os.path.join(directory, "tokenizer.json"), self.spec, indent=None)
-        write_json(os.path.join(directory, "tokenizer_config.json"), settings)
 
 
 def load_tokenizer(spec):
@@ -267,9 +274,11 @@ def make_tokenizer(spec, texts):
 
 def train_bpe(texts, size, name, min_frequency=2):
     """A byte-level BPE of `size` ids trained on `texts`; <|endoftext|> and ChatML's two are ids 0, 1, 2."""
-    if size < 256 + 3:
-        raise UserError(f"a byte-level BPE needs at least {256 + 3} ids (the bytes and 3 special tokens), "
-                        f"not {size}")
+    if not 256 + 3 <= size <= MAX_VOCABULARY:
+        raise UserError(f"a byte-level BPE has from {256 + 3} ids (the bytes and 3 special tokens) to "
+                        f"{MAX_VOCABULARY}, not {size}")
+    if min_frequency < 1:
+        raise UserError(f"--min_frequency={min_frequency}: 1 or more is wanted")
     from tokenizers import Tokenizer as Engine, decoders, models, pre_tokenizers, trainers
     engine = Engine(models.BPE())
     # digits one by one, as SmolLM does: numbers that share no token with their neighbours teach no sums
@@ -397,9 +406,9 @@ def _tiktoken(spec, vocab_size, eos_id):
     import tiktoken
     from tokenizers import models
     model, before = spec["model"], spec.get("pre_tokenizer") or {}
-    steps = before.get("pretokenizers", [before])
-    last = steps[-1]
-    if model["type"] != "BPE" or spec.get("normalizer") or last.get("type") != "ByteLevel" \
+    steps = before.get("pretokenizers") or [before]
+    last = dict(use_regex=True) | steps[-1]
+    if model["type"] != "BPE" or model.get("dropout") or spec.get("normalizer") or last.get("type") != "ByteLevel" \
             or last.get("add_prefix_space") or any(not t["special"] for t in spec["added_tokens"]):
         return None
     if len(steps) == 1 and last["use_regex"]:
@@ -528,8 +537,10 @@ def as_prefs(record):
 def as_verify(record):
     """{"prompt": messages, "answer": text}"""
     answer = record["answer"]
-    if not isinstance(answer, (str, int, float)) or not str(answer).strip():
-        raise ValueError("'answer' is not a text")
+    if isinstance(answer, float) and math.isfinite(answer):
+        answer = format(decimal.Decimal(repr(answer)), "f")  # 1e-05 is 0.00001, as a person would write it
+    if not isinstance(answer, (str, int)) or not str(answer).strip():
+        raise ValueError("'answer' is neither a text nor a number")
     return dict(prompt=_messages(_first(record, "prompt", "question"), "prompt"), answer=str(answer))
 
 
@@ -543,42 +554,46 @@ def _first(record, *keys):
 # -----------------------------------------------------------------------------
 # Verifiers: is the completion right? verify(prompt, completion, answer) -> float, 1.0 for right
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+# 7, -1,234.50, .5, 1e-05; an exponent has at most three digits, since 10 ** 999999999 would fill the memory
+NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|(?<!\d)\.\d+)(?:[eE][+-]?\d{1,3}(?!\w))?")
 LISTING = re.compile(r"(?:-?\d[\d.]*[\s,;]+){7,}-?\d")  # eight numbers and nothing between them: fishing
 
 
 def verifier(spec):
     """verify(prompt, completion, answer) -> float for 'number' (the last number, or the one after ####),
     'exact', 'regex:PATTERN' (its first group, or all that it matches, is the answer), 'toy', or a Python file
-    that defines verify. UserError if there is no such verifier."""
-    if spec in ("number", "exact"):
-        return _same_number if spec == "number" else lambda prompt, completion, answer: float(
-            completion.strip() == answer.strip())
+    that defines verify. UserError if there is no such verifier, or if verify does not take three arguments."""
+    if spec == "number":
+        return _same_number
+    if spec == "exact":
+        return _same_text
     if spec == "toy":
         return toy_verify
     if spec.startswith("regex:"):
-        try:
-            pattern = re.compile(spec[6:], re.DOTALL)
-        except re.error as e:
-            raise UserError(f"--verifier={spec}: not a regular expression: {e}") from None
-        def matches(prompt, completion, answer):
-            found = [m[1] if pattern.groups else m[0] for m in pattern.finditer(completion)]
-            return float(bool(found) and (found[-1] or "").strip() == answer.strip())
-        return matches
+        return _regex_verifier(spec)
     if spec.endswith(".py"):
-        if not os.path.isfile(spec):
-            raise UserError(f"--verifier={spec}: no such file")
-        space = dict(__name__="verifier", __file__=spec)
-        try:
-            with open(spec, encoding="utf-8") as f:
-                exec(compile(f.read(), spec, "exec"), space)
-        except (Exception, SystemExit) as e:
-            raise UserError(f"--verifier={spec}: {type(e).__name__}: {e}") from None
-        if not callable(space.get("verify")):
-            raise UserError(f"--verifier={spec}: it must define verify(prompt, completion, answer) -> float")
-        return lambda prompt, completion, answer: float(space["verify"](prompt, completion, answer))
+        return _file_verifier(spec)
     raise UserError(f"--verifier={spec}: there is no such verifier; number, exact, regex:PATTERN, toy or a "
                     ".py file")
+
+
+def readable_gold(spec, answer):
+    """Whether the verifier `spec` can reward any completion where `answer` is the reference answer: one without a
+    number can't be compared by 'number'. What a regex or a .py file makes of it is not known here: True."""
+    if spec == "number":
+        return final_number(answer) is not None
+    if spec == "toy":
+        return answer.isdigit() or toy_verify("", answer, answer) == 1.0
+    return bool(answer.strip())
+
+
+def _same_number(prompt, completion, answer):
+    number, right = final_number(completion), final_number(answer)
+    return float(number is not None and number == right)
+
+
+def _same_text(prompt, completion, answer):
+    return float(completion.strip() == answer.strip())
 
 
 def final_number(text):
@@ -588,12 +603,56 @@ def final_number(text):
     if "####" in after or LISTING.search(text):
         return None
     found = NUMBER.findall(after if mark else text)
-    return Fraction(found[0 if mark else -1].replace(",", "")) if found else None
+    number = found[0 if mark else -1] if found else ""
+    return Fraction(number.replace(",", "")) if 0 < len(number) < 1000 else None
 
 
-def _same_number(prompt, completion, answer):
-    said, right = final_number(completion), final_number(answer)
-    return float(said is not None and said == right)
+def _regex_verifier(spec):
+    try:
+        pattern = re.compile(spec.removeprefix("regex:"), re.DOTALL)
+    except (re.error, OverflowError, RecursionError) as e:
+        raise UserError(f"--verifier={spec}: not a regular expression: {e}") from None
+    if not pattern.pattern:
+        raise UserError("--verifier=regex: wants a pattern, such as 'regex:answer is (.*)'")
+
+    def verify(prompt, completion, answer):
+        found = [m[1] if pattern.groups else m[0] for m in pattern.finditer(completion)]
+        return float(bool(found) and (found[-1] or "").strip() == answer.strip())
+    return verify
+
+
+def _file_verifier(path):
+    """The verify of a Python file, which may import modules that lie beside it."""
+    usage = "it must define verify(prompt, completion, answer) -> float"
+    if not os.path.isfile(path):
+        raise UserError(f"--verifier={path}: {'not a file' if os.path.exists(path) else 'no such file'}; {usage}")
+    module = types.ModuleType("user_verifier")
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # dataclasses and pickle look it up there
+    beside = os.path.dirname(os.path.abspath(path))
+    if beside not in sys.path:
+        sys.path.append(beside)  # last: a helper there must not take the place of a module of ours
+    try:
+        with open(path, "rb") as f:  # as bytes, so that compile() minds a byte-order mark and an encoding line
+            exec(compile(f.read(), path, "exec"), module.__dict__)
+    except (Exception, SystemExit) as e:
+        raise UserError(f"--verifier={path}: {type(e).__name__}: {e}".split("\n")[0]) from None
+    function = getattr(module, "verify", None)
+    if not callable(function):
+        raise UserError(f"--verifier={path}: {usage}")
+    try:
+        inspect.signature(function).bind("prompt", "completion", "answer")
+    except TypeError:
+        raise UserError(f"--verifier={path}: verify{inspect.signature(function)} does not take three "
+                        f"arguments; {usage}") from None
+    except ValueError:
+        pass  # written in C, without a signature: the first call will tell
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        raise UserError(f"--verifier={path}: verify returns a coroutine or generator, not a number; {usage}")
+
+    def verify(prompt, completion, answer):
+        return float(function(prompt, completion, answer))
+    return verify
 
 
 # -----------------------------------------------------------------------------
@@ -606,7 +665,8 @@ def cache_dir():
 
 def write_json(path, value, indent=2):
     """Writes a JSON file that is whole whenever it is there."""
-    with open(f"{path}.tmp{os.getpid()}", "w", encoding="utf-8") as f:
+    # "replace": a file name that is not UTF-8 must not end a preparation
+    with open(f"{path}.tmp{os.getpid()}", "w", encoding="utf-8", errors="replace") as f:
         json.dump(value, f, ensure_ascii=False, indent=indent)
         f.flush()
         os.fsync(f.fileno())
@@ -794,10 +854,9 @@ def local_path(file):
     from huggingface_hub import hf_hub_download
     for attempt in range(2):
         path = _hub(hf_hub_download, file.repo, filename=file.path, repo_type="dataset",
-                    revision=file.revision)
+                    revision=file.revision, force_download=attempt > 0)
         if os.path.getsize(path) == file.size and file.digest in (None, sha256(path)):
             return path
-        os.remove(os.path.realpath(path))  # the blob that the path links to
     raise UserError(f"{file.repo}: {file.path} arrives damaged (size or SHA-256 differs); try again later")
 
 
@@ -841,8 +900,13 @@ def local_files(path):
     """The files of a local source: one file of any name, or those of a folder that hold data."""
     if os.path.isfile(path):
         return [File(path, os.path.getsize(path), *[None] * 4)]
+    if not os.path.isdir(path):
+        raise UserError(f"{path}: neither a file nor a folder")
     found = sorted(os.path.join(folder, f) for folder, _, names in os.walk(path) for f in names
                    if not f.startswith(".") and _kind_of(f)[0])
+    gone = [f for f in found if not os.path.exists(f)]
+    if gone:
+        raise UserError(f"{gone[0]}: a link to a file that is not there; remove it, or bring the file back")
     if not found:
         raise UserError(f"{path}: this folder holds no .txt, .md, .jsonl, .jsonl.zst, .jsonl.gz or .parquet "
                         "file")
@@ -1170,7 +1234,7 @@ def _shape_of(file, block, wanted, field):
         try:
             record = json.loads(line)
             keys = list(record) if isinstance(record, dict) else None
-        except ValueError:
+        except (ValueError, RecursionError):
             keys = None
         where = f", line {i + 1}"
         if keys is None:
@@ -1194,7 +1258,48 @@ def _shape_of(file, block, wanted, field):
 
 
 # -----------------------------------------------------------------------------
-# Bins, read back for training, and where runs and models lie
+# Prepared data, read back for training
+
+class Batch(types.SimpleNamespace):
+    """A micro-batch: x, y (B, T) token ids and targets (-1: not counted), and what else its stage needs.
+
+    `units` is what its loss is a mean over: targets, or for preferences pairs. `tokens` counts the tokens in it.
+    `with_signal` counts the units that can change the weights: with RLVR those whose advantage is not 0.
+    `metrics` holds what was measured when it was made.
+    """
+
+    def __init__(self, x, y, units, tokens, **more):
+        super().__init__(**{"x": x, "y": y, "units": units, "tokens": tokens, "with_signal": units, "metrics": {}, **more})
+
+    def to(self, device):
+        """Moves its tensors to a device, in place, without waiting for the copy. Returns itself."""
+        import torch
+        for name, value in vars(self).items():
+            if torch.is_tensor(value):
+                if device.startswith("cuda") and value.device.type == "cpu":
+                    value = value.pin_memory()
+                setattr(self, name, value.to(device, non_blocking=True))
+        return self
+
+
+def padded(rows, pad_id):
+    """Sequences of different lengths as (x, y), each (len(rows), longest - 1), padded at the right with pad_id.
+
+    A row is (ids, mask): its targets in y are the ids whose mask is 1, all other entries of y are -1.
+    """
+    import torch
+    x = torch.full((len(rows), max(len(ids) for ids, _ in rows) - 1), pad_id)
+    y = torch.full_like(x, -1)
+    for i, (ids, mask) in enumerate(rows):
+        x[i, :len(ids) - 1] = torch.tensor(ids[:-1])
+        y[i, :len(ids) - 1] = torch.where(torch.tensor(mask[1:]) == 1, torch.tensor(ids[1:]), -1)
+    return x, y
+
+
+def spread(count, wanted):
+    """At most `wanted` of the indices 0 ... count - 1, evenly spread, always the same ones."""
+    return [i * count // min(count, wanted) for i in range(min(count, wanted))]
+
 
 class Bins:
     """The windows of one split of a prepared data set, in an order that is a pure function of
@@ -1203,7 +1308,8 @@ class Bins:
     Every epoch visits every window once, shuffled, on a grid shifted by an offset of its own, so that
     two epochs over a small text differ. Any process can make any batch, in any order, at any time.
 
-    Raises UserError where the file is no bin, or too short for a window.
+    Raises UserError where the file is no bin, or too short: for training less than a window and its targets,
+    for validation less than two tokens.
     """
 
     def __init__(self, directory, split, block_size, seed=1337):
@@ -1214,11 +1320,14 @@ class Bins:
         if not os.path.exists(self.path):
             raise UserError(f"{self.path}: no such file; {how_to_prepare(directory)}")
         size = os.path.getsize(self.path)
-        if size == 0 or size % dtype.itemsize:
-            raise UserError(f"{self.path}: {size:,} bytes are {'no tokens' if not size else f'no whole number of {dtype.name} tokens'}"
-                            f"; {how_to_prepare(directory)}")
+        if size == 0:
+            raise UserError(f"{self.path}: 0 bytes are no tokens; {how_to_prepare(directory)}")
+        if size % dtype.itemsize:
+            raise UserError(f"{self.path}: {size:,} bytes are no whole number of {dtype.name} tokens; "
+                            f"{how_to_prepare(directory)}")
         self.tokens = np.memmap(self.path, dtype=dtype, mode="r")
-        if len(self.tokens) <= block_size:
+        enough = block_size + 1 if split == "train" else 2
+        if len(self.tokens) < enough:
             raise UserError(f"{self.path}: {len(self.tokens):,} tokens are too few for one window of "
                             f"block_size={block_size} and its targets; set --block_size={max(1, len(self.tokens) - 1)} "
                             "or less, or prepare more text")
@@ -1240,23 +1349,30 @@ class Bins:
         return self._offset + int(self._order[index]) * self.block_size
 
     def batch(self, positions):
-        """(inputs, targets), int64 (len(positions), block_size); a target that does not count is -1."""
+        """(x, y), int64 (len(positions), block_size): inputs and targets; a target that does not count is -1."""
         return self.read([self.start(p) for p in positions])
 
     def read(self, starts):
-        """The windows that begin at token `starts`: (inputs, targets), as `batch`."""
+        """The windows that begin at the tokens `starts`: (x, y), as `batch`. A window that reaches beyond the end of
+        the text is filled up with the end-of-text token, and what is missing is no target."""
         import torch
         where = np.asarray(starts)[:, None] + np.arange(self.block_size + 1)
+        beyond = where >= len(self.tokens)
+        where = np.minimum(where, len(self.tokens) - 1)
         window = torch.from_numpy(self.tokens[where].astype(np.int64))
+        if beyond.any():
+            window[torch.from_numpy(beyond)] = self.meta.get("eos_id", 0)
         x, y = window[:, :-1].clone(), window[:, 1:].clone()  # not views: y is about to be masked
+        y[torch.from_numpy(beyond[:, 1:])] = -1
         if self.mask is not None:
             y[torch.from_numpy(self.mask[where[:, 1:]]) == 0] = -1
         return x, y
 
     def held_out(self, windows):
-        """Starts of at most `windows` windows spread evenly over the split, the same at every call."""
-        fit = (len(self.tokens) - 1) // self.block_size
-        return [i * fit // min(fit, windows) * self.block_size for i in range(min(fit, windows))]
+        """Starts of at most `windows` windows spread evenly over the split, the last one perhaps a partial one; the
+        same at every call."""
+        fit = -(-(len(self.tokens) - 1) // self.block_size)
+        return [i * self.block_size for i in spread(fit, windows)]
 
     def check_vocabulary(self, vocab_size):
         """UserError if a token exceeds the vocabulary. Reads all of a small file, 256 pieces of a large one:
@@ -1268,7 +1384,6 @@ class Bins:
 
     def fingerprint(self):
         """Changes when the bin does: its size and 64 pieces of 64 KiB spread evenly over it."""
-        import hashlib
         size = os.path.getsize(self.path)
         digest = hashlib.blake2b(str(size).encode(), digest_size=16)
         with open(self.path, "rb") as f:
@@ -1276,6 +1391,43 @@ class Bins:
                 f.seek(i * size // 64)
                 digest.update(f.read(2 ** 16))
         return digest.hexdigest()
+
+
+class Mixture:
+    """Several Bins read by weight, as one: position -> (which, position in it), again a pure function.
+
+    In every 1,000 positions each has its exact share (to within one window), in a seeded order.
+    """
+    BLOCK = 1000
+
+    def __init__(self, bins, weights, seed=1337):
+        total = sum(weights)
+        self.bins, self.seed, self._block = bins, seed, None
+        self.shares = [w / total for w in weights]
+        self.per_epoch = sum(b.per_epoch for b in bins)
+
+    def where(self, position):
+        """(index of the Bins, position within it)."""
+        block, index = divmod(position, self.BLOCK)
+        if block != self._block:
+            # cumulative shares rounded at block edges: nothing drifts however long the run is
+            edges = [[round(s * b * self.BLOCK) for s in np.cumsum(self.shares)] for b in (block, block + 1)]
+            before, after = (np.diff([0, *e]) for e in edges)
+            which = np.repeat(np.arange(len(self.bins)), after - before)
+            which = np.random.default_rng([self.seed, block, 1]).permutation(which)
+            rank = np.zeros(len(which), dtype=np.int64)
+            for i in range(len(self.bins)):
+                rank[which == i] = before[i] + np.arange((which == i).sum())
+            self._block, self._which, self._rank = block, which, rank
+        return int(self._which[index]), int(self._rank[index])
+
+    def batch(self, positions):
+        """(x, y), int64 (len(positions), block_size), of any Bins each."""
+        import torch
+        if len(self.bins) == 1:
+            return self.bins[0].batch(positions)
+        rows = [self.bins[i].batch([p]) for i, p in map(self.where, positions)]
+        return torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows])
 
 
 class Records:
@@ -1313,67 +1465,302 @@ class Records:
         return int(self._order[index]), self.rows[self._order[index]]
 
     def held_out(self, count):
-        """At most `count` positions in file order, the same at every call, spread evenly: indices into rows."""
-        return [i * self.per_epoch // min(count, self.per_epoch) for i in range(min(count, self.per_epoch))]
+        """At most `count` indices into rows, spread evenly, the same at every call."""
+        return spread(self.per_epoch, count)
 
     def fingerprint(self):
         return sha256(self.path)
 
 
-def encode_pair(record, tokenizer, block_size):
-    """A preference record as ((ids, mask) chosen, (ids, mask) rejected), or why it is left out."""
-    sides = [render_chat(record["prompt"] + [dict(role="assistant", content=record[side])], tokenizer)
-             for side in ("chosen", "rejected")]
-    if sides[0] == sides[1]:
-        return "both sides are equal"
-    if max(len(ids) for ids, _ in sides) > block_size + 1:
-        return f"longer than block_size={block_size}"
-    return sides
+# What train.py reads, a class for each kind of data. All have .tokenizer, .vocab_size, .ends (ids that end a text),
+# .amount, .per_epoch, .fingerprint, .notes (lines to print), .shares ({domain: share}), .batch(positions),
+# .held_out(sequences, rows, rank, world_size): (domain, batch) pairs, and .check_vocabulary(vocab_size).
 
+class Windows:
+    """Text and conversations: windows of block_size tokens of a data set, or of a mixture, as Batches."""
 
-def encode_problem(record, tokenizer, longest):
-    """A verifiable record as (prompt ids, the question's text, answer), or why it is left out."""
-    ids, _ = render_chat(record["prompt"], tokenizer, add_generation_prompt=True)
-    if len(ids) > longest:
-        return f"a prompt longer than {longest} tokens, which leave no room for the answer"
-    return ids, record["prompt"][-1]["content"], record["answer"]
-
-
-class Mixture:
-    """Several Bins read by weight, as one: position -> (which, position in it), again a pure function.
-
-    In every 1,000 positions each has its exact share (to within one window), in a seeded order.
-    """
-    BLOCK = 1000
-
-    def __init__(self, bins, weights, seed=1337):
-        total = sum(weights)
-        self.bins, self.seed, self._block = bins, seed, None
-        self.shares = [w / total for w in weights]
-        self.per_epoch = sum(b.per_epoch for b in bins)
-
-    def where(self, position):
-        """(index of the Bins, position within it)."""
-        block, index = divmod(position, self.BLOCK)
-        if block != self._block:
-            # cumulative shares rounded at block edges: nothing drifts however long the run is
-            edges = [[round(s * b * self.BLOCK) for s in np.cumsum(self.shares)] for b in (block, block + 1)]
-            before, after = (np.diff([0, *e]) for e in edges)
-            which = np.repeat(np.arange(len(self.bins)), after - before)
-            which = np.random.default_rng([self.seed, block, 1]).permutation(which)
-            rank = np.zeros(len(which), dtype=np.int64)
-            for i in range(len(self.bins)):
-                rank[which == i] = before[i] + np.arange((which == i).sum())
-            self._block, self._which, self._rank = block, which, rank
-        return int(self._which[index]), int(self._rank[index])
+    def __init__(self, config):
+        self.mixture = parse_mixture(config["dataset"])
+        directories = [os.path.join(config["data_dir"], name) for name, _ in self.mixture]
+        metas = [read_meta(directory) for directory in directories]
+        for directory, meta in zip(directories, metas):
+            if (meta["tokenizer"], meta["vocab_size"]) != (metas[0]["tokenizer"], metas[0]["vocab_size"]):
+                raise UserError(f"{directory} was made with the tokenizer {meta['tokenizer']!r}, {directories[0]} with "
+                                f"{metas[0]['tokenizer']!r}; a mixture has to share one")
+        block_size, seed = config["block_size"], config["seed"]
+        self.train = [Bins(d, "train", block_size, seed) for d in directories]
+        self.val = [Bins(d, "val", block_size, seed) for d in directories]
+        if config["stage"] == "sft" and any(bins.mask is None for bins in self.train + self.val):
+            raise UserError(f"{config['dataset']}: stage='sft' wants conversations, with a train.mask and a val.mask beside "
+                            "the bins; python prepare.py CHATS.jsonl --as=chat makes them")
+        self.order = Mixture(self.train, [weight for _, weight in self.mixture], seed)
+        self.per_epoch = self.order.per_epoch
+        self.shares = dict(zip([name for name, _ in self.mixture], self.order.shares))
+        own = os.path.exists(os.path.join(directories[0], "tokenizer.json"))
+        self.tokenizer = load_tokenizer(directories[0] if own else metas[0]["tokenizer"])
+        self.vocab_size, self.notes = metas[0]["vocab_size"], []
+        self.ends = [self.tokenizer.eos_id]
+        if config["stage"] == "sft":
+            self.ends.append(self.tokenizer.encode_special(IM_END))
+        self.amount = " + ".join(bins.amount for bins in self.train)
+        self.fingerprint = [bins.fingerprint() for bins in self.train]
 
     def batch(self, positions):
-        """(inputs, targets), int64 (len(positions), block_size), of any Bins each."""
-        import torch
-        if len(self.bins) == 1:
-            return self.bins[0].batch(positions)
-        rows = [self.bins[i].batch([p]) for i, p in map(self.where, positions)]
-        return torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows])
+        return self._batch(*self.order.batch(positions))
+
+    def _batch(self, x, y):
+        return Batch(x, y, units=(y >= 0).sum().item(), tokens=x.numel())
+
+    def held_out(self, sequences, rows, rank=0, world_size=1):
+        """Batches of `rows` windows of this process's share of at most `sequences` of each domain."""
+        for domain, bins in zip(self.shares, self.val):
+            starts = bins.held_out(sequences)[rank::world_size]
+            rows = max(rows, 4096 // bins.block_size)  # small windows are read in larger batches
+            for i in range(0, len(starts), rows):
+                yield domain, self._batch(*bins.read(starts[i:i + rows]))
+
+    def held_out_count(self, sequences):
+        """How many windows of the smallest domain held_out gives to all processes together."""
+        return min(len(bins.held_out(sequences)) for bins in self.val)
+
+    def check_vocabulary(self, vocab_size):
+        if vocab_size < self.vocab_size:
+            raise UserError(f"vocab_size={vocab_size} of the model is smaller than the data's {self.vocab_size}")
+        for bins in self.train + self.val:
+            bins.check_vocabulary(vocab_size)
+
+
+class _Conversations:
+    """What Pairs and Problems share: records stay text until the tokenizer of the model that is trained meets them."""
+
+    def __init__(self, config, tokenizer):
+        (name, _), *others = parse_mixture(config["dataset"])
+        if others:
+            raise UserError(f"dataset={config['dataset']!r}: stage={config['stage']!r} takes one data set, not a mixture")
+        self.directory, self.tokenizer = os.path.join(config["data_dir"], name), tokenizer
+        self.vocab_size, self.shares = tokenizer.vocab_size, {name: 1.0}
+        self.ends = [tokenizer.eos_id, tokenizer.encode_special(IM_END)]
+        self.train, self.val = (Records(self.directory, split, self.encode, config["seed"]) for split in ("train", "val"))
+        self.notes = [f"left out {count} of {sum(records.left_out.values()) + records.per_epoch} {what} of {name}: {reason}"
+                      for records, what in ((self.train, "records"), (self.val, "held-out records"))
+                      for reason, count in records.left_out.items()]
+        self.per_epoch, self.amount = self.train.per_epoch, self.train.amount
+        self.fingerprint = [self.train.fingerprint()]
+
+    def held_out(self, sequences, rows, rank=0, world_size=1):
+        """Batches of `rows` of this process's share of at most `sequences` held-out records."""
+        indices = self.val.held_out(sequences)[rank::world_size]
+        for i in range(0, len(indices), rows):
+            yield next(iter(self.shares)), self._batch([(j, self.val.rows[j]) for j in indices[i:i + rows]])
+
+    def held_out_count(self, sequences):
+        return len(self.val.held_out(sequences))
+
+    def check_vocabulary(self, vocab_size):
+        if vocab_size < self.vocab_size:
+            raise UserError(f"vocab_size={vocab_size} of the model is smaller than the data's {self.vocab_size}")
+
+
+class Pairs(_Conversations):
+    """Preferences: a Batch holds the chosen answers of its pairs in its first half, the rejected in its second."""
+
+    def __init__(self, config, tokenizer):
+        self.block_size = config["block_size"]
+        super().__init__(config, tokenizer)
+
+    def encode(self, record):
+        """[(ids, mask) chosen, (ids, mask) rejected], or why the pair is left out."""
+        sides = [render_chat(record["prompt"] + [dict(role="assistant", content=record[side])], self.tokenizer)
+                 for side in ("chosen", "rejected")]
+        if sides[0] == sides[1]:
+            return "both sides are equal"
+        if max(len(ids) for ids, _ in sides) > self.block_size + 1:
+            return f"longer than block_size={self.block_size}"
+        return sides
+
+    def batch(self, positions):
+        return self._batch([self.train[p] for p in positions])
+
+    def _batch(self, pairs):
+        rows = [pair[0] for _, pair in pairs] + [pair[1] for _, pair in pairs]
+        x, y = padded(rows, self.tokenizer.eos_id)
+        return Batch(x, y, units=len(pairs), tokens=sum(len(ids) for ids, _ in rows))
+
+
+class Problems(_Conversations):
+    """Verifiable problems. `batch` gives a list of (place, (prompt ids, question, answer)): train.py makes a Batch of it
+    by sampling. `place` tells problems apart, so that each completion draws from a seed of its own."""
+
+    def __init__(self, config, tokenizer):
+        self.longest = config["block_size"] - config["max_completion"]
+        self.verifier = "" if config["verifier_model"] else config["verifier"]
+        super().__init__(config, tokenizer)
+
+    def encode(self, record):
+        """(prompt ids, the question's text, answer), or why the problem is left out."""
+        ids, _ = render_chat(record["prompt"], self.tokenizer, add_generation_prompt=True)
+        if len(ids) > self.longest:
+            return f"a prompt longer than {self.longest} tokens, which leave no room for the answer"
+        if self.verifier and not readable_gold(self.verifier, record["answer"]):
+            return f"an answer that verifier={self.verifier!r} can't read"
+        return ids, record["prompt"][-1]["content"], record["answer"]
+
+    def batch(self, positions):
+        return [(p, self.train[p][1]) for p in positions]
+
+    def _batch(self, problems):
+        return problems
+
+    def complete(self, problems, copies, first_seed, generate, grade):
+        """[(prompt ids, completion ids, ended, reward)]: `copies` completions of each problem, one after the other.
+
+        generate(prompts, seeds) -> [(ids, ended)]; `grade` is a Grader. The seed of a completion follows from its
+        problem's place in the data, not from the process or the batch that samples it.
+        """
+        prompts = [ids for _, (ids, _, _) in problems for _ in range(copies)]
+        seeds = [first_seed + place * copies + copy for place, _ in problems for copy in range(copies)]
+        completions = []
+        for i, (ids, ended) in enumerate(generate(prompts, seeds)):
+            _, question, answer = problems[i // copies][1]
+            text = self.tokenizer.decode(ids[:-1] if ended else ids)
+            completions.append((prompts[i], ids, ended, grade(question, text, answer, ended)))
+        return completions
+
+    def judge_prompt(self, question, completion):
+        """(ids, id of yes, id of no): what a model that acts as the verifier is asked."""
+        content = f"{question}\nAnswer: {completion}\nIs this right? Answer yes or no."
+        chat = [{"role": "user", "content": content}]
+        ids = render_chat(chat, self.tokenizer, add_generation_prompt=True)[0]
+        return ids, self.tokenizer.encode("yes")[0], self.tokenizer.encode("no")[0]
+
+    def rollouts(self, completions, advantages=None):
+        """A Batch of completions with the advantage of each, a tensor. A truncated completion has no reward to speak of:
+        it is left out of the loss, and counted. Without advantages every token of every completion is a target."""
+        masks = [ended or advantages is None for _, _, ended, _ in completions]
+        rows = [(prompt + ids, [0] * len(prompt) + [int(mask)] * len(ids))
+                for (prompt, ids, _, _), mask in zip(completions, masks)]
+        x, y = padded(rows, self.tokenizer.eos_id)
+        batch = Batch(x, y, units=(y >= 0).sum().item(), tokens=sum(len(ids) for ids, _ in rows), advantages=advantages)
+        batch.metrics = {"completions/length": sum(len(ids) for _, ids, _, _ in completions) / len(completions),
+                         "completions/cut": sum(not ended for _, _, ended, _ in completions) / len(completions)}
+        if advantages is not None:
+            batch.with_signal = (y[advantages != 0] >= 0).sum().item()
+        return batch
+
+
+def pass_rates(greedy, sampled, group_size, passing=1.0):
+    """{name: (mean, count)} of what Problems.complete gave for held-out problems: greedily, and sampled group_size times
+    each. A completion passes if its reward is at least `passing`."""
+    rewards = [reward for _, _, _, reward in sampled]
+    groups = [rewards[i:i + group_size] for i in range(0, len(rewards), group_size)]
+    passed = sum(reward >= passing for _, _, _, reward in greedy)
+    passed_any = sum(max(group) >= passing for group in groups)
+    return {"pass@1": (passed / len(greedy), len(greedy)), f"pass@{group_size}": (passed_any / len(groups), len(groups)),
+            "reward/mean": (sum(rewards) / len(rewards), len(rewards)),
+            "completions/length": (sum(len(ids) for _, ids, _, _ in sampled) / len(sampled), len(sampled))}
+
+
+class Grader:
+    """Rewards of completions by a verifier: verify(question, completion, answer) -> a number.
+
+    A completion that is empty or never ends gets 0. So does one at which the verifier raises, or gives a number that
+    is not finite or beyond LARGEST: it is counted in `raised`, and the first time said once.
+    """
+    LARGEST = 1e6  # a reward is usually between 0 and 1; gradients overflow long before float32 does
+
+    def __init__(self, verify, say):
+        self.verify, self.say, self.calls, self.raised, self.last_error = verify, say, 0, 0, ""
+
+    def __call__(self, question, completion, answer, ended):
+        if not ended or not completion.strip():
+            return 0.0
+        self.calls += 1
+        try:
+            reward = float(self.verify(question, completion, answer))
+            if not abs(reward) <= self.LARGEST:  # NaN is not, either
+                raise ValueError(f"its reward is {reward:g}; expected a finite number of at most {self.LARGEST:g} in size")
+            return reward
+        except (Exception, SystemExit) as e:
+            self.raised += 1
+            self.last_error = f"{type(e).__name__}: {e}".splitlines()[0]
+            if self.raised == 1:
+                self.say(f"warning: the verifier raised on {completion[:60]!r}, which counts as no reward: {self.last_error}")
+            return 0.0
+
+    def check(self, calls, raised):
+        """UserError if the verifier raised at every call so far, of all processes: it can never reward anything."""
+        if calls and calls == raised:
+            raise UserError(f"the verifier raised at each of its {int(calls)} calls, so nothing can be learned from it: "
+                            f"{self.last_error}. Mend verify(prompt, completion, answer)")
+
+
+def open_data(config, model_directory, say, world_size=1):
+    """Windows, Pairs or Problems, by config["stage"].
+
+    Pairs and Problems are tokenized with the tokenizer of the model in `model_directory`, to which chat tokens are added
+    if it has none.
+    """
+    if config["stage"] in ("pretrain", "sft"):
+        data = Windows(config)
+    else:
+        tokenizer = with_chat_tokens(load_tokenizer(model_directory))
+        data = Pairs(config, tokenizer) if config["stage"] == "dpo" else Problems(config, tokenizer)
+    for note in data.notes:
+        say(note)
+    if data.held_out_count(config["eval_iters"] * config["batch_size"]) < world_size:
+        raise UserError(f"{config['dataset']}: {world_size} processes need as many held-out windows or records, there are "
+                        "fewer")
+    return data
+
+
+def vocab_size_of(config):
+    """The vocabulary of the first data set of a config."""
+    name = parse_mixture(config["dataset"])[0][0]
+    return read_meta(os.path.join(config["data_dir"], name))["vocab_size"]
+
+
+def means(measured, shares, over_processes):
+    """{'val/loss': mean, ...} from [(domain, {name: (mean, count)})] of all processes: each batch counts by its size, each
+    domain of a mixture by its share. NaN where nothing was counted. Losses have a perplexity beside them."""
+    sums = collections.Counter()
+    for domain, measures in measured:
+        for name, (mean, count) in measures.items():
+            sums[domain, name, 0] += float(mean) * float(count)
+            sums[domain, name, 1] += float(count)
+    keys = list(sums)  # in the same order on all processes
+    sums = dict(zip(keys, over_processes(*[sums[key] for key in keys])))
+    row = {}
+    for domain, name in dict.fromkeys(key[:2] for key in keys):
+        total, count = sums[domain, name, 0], sums[domain, name, 1]
+        mean = total / count if count else float("nan")
+        row[f"val/{name}"] = row.get(f"val/{name}", 0.0) + shares[domain] * mean
+        if len(shares) > 1:
+            row[f"val/{domain}/{name}"] = mean
+    return row
+
+
+def batch_means(batches, over_processes):
+    """{name: mean} of what was measured on the micro-batches of a step, on all processes."""
+    names = sorted({name for batch in batches for name in batch.metrics})
+    sums = [sum(float(batch.metrics[name]) for batch in batches) for name in names]
+    count, *sums = over_processes(len(batches), *sums)
+    return {name: total / count for name, total in zip(names, sums)}
+
+
+def prepare_missing(config, say, world_size=1):
+    """Prepares the data sets of a run that are missing and known by name, after their size is said; UserError for others,
+    for data of another kind than the stage learns from, and where other processes, which are paid for, would wait."""
+    for name, _ in parse_mixture(config["dataset"]):
+        directory = os.path.join(config["data_dir"], name)
+        if os.path.exists(os.path.join(directory, "meta.json")):
+            check_kind(directory, config["stage"])
+        file = "train.bin" if config["stage"] in ("pretrain", "sft") else "meta.json"
+        if os.path.exists(os.path.join(directory, file)):
+            continue
+        if name not in KNOWN or world_size > 1:
+            raise UserError(f"{directory}: no such data set; {how_to_prepare(directory)}")
+        say(f"{directory} is missing; preparing it now: {describe(name)}")
+        prepare(name, data_dir=config["data_dir"])
 
 
 def parse_mixture(dataset):
@@ -1415,35 +1802,6 @@ def how_to_prepare(directory):
     name = os.path.basename(os.path.normpath(directory))
     return f"python prepare.py {name} makes it" if name in KNOWN else \
         f"python prepare.py YOUR_TEXT.txt --name={name} makes it"
-
-
-def newest_run(runs="out"):
-    """The run under `runs` whose checkpoint is the newest."""
-    found = [os.path.join(runs, r) for r in os.listdir(runs)] if os.path.isdir(runs) else []
-    found = [r for r in found if checkpoints(r)]
-    if not found:
-        raise UserError(f"{runs}/: no run with a checkpoint yet; python train.py makes one in two minutes")
-    return max(found, key=lambda r: os.path.getmtime(checkpoints(r)[-1]))
-
-
-def checkpoints(run):
-    """The step_* directories of a run, oldest first."""
-    found = [d for d in os.listdir(run) if re.fullmatch(r"step_\d{6,}", d)] if os.path.isdir(run) else []
-    return [os.path.join(run, d) for d in sorted(found, key=lambda d: int(d[5:]))]
-
-
-def model_directory(where):
-    """The directory of the model that `where` names: a model directory, the newest checkpoint of a run's
-    directory, or a Hub id, which is fetched."""
-    if os.path.exists(os.path.join(where, "config.json")):
-        return where
-    if os.path.isdir(where):
-        if not checkpoints(where):
-            raise UserError(f"{where}: neither a model directory (no config.json) nor a run (no step_* in it)")
-        return checkpoints(where)[-1]
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", where) or where.startswith((".", "out/", "data/")):
-        raise UserError(f"{where}: no such directory, and not the id of a model on the Hub (owner/name)")
-    return fetch_model(where)
 
 
 # -----------------------------------------------------------------------------
@@ -2000,8 +2358,10 @@ def prepare(source, tokenizer="", name="", data_dir="data", max_tokens=0, field=
                         f"{'; did you mean ' + ' or '.join(close) + '?' if close else ''} "
                         "(python prepare.py lists them)")
     name = name or (source if known else _stem(source))
-    if not re.fullmatch(r"[\w.+-]+", name):
-        raise UserError(f"--name={name}: letters, digits, '-', '_', '.' only, since it becomes a directory")
+    _check_name(name)
+    for key, value in dict(max_tokens=max_tokens, block_size=block_size, workers=workers, seed=seed).items():
+        if value < 0:
+            raise UserError(f"--{key}={value}: 0 or more is wanted")
     val_fraction = known.get("val_fraction", 0.005) if val_fraction is None else val_fraction
     if not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction={val_fraction}: a share between 0 and 1 is wanted, such as 0.005")
@@ -2010,20 +2370,84 @@ def prepare(source, tokenizer="", name="", data_dir="data", max_tokens=0, field=
     as_ = as_ or known.get("as_", "")
     usual = SMOLLM2 if source.startswith("hub:") else "bpe:4096"
     tokenizer = tokenizer or known.get("tokenizer", "") or usual
-    target, partial = os.path.join(data_dir, name), os.path.join(data_dir, name + ".partial")
-    os.makedirs(partial, exist_ok=True)
+    target = os.path.join(data_dir, name)
+    partial = _place(target) + ".partial"
+    replaced = _check_target(target, "data set", [source] if is_path and not known else [])
+    if not os.path.exists(os.path.join(partial, "journal.json")):
+        os.makedirs(partial, exist_ok=True)
+        write_json(os.path.join(partial, "journal.json"), dict(stamp=""))  # which marks the directory as ours
     try:
         made = _make(source, known, tokenizer, partial, target, dict(
             version=1, name=name, source=source, max_tokens=int(max_tokens), field=field, shape=as_,
             val_fraction=val_fraction, block_size=block_size), config, split, workers, seed)
     except BaseException:
-        if not os.path.exists(os.path.join(partial, "journal.json")):
-            shutil.rmtree(partial, ignore_errors=True)  # nothing in it that another try could go on from
+        with contextlib.suppress(OSError, UserError):
+            if not read_journal(partial).get("stamp"):
+                remove_directory(partial, "unfinished data set")  # nothing in it to go on from
         raise
     if made:
         publish(partial, target)
+        if replaced:
+            print(f"{target} replaces {replaced}")
         _report(target)
     return target
+
+
+def read_journal(partial):
+    path = os.path.join(partial, "journal.json")
+    return read_json(path) if os.path.exists(path) else {}
+
+
+def _check_name(name):
+    if not re.fullmatch(r"[\w.+-]+", name) or not name.strip(".") or name.endswith(".partial"):
+        raise UserError(f"--name={name}: letters, digits, '-', '_', '.' only, since it becomes a directory")
+
+
+def _place(target):
+    """Where a data set is written: a link to a directory elsewhere, on a larger disk say, stays a link."""
+    return os.path.realpath(target) if os.path.islink(target) else target
+
+
+def _check_target(target, kind, sources):
+    """UserError if data must not be written to `target`, before any work is done: because it would take the place of
+    something that this program did not make, or of its source. Returns what it will replace, in words, or ""."""
+    place = _place(target)
+    for source in sources:
+        for directory in (place, place + ".partial", _aside(place)):
+            if _inside(source, directory):
+                raise UserError(f"{target} would replace its own source, {source}; choose another --name= or "
+                                "--data_dir=")
+        if os.path.isdir(source) and _inside(place, source):
+            raise UserError(f"{target} lies in the folder {source} that it would be made from; choose a --data_dir= "
+                            "outside of it")
+    partial = place + ".partial"
+    kind_of_partial = kind
+    if kind == "data set" and kind_of_directory(partial) != "data set":  # it is one if it was only not yet published
+        kind_of_partial = "unfinished data set"
+    restore(place, kind)
+    for directory, kind_there in ((place, kind), (partial, kind_of_partial), (_aside(place), kind)):
+        reason = not_ours(directory, kind_there)
+        if reason:
+            raise UserError(f"{directory} {reason}, and would be replaced; choose another --name= or --data_dir=, or "
+                            "move it elsewhere")
+    if not os.path.isdir(place) or not kind_of_directory(place):
+        return ""
+    if kind == "data set":
+        meta = read_json(os.path.join(place, "meta.json"))
+        return f"what was made there from {meta.get('source')}"
+    return "the tokenizer that was there"
+
+
+def _inside(path, directory):
+    """Whether `path` is `directory` or lies within it, whatever links, dots or letter case spell them."""
+    path = os.path.realpath(path)
+    while os.path.isdir(directory):
+        if os.path.exists(path) and os.path.samefile(path, directory):
+            return True
+        if path == os.path.dirname(path):
+            return False
+        path = os.path.dirname(path)
+    return False
 
 
 def _stem(source):
@@ -2050,6 +2474,8 @@ def _make(source, known, tokenizer, partial, target, settings, config, split, wo
                           known.get("files", ""))
     else:
         files = local_files(source)
+        # a folder may hold links to files of the target
+        _check_target(target, "data set", [f.path for f in files if os.path.islink(f.path)])
     if not sum(f.size for f in files):
         raise UserError(f"{source}: empty, there is no text in it")
     return _pack(files, dict(settings, tokenizer=tokenizer), partial, target, workers)
@@ -2080,7 +2506,7 @@ def _take_bins(known, partial, target):
     stamp = files[where + "train.bin"].revision
     if _done(target, stamp):
         print(f"{target} holds this already")
-        shutil.rmtree(partial)
+        remove_directory(partial, "unfinished data set")
         return False
     _check_space(partial, 2 * sum(files[where + f].size for f in ("train.bin", "val.bin")))
     tok = load_tokenizer(local_path(files[found]))
@@ -2096,6 +2522,7 @@ def _take_bins(known, partial, target):
         meta[part + "_tokens"] = len(ids)
     tok.save(partial)
     write_json(os.path.join(partial, "meta.json"), meta)
+    os.remove(os.path.join(partial, "journal.json"))
     return True
 
 
@@ -2114,17 +2541,15 @@ def _pack(files, settings, partial, target, workers):
     stamp = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()
     if _done(target, stamp):
         print(f"{target} holds this already")
-        shutil.rmtree(partial)
+        remove_directory(partial, "unfinished data set")
         return False
 
     journal = os.path.join(partial, "journal.json")
     state = dict(stamp=stamp, file=0, block=0, sizes={}, count={}, wrong=[])
-    if os.path.exists(journal):
-        with open(journal, encoding="utf-8") as f:
-            old = json.load(f)
-        if old["stamp"] == stamp:
-            state = old
-            print(f"going on after {sum(state['sizes'].values()) / 1e6:.1f} MB that were written before")
+    old = read_journal(partial)
+    if old.get("stamp") == stamp:
+        state = old
+        print(f"going on after {sum(state['sizes'].values()) / 1e6:.1f} MB that were written before")
     if shape in ("prefs", "verify"):
         tok = None  # they stay text until a model's own tokenizer meets them
     elif os.path.exists(os.path.join(partial, "tokenizer.json")) and state["sizes"]:
@@ -2141,7 +2566,7 @@ def _pack(files, settings, partial, target, workers):
     _run(files, job, state, journal, partial, settings["max_tokens"], workers)
 
     count = collections.Counter(state["count"])
-    os.remove(journal)
+    write_json(journal, dict(stamp=""))  # nothing to go on from
     if not count["documents"]:
         raise UserError(f"{settings['source']}: nothing in it could be used{_examples(state['wrong'])}")
     for part in ("train", "val"):
@@ -2164,7 +2589,7 @@ def _pack(files, settings, partial, target, workers):
     else:
         meta.update(train_records=count["train_documents"], val_records=count["val_documents"])
     write_json(os.path.join(partial, "meta.json"), meta)
-    for left in ("toy.txt", "toy.jsonl"):
+    for left in ("toy.txt", "toy.jsonl", "journal.json"):
         if os.path.exists(os.path.join(partial, left)):
             os.remove(os.path.join(partial, left))
     _tell_wrong(state, count)
@@ -2359,36 +2784,152 @@ def _done(directory, stamp):
         return False
 
 
+# -----------------------------------------------------------------------------
+# What this program may replace or remove: directories that it wrote itself, and nothing else
+
+_DATA = r"(train|val)\.(bin|mask|jsonl)|meta\.json|tokenizer(_config)?\.json"
+WRITTEN = {  # kind of directory -> the names of the files that this program writes into it
+    "data set": _DATA,
+    "unfinished data set": _DATA + r"|journal\.json|toy\.(txt|jsonl)",
+    "tokenizer": r"tokenizer(_config)?\.json",
+    "checkpoint": r"trainer\.pt|(config|generation_config|tokenizer|tokenizer_config)\.json|README\.md|loss\.png"
+                  r"|model[\w.-]*\.safetensors|model\.safetensors\.index\.json|[\w.-]+\.gguf",
+}
+# nobody's work: what file managers leave behind, and what write_json leaves when it is killed
+_PASSING = r"\.DS_Store|Thumbs\.db|desktop\.ini|\w+\.json\.tmp\d+"
+
+
+def kind_of_directory(directory):
+    """What this program wrote a directory as: a key of WRITTEN, by the file that marks it; None if it did not."""
+    def marked(name, *keys):
+        try:
+            return read_json(os.path.join(directory, name)).keys() >= set(keys)
+        except UserError:
+            return False
+    if all(os.path.isfile(os.path.join(directory, name)) for name in ("trainer.pt", "config.json")):
+        return "checkpoint"
+    if marked("journal.json", "stamp"):
+        return "unfinished data set"
+    if marked("meta.json", "stamp", "kind"):
+        return "data set"
+    if marked("tokenizer_config.json", "nanosmol_name") and not os.path.exists(os.path.join(directory, "config.json")):
+        return "tokenizer"
+    return None
+
+
+def ours(directory):
+    """Whether this program wrote a directory and everything in it, so that it may be replaced or removed."""
+    kind = kind_of_directory(directory) if os.path.isdir(directory) else None
+    return kind is not None and not not_ours(directory, kind)
+
+
+def not_ours(directory, kind):
+    """Why a directory may not be replaced by a new one of this kind, in words; "" if it may, or if there is none."""
+    if not os.path.lexists(directory):
+        return ""
+    if not os.path.isdir(directory):
+        return "is not a directory"
+    names = sorted(os.listdir(directory))
+    strangers = [f for f in names if not _written(os.path.join(directory, f), kind)]
+    if strangers:
+        return f"holds {strangers[0]}, which is not a file of a {kind} that this program made"
+    if all(re.fullmatch(_PASSING, f) for f in names) or kind_of_directory(directory) == kind:
+        return ""
+    return f"is not a {kind} that this program made"
+
+
+def _written(path, kind):
+    known = re.fullmatch(rf"({WRITTEN[kind]})(\.tmp\d*)?|{_PASSING}", os.path.basename(path))
+    return bool(known) and os.path.isfile(path) and not os.path.islink(path)
+
+
+def remove_directory(directory, kind):
+    """Removes the files of one kind, and the directory if nothing else is in it: what someone put there stays."""
+    for name in os.listdir(directory):
+        if _written(os.path.join(directory, name), kind):
+            os.remove(os.path.join(directory, name))
+    if not os.listdir(directory):
+        os.rmdir(directory)
+
+
 def publish(partial, target):
-    """The directory `partial`, whole and on the disk, takes the name `target`; what had it goes only then."""
-    for path in [os.path.join(partial, f) for f in os.listdir(partial)] + [partial]:
-        handle = os.open(path, os.O_RDONLY)
+    """The directory `partial`, whole and on the disk, takes the name `target`; what had it goes only then.
+
+    What had it must be of the same kind (a data set, a tokenizer, a checkpoint), made by this program, with nothing
+    else in it: UserError otherwise, and nothing is touched."""
+    kind = kind_of_directory(partial)
+    target = _place(target)
+    aside = _aside(target)
+    for directory in (target, aside):
+        reason = not_ours(directory, kind) if kind else os.path.lexists(directory) and "is in the way"
+        if reason:
+            raise UserError(f"{directory} {reason}; move it elsewhere, or choose another name")
+    for name in os.listdir(partial):
+        _sync(os.path.join(partial, name))
+    _sync(partial)
+    restore(target, kind)
+    if os.path.exists(target):
+        os.rename(target, aside)
+    os.rename(partial, target)
+    _sync(os.path.dirname(target) or ".")
+    if os.path.exists(aside):
+        with contextlib.suppress(OSError):
+            remove_directory(aside, kind)
+
+
+def _aside(target):
+    """Where publish keeps what it replaces, until that is done. Not a name that anyone would choose."""
+    return os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.replaced")
+
+
+def restore(target, kind):
+    """Undoes or ends what a publish() that was killed had begun: what stands aside gets its name back, or goes."""
+    aside = _aside(target)
+    if not os.path.exists(aside) or not_ours(aside, kind):
+        return
+    if os.path.exists(target):
+        remove_directory(aside, kind)
+    else:
+        os.rename(aside, target)
+
+
+def _sync(path):
+    """Waits until a file or directory is on the disk, where the system can do that: Windows opens no directory and
+    syncs no file that is open for reading only, and some mounted drives sync nothing."""
+    cannot = (errno.EACCES, errno.EPERM, errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+    for flags in (os.O_RDWR, os.O_RDONLY) if os.path.isfile(path) else (os.O_RDONLY,):
+        try:
+            handle = os.open(path, flags)
+        except OSError as e:
+            if e.errno not in cannot:
+                raise
+            continue
         try:
             os.fsync(handle)
-        except OSError:
-            if path != partial:  # some mounted drives don't sync directories
+            return
+        except OSError as e:
+            if e.errno not in cannot:
                 raise
         finally:
             os.close(handle)
-    old = target + ".old"
-    if os.path.exists(old):
-        shutil.rmtree(old) if os.path.exists(target) else os.rename(old, target)
-    if os.path.exists(target):
-        os.rename(target, old)
-    os.rename(partial, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def copy_whole(source, target):
-    """Copies the files of a directory to `target`, whole or not at all. Returns `target`."""
-    beside = os.path.join(os.path.dirname(target), ".part")
-    shutil.rmtree(beside, ignore_errors=True)
-    os.makedirs(beside)
+    """Copies the files of a directory to `target`, whole or not at all. Returns `target`. See publish."""
+    target = _place(target)
+    kind = kind_of_directory(source) or "checkpoint"
+    beside = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.part")
+    os.makedirs(beside, exist_ok=True)
     try:
+        remove_directory(beside, kind)  # what a kill left
+        os.makedirs(beside, exist_ok=True)
+        if os.listdir(beside):
+            raise UserError(f"{beside} holds {os.listdir(beside)[0]}, which this program did not write; move it elsewhere")
         copy_files(source, beside, os.listdir(source))
         publish(beside, target)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_directory(beside, kind)
     return target
 
 
@@ -2437,10 +2978,16 @@ def main(words, given):
         missing = [p for p in paths if not os.path.exists(p)]
         if missing:
             raise UserError(f"{missing[0]}: no such file or folder")
+        _check_name(name or "tokenizer")
         target = os.path.join(data_dir, name or "tokenizer")
+        replaced = _check_target(target, "tokenizer", paths)
         texts = (text for path in paths for text in _texts_of(local_files(path), as_, field))
         tok = train_bpe(texts, int(vocab_size), f"bpe:{vocab_size}", min_frequency)
-        tok.save(target)
+        partial = _place(target) + ".partial"
+        tok.save(partial)
+        publish(partial, target)
+        if replaced:
+            print(f"{target} replaces {replaced}")
         print(f"{target}: a byte-level BPE of {tok.vocab_size:,} ids\nnext: python prepare.py TEXT "
               f"--tokenizer={target}")
         return

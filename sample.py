@@ -57,6 +57,7 @@ compile = False               # torch.compile: pays back over many samples only
 configure(globals())
 
 import prepare
+import runs
 
 prepare.read_secrets()
 
@@ -113,7 +114,7 @@ if start.startswith('FILE:'):
     start = read(start[5:], 'start')
 start = clean(start)
 if init_from == 'resume':
-    init_from = out_dir or prepare.newest_run('out')
+    init_from = out_dir or runs.newest_run('out')
     if not os.path.isdir(init_from):
         raise UserError(f"out_dir={out_dir}: no such directory")
 
@@ -125,7 +126,7 @@ import torch  # this late, so that a mistake above is told at once
 from model import GPT, pack_weights, pick_device, pick_dtype
 
 device = pick_device(device)
-directory = prepare.model_directory(init_from)
+directory = runs.model_directory(init_from)
 tokenizer = prepare.load_tokenizer(directory)
 model = GPT.from_pretrained(directory)
 dtype = pick_dtype(dtype, device, model.config)

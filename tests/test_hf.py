@@ -17,6 +17,7 @@ from configurator import UserError
 from model import ARCHITECTURES, GPT, GPTConfig, REQUIRED, architecture
 
 SHAPE = dict(vocab_size=97, block_size=32, n_layer=5, n_head=4, n_embd=64)
+NEUTRAL = dict(qk_norm=False, unit_embed=False, rope_theta=1e4)  # GPTConfig's own defaults are the toy run's
 OURS = {
     "llama": dict(n_kv_head=2),
     "llama-untied-bias-wide-heads": dict(n_kv_head=1, tie_embeddings=False, bias=True, head_dim=32),
@@ -59,7 +60,7 @@ def compare(ours, theirs, tokens=24):
 
 @pytest.mark.parametrize("name", OURS)
 def test_ours_loads_there(name, tmp_path):
-    ours = shaken(GPT(GPTConfig(**SHAPE, **OURS[name])))
+    ours = shaken(GPT(GPTConfig(**SHAPE | NEUTRAL | OURS[name])))
     ours.save_pretrained(tmp_path)
     theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert theirs.config.model_type == name.split("-")[0]
@@ -69,7 +70,7 @@ def test_ours_loads_there(name, tmp_path):
 
 @pytest.mark.parametrize("name", OURS)
 def test_ours_comes_back_the_same(name, tmp_path):
-    ours = shaken(GPT(GPTConfig(**SHAPE, **OURS[name])))
+    ours = shaken(GPT(GPTConfig(**SHAPE | NEUTRAL | OURS[name])))
     ours.save_pretrained(tmp_path)
     back = GPT.from_pretrained(tmp_path)
     assert back.config == ours.config
@@ -94,7 +95,7 @@ def test_sharded_and_bf16_files_load(tmp_path):
 
 @pytest.mark.parametrize("keys", [dict(qk_norm=True, nope_every=2), dict(norm="layernorm"), dict(mlp="gelu")])
 def test_what_no_architecture_expresses(keys, tmp_path):
-    ours = shaken(GPT(GPTConfig(**SHAPE, **keys)))
+    ours = shaken(GPT(GPTConfig(**SHAPE | NEUTRAL | keys)))
     ours.save_pretrained(tmp_path)
     assert json.load(open(tmp_path / "config.json"))["model_type"] == "nanosmol"
     idx = torch.randint(97, (2, 16))
@@ -104,14 +105,14 @@ def test_what_no_architecture_expresses(keys, tmp_path):
 
 
 def test_a_hack_can_say_that_the_layout_is_no_longer_true(tmp_path):
-    ours = GPT(GPTConfig(**SHAPE))
+    ours = GPT(GPTConfig(**SHAPE | NEUTRAL))
     ours.save_pretrained(tmp_path, hf_layout=False)
     assert json.load(open(tmp_path / "config.json"))["model_type"] == "nanosmol"
     assert GPT.from_pretrained(tmp_path).config == ours.config
 
 
 def test_damaged_directories_are_refused_in_one_line(tmp_path):
-    GPT(GPTConfig(**SHAPE)).save_pretrained(tmp_path)
+    GPT(GPTConfig(**SHAPE | NEUTRAL)).save_pretrained(tmp_path)
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     whole, tensors, said = weights.read_bytes(), load_file(weights), json.loads(config.read_text())
     name = "model.layers.2.mlp.gate_proj.weight"
@@ -161,7 +162,7 @@ def test_a_tied_config_with_another_head_in_the_file(tmp_path):
 
 
 def test_a_tied_config_with_the_same_head_in_the_file_stays_tied(tmp_path):
-    ours = shaken(GPT(GPTConfig(**SHAPE)))
+    ours = shaken(GPT(GPTConfig(**SHAPE | NEUTRAL)))
     ours.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
@@ -175,7 +176,7 @@ def test_a_tied_config_with_the_same_head_in_the_file_stays_tied(tmp_path):
 @pytest.mark.parametrize("name", ["llama-embed-scale", "smollm3", "gpt2-no-bias"])
 def test_fine_tuned_elsewhere_it_comes_back_as_it_was_trained(name, tmp_path):
     """There the embedding and the head, which are one matrix here, are two, and GPT-2 has biases."""
-    shaken(GPT(GPTConfig(**SHAPE, **OURS[name]))).save_pretrained(tmp_path)
+    shaken(GPT(GPTConfig(**SHAPE | NEUTRAL | OURS[name]))).save_pretrained(tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     optimizer, idx = torch.optim.AdamW(theirs.parameters(), 1e-2), torch.randint(97, (4, 32))
     for _ in range(3):
@@ -191,7 +192,7 @@ def test_fine_tuned_elsewhere_it_comes_back_as_it_was_trained(name, tmp_path):
 
 
 def test_a_scaled_embedding_that_was_only_rounded_stays_tied(tmp_path):
-    ours = shaken(GPT(GPTConfig(**SHAPE, embed_scale=True)))
+    ours = shaken(GPT(GPTConfig(**SHAPE | NEUTRAL | dict(embed_scale=True))))
     ours.save_pretrained(tmp_path)
     AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
     with warnings.catch_warnings():
@@ -291,7 +292,7 @@ PARTS = ["value_embed.weight", "count", "blocks.0.gate", "blocks.4.attn.sinks", 
 
 def test_parameters_of_ones_own_are_saved_and_come_back(tmp_path):
     """Left out of a checkpoint, they would make it "damaged", and a run that cannot be resumed."""
-    ours = shaken(OwnParts(GPTConfig(**SHAPE)))
+    ours = shaken(OwnParts(GPTConfig(**SHAPE | NEUTRAL)))
     kind, obstacles = architecture(ours.config, ours.state_dict())
     assert kind == "nanosmol" and all(any(part in line for line in obstacles) for part in PARTS)
     with pytest.warns(UserWarning, match="value_embed.weight"):
@@ -317,7 +318,7 @@ def test_other_changes_of_the_tensors_are_not_called_llama(change, tmp_path):
             else:
                 self.head = nn.Linear(64, 97, bias=False)
 
-    ours = Changed(GPTConfig(**SHAPE))
+    ours = Changed(GPTConfig(**SHAPE | NEUTRAL))
     with pytest.warns(UserWarning, match="mlp.up.weight|norm.weight|head.weight"):
         ours.save_pretrained(tmp_path)
     back = Changed.from_pretrained(tmp_path).state_dict()
@@ -349,11 +350,11 @@ def test_a_key_of_ones_own(tmp_path):
     """At its default a model is what it was; at another value no architecture has it. Elsewhere it is refused by name."""
     field = "    n_layer: int = "
     changed = patched_model(field, "    softcap: float = 0.0    # tanh(logits / softcap), a key that was added\n" + field)
-    plain = changed.GPT(changed.GPTConfig(**SHAPE))
+    plain = changed.GPT(changed.GPTConfig(**SHAPE | NEUTRAL))
     plain.save_pretrained(tmp_path / "plain")
     assert json.load(open(tmp_path / "plain" / "config.json"))["model_type"] == "llama"
     assert GPT.from_pretrained(tmp_path / "plain").config.n_layer == 5
-    capped = changed.GPT(changed.GPTConfig(**SHAPE, softcap=30.0))
+    capped = changed.GPT(changed.GPTConfig(**SHAPE | NEUTRAL | dict(softcap=30.0)))
     assert changed.architecture(capped.config)[0] == "nanosmol"
     with pytest.warns(UserWarning, match="softcap=30.0"):
         capped.save_pretrained(tmp_path / "capped")
@@ -363,12 +364,12 @@ def test_a_key_of_ones_own(tmp_path):
     # a checkpoint from before the key was added has its default
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        GPT(GPTConfig(**SHAPE, mlp="gelu")).save_pretrained(tmp_path / "before")
+        GPT(GPTConfig(**SHAPE | NEUTRAL | dict(mlp="gelu"))).save_pretrained(tmp_path / "before")
     assert changed.GPT.from_pretrained(tmp_path / "before").config.softcap == 0.0
 
 
 def test_a_nanosmol_config_that_lacks_a_key_is_refused(tmp_path):
-    GPT(GPTConfig(**SHAPE)).save_pretrained(tmp_path, hf_layout=False)
+    GPT(GPTConfig(**SHAPE | NEUTRAL)).save_pretrained(tmp_path, hf_layout=False)
     file = tmp_path / "config.json"
     written = json.loads(file.read_text())
     del written["nanosmol"]["rope_theta"]

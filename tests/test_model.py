@@ -13,7 +13,8 @@ from configurator import UserError
 from model import (GPT, GPTConfig, Muon, documents, linear_cross_entropy, make_optimizers, orthogonalize,
                    pick_attention, sample_token, schedule_factor)
 
-SMALL = dict(vocab_size=97, block_size=48, n_layer=3, n_head=4, n_embd=64)
+SMALL = dict(vocab_size=97, block_size=48, n_layer=3, n_head=4, n_embd=64, rope_theta=1e4, qk_norm=False,
+             unit_embed=False)
 LLAMA = dict(n_kv_head=2)
 GPT2 = dict(norm="layernorm", mlp="gelu", pos="learned", bias=True)
 ALL = dict(n_kv_head=2, qk_norm=True, nope_every=2, embed_scale=True, tie_embeddings=False, head_dim=24)
@@ -46,9 +47,10 @@ def test_contradictions_are_named(keys, said):
 
 
 def test_zero_follows():
-    c = GPTConfig(n_embd=576, n_head=9, block_size=128)
+    c = GPTConfig(vocab_size=97, n_embd=576, n_head=9, block_size=128)
     assert (c.n_kv_head, c.head_dim, c.ffn_dim, c.max_positions) == (9, 64, 1536, 128)
-    assert GPTConfig(n_embd=960, n_head=15).ffn_dim == 2560 and GPTConfig(mlp="gelu", pos="learned").ffn_dim == 3072
+    assert GPTConfig(vocab_size=97, n_embd=960, n_head=15).ffn_dim == 2560
+    assert GPTConfig(vocab_size=97, n_embd=768, mlp="gelu", pos="learned").ffn_dim == 3072
 
 
 def test_longer_than_the_positions_is_refused():
@@ -176,7 +178,7 @@ def test_initial_sizes():
     assert abs(model.blocks[3].mlp.down.weight.std() - 0.02 / 4) < 5e-4  # sqrt(2 * 8)
     cut = GPT(GPTConfig(**SMALL, init="trunc_normal", init_std=0.1, scale_residual=False)).blocks[0].mlp.down.weight
     assert cut.abs().max() <= 0.3 and cut.std() > 0.09
-    unit = GPT(GPTConfig(**SMALL, unit_embed=True))
+    unit = GPT(GPTConfig(**SMALL | dict(unit_embed=True)))
     assert abs(unit.embed.weight.std() - 1) < 0.05 and torch.allclose(unit.norm.weight, torch.tensor(64 ** -0.5))
 
 

@@ -1,4 +1,5 @@
 """prepare.py: text to tokens, exactly; nothing lost, whatever is cut or killed; bad input told in a line."""
+import errno
 import gzip
 import hashlib
 import http.server
@@ -6,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -346,6 +348,65 @@ def test_the_toy_world(here):
     assert meta_of("data/toy_chat")["vocab_size"] == meta_of(directory)["vocab_size"]
 
 
+@pytest.mark.parametrize("option, said", [
+    (dict(max_tokens=-1), "--max_tokens=-1"), (dict(block_size=-1), "--block_size=-1"),
+    (dict(workers=-1), "--workers=-1"), (dict(seed=-1), "--seed=-1"), (dict(val_fraction=0.0), "--val_fraction=0"),
+    (dict(val_fraction=-0.1), "--val_fraction"), (dict(val_fraction=1.5), "--val_fraction"),
+    (dict(val_fraction=float("nan")), "--val_fraction"), (dict(as_="chats"), "--as=chats"), (dict(name="."), "--name=."),
+    (dict(name=".."), "--name=.."), (dict(name="t.partial"), "--name=t.partial"), (dict(tokenizer="bpe:258"), "259"),
+    (dict(tokenizer="bpe:1000000000000"), "1048576")])
+def test_values_out_of_range(here, option, said):
+    """prepare() called directly, without the configurator's checks of the comments; nothing is left behind."""
+    (here / "t.txt").write_text(WORDS, encoding="utf-8")
+    with pytest.raises(UserError) as e:
+        prepare.prepare("t.txt", **{"tokenizer": "byte", **option})
+    assert said in str(e.value) and "\n" not in str(e.value)
+    assert not os.path.exists("data") or os.listdir("data") == []
+
+
+def test_values_out_of_range_for_a_tokenizer(here):
+    """A vocabulary of 10 ** 12 ended in an abort of the tokenizers library, a frequency of -1 in a traceback."""
+    for options, said in ((dict(size=258), "259"), (dict(size=10 ** 12), "1048576"), (dict(min_frequency=0), "min_freq"),
+                          (dict(min_frequency=-1), "min_frequency=-1")):
+        with pytest.raises(UserError, match=said):
+            prepare.train_bpe([WORDS], **{"size": 300, "name": "x", **options})
+    with open(os.path.join(ROOT, "prepare.py"), encoding="utf-8") as f:
+        block = f.read().partition("# -----")[0]
+    for key in ("max_tokens", "block_size", "workers", "seed", "vocab_size", "min_frequency", "val_fraction"):
+        assert re.search(rf"^{key} = .*\(>=? [^)]*\)", block, re.M), f"the comment of {key} states no bounds"
+
+
+def test_a_tokenizer_json_that_leaves_out_what_it_may(here):
+    """`tokenizers` takes a file without added_tokens, or without use_regex; so does the fast engine."""
+    tok = make_tokenizer("bpe:600", [WORDS])
+    wanted = tok.encode(WORDS)
+    for key in ("added_tokens", "truncation", "padding", "post_processor", "normalizer", "version"):
+        spec = json.loads(json.dumps(tok.spec))
+        spec.pop(key, None)
+        spec["pre_tokenizer"]["pretokenizers"][1].pop("use_regex")
+        with open("t.json", "w", encoding="utf-8") as f:
+            json.dump(spec, f)
+        loaded = load_tokenizer("t.json").fast()
+        assert loaded.encode(WORDS) == wanted and (loaded.tik or key == "added_tokens")
+        assert prepare.with_chat_tokens(loaded).encode_special("<|im_end|>") is not None
+    spec = dict(tok.spec, model=dict(tok.spec["model"], dropout=0.5))
+    assert prepare.Tokenizer(spec, "random").fast().tik is None
+
+
+def test_sources_that_are_no_files(here):
+    """Told in one line: a link to nothing, a device, a record that nests too deeply to be read."""
+    (here / "texts").mkdir()
+    os.symlink("nowhere.txt", "texts/a.txt")
+    (here / "deep.jsonl").write_text('{"text": ' + "[" * 100_000)
+    for source, said in (("texts", "texts/a.txt: a link to a file that is not there"),
+                         ("/dev/null", "/dev/null: neither a file nor a folder"), ("deep.jsonl", "not a JSON object")):
+        with pytest.raises(UserError, match=said):
+            prepare.prepare(source, tokenizer="byte", name="t")
+    name = os.fsdecode(b"caf\xe9.txt")  # not UTF-8
+    (here / name).write_text(WORDS, encoding="utf-8")
+    assert meta_of(prepare.prepare(name, tokenizer="byte", name="t"))["source"] == "caf?.txt"
+
+
 # --- the pipeline: exact, whatever the number of workers, and after a kill -9
 
 def lines(records):
@@ -501,6 +562,227 @@ def test_bad_records(here, capsys):
         prepare.Records(directory, "val", lambda record: record)
 
 
+# --- nothing is replaced that prepare.py did not make
+
+def everything_in(directory):
+    """{path: content} of all files below a directory, as far as links lead."""
+    found = {}
+    for folder, _, names in os.walk(directory, followlinks=True):
+        for name in names:
+            path = os.path.join(folder, name)
+            found[os.path.relpath(path, directory)] = open(path, "rb").read()
+    return found
+
+
+def ours_at(directory):
+    """A data set of prepare.py's at that path."""
+    with open("t.txt", "w", encoding="utf-8") as f:
+        f.write(WORDS)
+    return prepare.prepare("t.txt", tokenizer="byte", name=os.path.basename(directory),
+                           data_dir=os.path.dirname(directory))
+
+
+def source_in_target():
+    os.makedirs("data/book")
+    open("data/book/book.txt", "w").write(WORDS)
+
+
+def source_is_target():
+    os.makedirs("texts")
+    open("texts/a.txt", "w").write(WORDS)
+    os.symlink("texts", "link")
+    os.makedirs("data")
+    os.symlink("../texts", "data/linked")
+
+
+def source_of_ours():
+    """Records that prepare.py made are a source too."""
+    open("p.jsonl", "w").write(lines(dict(prompt=f"{i}?", chosen="a", rejected="b") for i in range(100)))
+    prepare.prepare("p.jsonl", val_fraction=0.2)
+    os.makedirs("links")
+    os.symlink("../data/p/train.jsonl", "links/train.jsonl")
+
+
+def something_of_the_users():
+    """A directory, a file, and an extra file in a data set, where data should go."""
+    open("t.txt", "w").write(WORDS)
+    os.makedirs("data/notes")
+    open("data/notes/notes.txt", "w").write("mine")
+    os.makedirs("data/bins")
+    open("data/bins/train.bin", "wb").write(b"nanoGPT's")
+    os.makedirs("data/deep/train.bin")
+    open("data/file", "w").write("mine")
+    os.makedirs("data/half.partial")
+    open("data/half.partial/train.bin", "wb").write(b"mine")
+    open("data/halffile.partial", "w").write("mine")
+    ours_at("data/extra")
+    open("data/extra/notes.txt", "w").write("mine")
+    os.makedirs("data/tok")
+    open("data/tok/tokenizer.json", "w").write("mine")
+
+
+REFUSED = [
+    (source_in_target, "data/book/book.txt", {}, "data/book would replace its own source"),
+    (source_in_target, "./data/../data/book", {}, "data/book would replace its own source"),
+    (source_is_target, "texts", dict(data_dir="."), "texts would replace its own source"),
+    (source_is_target, "./link/", dict(data_dir=".", name="texts"), "texts would replace its own source"),
+    (source_is_target, "texts", dict(name="linked"), "data/linked would replace its own source"),
+    (source_is_target, "texts/a.txt", dict(name="linked"), "data/linked would replace its own source"),
+    (source_is_target, ".", dict(name="t"), "data/t lies in the folder ."),
+    (source_is_target, "texts", dict(data_dir="texts/data"), "texts/data/texts lies in the folder texts"),
+    (source_of_ours, "data/p", {}, "data/p would replace its own source"),
+    (source_of_ours, "data/p/train.jsonl", dict(name="p"), "data/p would replace its own source"),
+    (source_of_ours, "links", dict(name="p"), "data/p would replace its own source"),
+    (something_of_the_users, "t.txt", dict(name="notes"), "data/notes holds notes.txt"),
+    (something_of_the_users, "t.txt", dict(name="bins"), "data/bins is not a data set that this program made"),
+    (something_of_the_users, "t.txt", dict(name="deep"), "data/deep holds train.bin"),
+    (something_of_the_users, "t.txt", dict(name="file"), "data/file is not a directory"),
+    (something_of_the_users, "t.txt", dict(name="half"), "data/half.partial is not a"),
+    (something_of_the_users, "t.txt", dict(name="halffile"), "data/halffile.partial is not a directory"),
+    (something_of_the_users, "t.txt", dict(name="extra"), "data/extra holds notes.txt"),
+    (something_of_the_users, "t.txt", dict(name="tok"), "data/tok is not a data set"),
+    (something_of_the_users, "toy", dict(name="extra"), "data/extra holds notes.txt"),
+    (something_of_the_users, "hub:owner/name", dict(name="extra"), "data/extra holds notes.txt"),
+]
+
+
+@pytest.mark.parametrize("scene, source, options, said", REFUSED)
+def test_what_others_made_is_not_replaced(here, monkeypatch, scene, source, options, said):
+    """Refused in one line before any work, with what to do; no file is touched and none is left behind."""
+    scene()
+    before = everything_in(".")
+    monkeypatch.setattr(prepare, "_make", lambda *args: pytest.fail("work was begun")) if source != "links" else None
+    with pytest.raises(UserError) as e:
+        prepare.prepare(source, **{"tokenizer": "byte", **options})
+    assert str(e.value).removeprefix("./").startswith(said) and "\n" not in str(e.value)
+    assert re.search("--name=|--data_dir=", str(e.value))
+    assert everything_in(".") == before
+
+
+def test_a_copy_that_someone_made_beside_is_not_removed(here):
+    """cp -r data/t data/t.old looks like data of ours, and is a backup all the same."""
+    directory = ours_at("data/t")
+    shutil.copytree(directory, "data/t.old")
+    before = files_of("data/t.old")
+    prepare.prepare("t.txt", tokenizer="char")
+    assert files_of("data/t.old") == before and meta_of("data/t")["tokenizer"] == "char"
+    assert sorted(os.listdir("data")) == ["t", "t.old"]
+
+
+def test_what_is_ours_is_replaced_and_said(here, capsys):
+    """Also through a link to another disk, which stays; file managers' leavings are no reason to refuse."""
+    ours_at("elsewhere/t")
+    os.makedirs("data")
+    os.symlink("../elsewhere/t", "data/t")
+    open("elsewhere/t/.DS_Store", "w").close()
+    prepare.prepare("t.txt", tokenizer="char")
+    assert os.path.islink("data/t") and meta_of("elsewhere/t")["tokenizer"] == "char"
+    assert "data/t replaces what was made there from t.txt" in capsys.readouterr().out
+    assert os.listdir("elsewhere") == ["t"] and ".DS_Store" not in os.listdir("data/t")
+    os.makedirs("data/empty")
+    prepare.prepare("t.txt", tokenizer="char", name="empty")
+    assert prepare.prepare("t.txt", tokenizer="byte", name="u", data_dir="") == "u"
+
+
+def test_what_a_kill_left_is_gone_on_from(here):
+    """An empty .partial, one that holds a whole data set, and a data set that stands aside under publish's name."""
+    directory = ours_at("data/t")
+    whole = files_of(directory)
+    os.makedirs("data/u.partial")
+    shutil.copytree(directory, "data/v.partial")
+    os.rename(directory, "data/.t.replaced")
+    for name in "uv":
+        assert files_of(prepare.prepare("t.txt", tokenizer="byte", name=name)).keys() == whole.keys()
+    with pytest.raises(UserError, match="empty"):
+        open("empty.txt", "w").close()
+        prepare.prepare("empty.txt", name="t")
+    assert files_of(directory) == whole
+    assert sorted(os.listdir("data")) == ["t", "u", "v"]
+
+
+def test_a_tokenizer_replaces_only_a_tokenizer(here):
+    """`prepare.py tokenizer` over a data set would leave bins whose tokens mean something else."""
+    def train(name, path="t.txt"):
+        return command("tokenizer", path, "--vocab_size=300", f"--name={name}", cwd=here)
+    ours_at("data/t")
+    something_of_the_users()
+    before = everything_in("data")
+    for name in ("t", "notes", "tok", "file", ".."):
+        done = train(name)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "--name=" in done.stderr, done.stderr
+    assert everything_in("data") == before
+    assert train("mine").returncode == 0
+    again = train("mine")
+    assert again.returncode == 0 and "data/mine replaces" in again.stdout, again.stderr
+    assert sorted(os.listdir("data/mine")) == ["tokenizer.json", "tokenizer_config.json"]
+    with pytest.raises(UserError, match="data/mine is not a data set"):
+        prepare.prepare("t.txt", tokenizer="data/mine", name="mine")
+
+
+def checkpoint(path, content="weights"):
+    os.makedirs(path)
+    for name in ("trainer.pt", "config.json", "model.safetensors", "tokenizer.json"):
+        with open(os.path.join(path, name), "w") as f:
+            f.write(content)
+    return path
+
+
+def test_publishing_and_copying_a_checkpoint(here):
+    """publish() and copy_whole() replace a checkpoint by a checkpoint, and nothing that someone else put there."""
+    prepare.publish(checkpoint("run/.writing", "new"), "run/step_000002")
+    checkpoint("run/best", "old")
+    prepare.publish(checkpoint("run/.writing", "new"), "run/best")
+    assert files_of("run/best") == files_of("run/step_000002") and sorted(os.listdir("run")) == ["best", "step_000002"]
+    assert prepare.ours("run/best") and not prepare.ours("run") and not prepare.ours("run/nothing")
+    prepare.copy_whole("run/best", "backup/best")
+    assert files_of(prepare.copy_whole("run/best", "backup/best")) == files_of("run/best")
+    open("run/best/notes.txt", "w").write("mine")
+    os.makedirs("backup/mine")
+    open("backup/mine/model.safetensors", "w").write("mine")
+    checkpoint("run/.writing", "newer")
+    before = everything_in(".")
+    assert not prepare.ours("run/best") and not prepare.ours("backup/mine")
+    for publish in (lambda: prepare.publish("run/.writing", "run/best"),
+                    lambda: prepare.copy_whole("run/step_000002", "backup/mine")):
+        with pytest.raises(UserError, match="holds notes.txt|is not a checkpoint"):
+            publish()
+    assert everything_in(".") == before
+    prepare.remove_directory("run/best", "checkpoint")
+    assert os.listdir("run/best") == ["notes.txt"]
+
+
+def test_publishing_where_directories_do_not_sync(here, monkeypatch):
+    """Windows opens no directory, and syncs no file that is open for reading only; a full disk is still told."""
+    really_open, really_sync, synced = os.open, os.fsync, {}
+
+    def windows_open(path, flags, *args, **options):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        handle = really_open(path, flags, *args, **options)
+        synced[handle] = flags & (os.O_RDWR | os.O_WRONLY)
+        return handle
+
+    def windows_sync(handle):
+        if not synced.get(handle, True):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        really_sync(handle)
+
+    monkeypatch.setattr(prepare.os, "open", windows_open)
+    monkeypatch.setattr(prepare.os, "fsync", windows_sync)
+    directory = ours_at("data/t")
+    assert meta_of(directory)["documents"] == 1
+    prepare.prepare("t.txt", tokenizer="char")
+    assert meta_of(directory)["tokenizer"] == "char" and os.listdir("data") == ["t"]
+    before = files_of(directory)
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(prepare.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        prepare.publish(checkpoint("run/.writing"), "run/best")
+    assert files_of(directory) == before and os.listdir("run") == [".writing"]
+
+
 # --- chat, preferences, verifiers
 
 @pytest.mark.parametrize("kind", ["bpe:600", "smollm2", "gpt2", "llama", "byte"])
@@ -604,6 +886,72 @@ def test_verifiers(here):
                        ("regex:(", "regular expression"), ("magic", "no such verifier")):
         with pytest.raises(UserError, match=said):
             prepare.verifier(spec)
+
+
+def test_a_verifier_that_can_never_work_is_told(here):
+    """A signature that no call fits, a directory, a coroutine: in one line, when it is loaded."""
+    (here / "two.py").write_text("def verify(completion, answer):\n    return 1.0\n")
+    (here / "four.py").write_text("def verify(prompt, completion, answer, more):\n    return 1.0\n")
+    (here / "later.py").write_text("async def verify(prompt, completion, answer):\n    return 1.0\n")
+    (here / "raises.py").write_text("raise ValueError('first\\nsecond')\n")
+    (here / "bytes.py").write_bytes(b"\xff\x00")
+    (here / "dir.py").mkdir()
+    for spec, said in (("two.py", "verify\\(completion, answer\\) does not take three arguments"),
+                       ("four.py", "does not take three arguments"), ("later.py", "coroutine"),
+                       ("raises.py", "ValueError: first"), ("bytes.py", "SyntaxError"), ("dir.py", "not a file"),
+                       ("regex:", "wants a pattern"), ("regex:a{99999999999}", "regular expression")):
+        with pytest.raises(UserError, match=said) as e:
+            prepare.verifier(spec)
+        assert "\n" not in str(e.value) and str(e.value).startswith("--verifier=")
+
+
+def test_verifiers_as_people_write_them(here):
+    """A byte-order mark, an import from beside it, a dataclass, other names, a constant, a class with __call__."""
+    (here / "folder").mkdir()
+    (here / "folder" / "norm_of_mine.py").write_text("def norm(text):\n    return text.strip().lower()\n")
+    (here / "folder" / "v.py").write_text("from norm_of_mine import norm\ndef verify(p, c, a, strict=False):\n"
+                                          "    return norm(c) == norm(a)\n")
+    (here / "bom.py").write_bytes(b"\xef\xbb\xbfdef verify(prompt, completion, answer):\n"
+                                  b"    return float(answer in completion)\n")
+    (here / "latin.py").write_bytes("# coding: latin-1\nverify = lambda *a: a[1] == 'é'\n".encode("latin-1"))
+    (here / "cls.py").write_text("from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\n"
+                                 "class V:\n    right: float = 1.0\n    def __call__(self, prompt, completion, answer):\n"
+                                 "        return self.right * (completion == answer)\nverify = V()\n")
+    (here / "constant.py").write_text("def verify(prompt, completion, answer):\n    return 0.1\n")
+    for spec, completion, answer, reward in (("folder/v.py", "YES", "yes", 1.0), ("bom.py", "abc", "b", 1.0),
+                                             ("latin.py", "é", "", 1.0), ("cls.py", "x", "x", 1.0),
+                                             ("constant.py", "x", "y", 0.1)):
+        assert prepare.verifier(spec)("", completion, answer) == reward, spec
+
+
+def test_golds_that_a_verifier_cannot_read(here):
+    """'number' compares nothing to "yes": whoever trains can count such answers before the first step."""
+    readable = ["7", "It is 7.", "#### 1,234.50", "-.5", "1e-05", "1e+16", "3 of 4"]
+    for answer in readable:
+        assert prepare.readable_gold("number", answer), answer
+        assert prepare.verifier("number")("", answer, answer) == 1.0, answer
+    for answer in ("yes", "", "####", "seven", "#### 7 #### 8", "1 2 3 4 5 6 7 8 9", "9" * 5000):
+        assert not prepare.readable_gold("number", answer), answer
+        assert prepare.verifier("number")("", answer, answer) == 0.0, answer
+    assert prepare.readable_gold("exact", "yes") and not prepare.readable_gold("exact", " ")
+    assert prepare.readable_gold("toy", "Tom won.") and prepare.readable_gold("toy", "7")
+    assert not prepare.readable_gold("toy", "It is so. Tom won.")
+    assert all(prepare.readable_gold("toy", p["answer"]) for p in prepare.toy_problems(count=200))
+
+
+def test_numbers_as_answers(here):
+    """1e-05 of a .jsonl was read as -5: numbers become what a person would write, and exponents are understood."""
+    number = prepare.verifier("number")
+    assert number("", "0.00001", "1e-05") == number("", "So it is 1E-5.", "1e-05") == 1.0
+    assert number("", "-5", "1e-05") == number("", "5", ".5") == number("", "10", "1e999999999") == 0.0
+    assert number("", "10,000,000,000,000,000", "1e+16") == 1.0 and number("", "v1.2", "1.2") == 1.0
+    records = [dict(question=f"{i}?", answer=a) for i, a in enumerate([1e-05, 1e16, 2.5, 7, -0.1] * 10)]
+    records += [dict(question="?", answer=a) for a in (float("nan"), float("inf"), None, " ", ["7"])]
+    (here / "v.jsonl").write_text(lines(records))
+    directory = prepare.prepare("v.jsonl", val_fraction=0.2)
+    answers = {json.loads(line)["answer"] for part in ("train", "val")
+               for line in read(os.path.join(directory, part + ".jsonl")).splitlines()}
+    assert answers == {"0.00001", "10000000000000000", "2.5", "7", "-0.1"} and meta_of(directory)["left_out"] == 5
 
 
 # --- what is fetched: the real clients, against a stand-in on loopback
