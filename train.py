@@ -177,10 +177,10 @@ dtype = config["dtype"] = pick_dtype(runs.began_with("dtype", config, setup, sta
 attention = pick_attention(device, dtype, doc_mask, compile, model.config.dropout)
 model.to(device)
 model.grad_checkpoint = grad_checkpoint
-obstacles = architecture(model.config)[1]
+obstacles = architecture(model.config, model.state_dict())[1]
 if obstacles and hf_layout:
-    say(f"warning: no Hugging Face architecture combines {', '.join(obstacles)} like this; checkpoints will be model_type "
-        "nanosmol, which loads here but not in transformers")
+    say("warning: checkpoints will be model_type nanosmol, which loads here but not in transformers: " + "; ".join(obstacles))
+    hf_layout = False
 
 # -----------------------------------------------------------------------------
 # optimizers, and what a run counts
