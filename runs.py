@@ -671,8 +671,9 @@ class Checkpoints:
         """Starts writing a checkpoint of the step trainer['run']['step']."""
         begun = time.perf_counter()
         self.wait()  # never two copies in memory
-        tied = model.config.tie_embeddings
-        weights = {name: t for name, t in model.state_dict().items() if name != "head.weight" or not tied}
+        weights = model.state_dict()
+        if model.head.weight is model.embed.weight:  # copied once
+            del weights["head.weight"]
         weights, trainer = in_memory(weights), in_memory(trainer)
         waited = time.perf_counter() - begun
 
