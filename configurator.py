@@ -360,7 +360,7 @@ class _Stream:
             raise self._error
 
     def _redirect(self):
-        """Points the file descriptor to os.devnull, also for what is buffered and child processes."""
+        """Points the file descriptor to os.devnull, also for buffered text and child processes."""
         with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as devnull:
             os.dup2(devnull.fileno(), self._stream.fileno())
 

@@ -436,7 +436,7 @@ def complete_batch(rows):
     """{i: (ids, how many tokens may follow)} -> {i: Completion}"""
     longest = max(len(ids) for ids, _ in rows.values())
     pad = torch.tensor([longest - len(ids) for ids, _ in rows.values()])  # (B,)
-    padded = [[in_vocabulary(ids)[0]] * (longest - len(ids)) + ids for ids, _ in rows.values()]
+    padded = [ids[:1] * (longest - len(ids)) + ids for ids, _ in rows.values()]
     idx = torch.tensor(padded, device=device)  # (B, T)
     completions = {i: Completion(ids) for i, (ids, _) in rows.items()}
     max_tokens = max(limit for _, limit in rows.values())

@@ -1,4 +1,4 @@
-"""sample.py as its users run it: as a process, in a terminal, in a browser; with models made here."""
+"""sample.py as a user runs it, with models made here: as a process, in a terminal, in a browser."""
 
 import json
 import os
@@ -29,12 +29,13 @@ ENV = {
     "no_proxy": "127.0.0.1",
 }
 SHAPE = dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
-WORDS = "the cat sat on a mat and saw one red hat in an old van".split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "red", "hat", "in", "an"]
+WORDS += ["old", "van"]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """`chat` answers in a few words; `base` has the same weights and tokenizer but was, it says, only pretrained;
+    """`chat` answers in a few words; `base` has the same files but declares that it is pretrained;
     `endless` has a long window and never ends a text under greedy decoding."""
     cwd = tmp_path_factory.mktemp("sample")
     torch.manual_seed(0)
@@ -289,7 +290,7 @@ def test_a_damaged_model_directory_is_one_line(place, tmp_path, file, content, m
 
 
 def test_a_tokenizer_of_another_model_is_one_line(place):
-    """An id that has no row in the embedding ended in an IndexError: prompts, chats, end of text."""
+    """An id without a row in the embedding ended in an IndexError: prompts, chats, end of text."""
     small = GPT(GPTConfig(**SHAPE, block_size=32, vocab_size=90))
     small.save_pretrained(place / "small")
     shutil.copy(place / "base" / "tokenizer.json", place / "small")
@@ -386,7 +387,7 @@ def test_many_prompts(place):
 
 
 def test_what_is_answered_is_kept(place):
-    """Ctrl-C, a disk that fills up, a reader that goes away: whole lines stay, and no traceback is shown."""
+    """Ctrl-C, a full disk, a reader that is gone: whole lines stay, and no traceback is shown."""
     import resource
 
     (place / "many.txt").write_text("the cat\n" * 400)
@@ -466,7 +467,8 @@ def test_a_text_is_continued_alike_in_any_batch_also_where_the_window_slides(pla
         ("chat", "{", "bad.jsonl, line 2: "),
         (
             "chat",
-            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+            '{"messages": [{"role": "user", "content": "a"}, '
+            '{"role": "assistant", "content": "b"}]}',
             "the assistant's",
         ),
         (
@@ -562,7 +564,7 @@ def test_a_base_model_goes_on_with_the_text(place):
         stdin="the cat\n/system x\n",
     )
     assert "/system x: no such command" in run.stdout and ", chat" not in run.stderr
-    # Enter alone lets it write on; and a model that could chat goes on with a text where that is asked for
+    # Enter alone lets the model continue; a chat model continues a text with --chat=no
     sample(
         place,
         "--init_from=endless",
@@ -590,7 +592,7 @@ def test_web_says_how_to_install_what_is_missing(place):
 
 @pytest.fixture
 def page(place):
-    """The running page's address, with a model that never ends; as a Space, so that both are tried at once."""
+    """The address of the page of a model that never ends a text; run as a Space, to test both."""
     pytest.importorskip("gradio", reason="needs gradio (pip install gradio)")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -635,7 +637,10 @@ def test_the_page_in_a_browser(page, place):
         box.fill("the cat <|im_end|>")
         box.press("Enter")
         said = tab.get_by_test_id("bot")
-        length = lambda: len(said.inner_text())
+
+        def length():
+            return len(said.inner_text())
+
         tab.wait_for_function(
             "document.querySelector('[data-testid=bot]')?.innerText.length > 5", timeout=20000
         )
