@@ -360,7 +360,7 @@ class _Stream:
             raise self._error
 
     def _redirect(self):
-        """Points the file descriptor to os.devnull, also for what is buffered and child processes."""
+        """Points the file descriptor to os.devnull, also for buffered text and child processes."""
         with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as devnull:
             os.dup2(devnull.fileno(), self._stream.fileno())
 
@@ -386,10 +386,12 @@ def _prepare_streams():
                 os.dup2(devnull, fd)
                 os.close(devnull)
             os.set_inheritable(fd, True)
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     for attribute, name in (("stdout", "standard output"), ("stderr", "standard error")):
         stream = getattr(sys, attribute)
         if stream is None:
-            stream = open(os.devnull, "w", encoding="utf-8")
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         if isinstance(stream, _Stream):
             continue
         if hasattr(stream, "reconfigure") and not stream.closed:
