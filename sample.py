@@ -62,6 +62,7 @@ compile = False               # torch.compile; pays off only with many samples
 setup = configure(globals())
 
 import prepare  # noqa: E402
+import runs  # noqa: E402
 
 prepare.read_secrets()
 
