@@ -960,6 +960,22 @@ def why_harmful(loss, grad_norm, recent, spike_z=12.0, scaled=False):
 # -----------------------------------------------------------------------------
 # the machine
 
+def over_processes(*numbers):
+    """The sums of numbers over all processes of torch.distributed, as a list of floats; without it the numbers."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [float(number) for number in numbers]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def barrier():
+    """Waits for all processes of torch.distributed."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
 def set_up_device(device):
     """The device to train on, ready for it: of torchrun's processes each takes a GPU of its own; TF32 is on."""
     device = pick_device(device)

@@ -1011,7 +1011,7 @@ PRIVATE = ("out_dir", "data_dir", "backup_dir", "init_from", "hf_repo", "hf_priv
            "wandb_log", "wandb_project", "wandb_run_name", "tensorboard", "dry_run", "gpu", "mfu", "gpu_cost_per_hour")
 
 
-def model_card(config, keys, n_params, loads_in_transformers, run, rows):
+def model_card(config, keys, model, loads_in_transformers, run, rows):
     """README.md of the Hub repository, from the run's own config and log."""
     step, stage, repo, dataset = run.step, config["stage"], config["hf_repo"], config["dataset"]
     goal, choose = ("val/pass@1", max) if stage == "rlvr" else ("val/loss", min)
@@ -1045,7 +1045,7 @@ In nanosmol:"""
 
 # {repo.split('/')[1]}
 
-{n_params:,} parameters, trained with nanosmol ({stage}{made_from}) for {step:,} steps on {run.tokens:,} tokens of {data}. \
+{model.n_params():,} parameters, trained with nanosmol ({stage}{made_from}) for {step:,} steps on {run.tokens:,} tokens of {data}. \
 The weights are those of the last step; `checkpoints/` holds earlier ones, with the state of their optimizers.
 
 | | step | |
@@ -1085,6 +1085,10 @@ class StopSignal:
         if self.signal:
             os._exit(130)
         self.signal = signal.Signals(number).name
+
+
+def on_a_pod(config):
+    return config["terminate_pod"] and bool(os.environ.get("RUNPOD_POD_ID"))
 
 
 class Pod:
@@ -1192,8 +1196,8 @@ def samples(model, data, config, count, autocast, log):
         return []
 
 
-def last_to_roll_back_to(out_dir, run, max_bad_steps, max_rollbacks):
-    """The newest checkpoint; UserError if there is none, or after max_rollbacks."""
+def last_checkpoint(out_dir, run, max_bad_steps, max_rollbacks):
+    """The checkpoint to roll back to; UserError if there is none, or after max_rollbacks."""
     saved = checkpoints(out_dir)
     if saved and run.rollbacks < max_rollbacks:
         return saved[-1]
