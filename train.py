@@ -386,6 +386,8 @@ while True:
         # training waits for a copy in memory; a thread writes it
         checkpoints.save(model, tokenizer, trainer_state(), ends, hf_layout)
         saved_at, last_saved = run.step, now
+        if evaluation_due:
+            checkpoints.wait()  # on the disk before anything that may fail
 
     # evaluate: before the first step, at every interval, after the last step
     if evaluation_due:
