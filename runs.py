@@ -322,8 +322,9 @@ def claim(config, start, say):
             if os.path.realpath(os.getcwd()).startswith(os.path.realpath(old)):
                 raise UserError(f"out_dir={old!r} is the directory that you are in, so it can't be set aside; choose another")
             say(f"the run in {old} is set aside as {set_aside(old)}")
-        os.makedirs(out_dir, exist_ok=True)
-        lock(out_dir)
+        if not os.path.isdir(out_dir):
+            os.makedirs(out_dir)
+            lock(out_dir)
     for damaged in start.damaged:  # else rotation would take it for the newest
         if os.path.exists(damaged + ".damaged"):
             set_aside(damaged + ".damaged")
