@@ -1511,345 +1511,126 @@ def model_directory(where):
 
 
 # -----------------------------------------------------------------------------
-# The toy world: a language small enough to be learned in minutes on a laptop, and big enough to see it
-# being learned: names stay the same through a story, "he" is a boy, sums are right.
-#
-# A story is a template. A slot like {thing} is chosen where it first appears and stays the same from then on:
-#   {thing} {thing2} {things}   a thing, another thing, several of the first
-#   {A} {he} {him} {his}        the hero and the hero's pronouns; {B} {B.he} {B.his} a friend
-#   {He} {B.His} {Thing}        the same with a capital, to begin a sentence
-#   {n coins} {n.word}          "1 coin", "2 coins"; "two": n, m, total (n + m), left (n - m), next (m + 1)
-#   {animal.eats}               what ABOUT says of the animal
-#   [a|b|]                      one of these, or nothing; and "a" becomes "an" by itself
-# To add a plot, add an entry to PLOTS. There is nothing else to do.
+# The toy world: its words and templates are in assets/toy_world.txt, whose head explains them.
 
-
-def about(text, *facts):
-    """'cat, meow; dog, woof' and "says" -> {"cat": {"says": "meow"}, "dog": {"says": "woof"}}"""
-    rows = [row.split(", ") for row in " ".join(text.split()).split("; ")]
-    return {word: dict(zip(facts, told)) for word, *told in rows}
-
-
-# few names: each is met often enough for a small model to learn that names are what stays the same
-GIRLS = "Anna Lily Mia Sue Emma Zoe Rosa Kate Ella Nina Amy Lucy".split()
-BOYS = "Tom Ben Max Sam Leo Jim Jack Finn Noah Dan Paul Oscar".split()
 SHE = dict(he="she", him="her", his="her", boy="girl", brother="sister")
 HE = dict(he="he", him="him", his="his", boy="boy", brother="brother")
-NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
-    sixteen seventeen eighteen nineteen twenty""".split()
-ANIMALS = about("""cat, meow, fish, in the house; dog, woof, meat, in the yard; duck, quack, bread, on the
-    pond; hen, cluck, corn, on the farm; mouse, squeak, cheese, in a hole; bird, tweet, seeds, in a nest;
-    lamb, baa, grass, in the field; cow, moo, clover, in the meadow; horse, neigh, hay, in the barn; pig,
-    oink, potatoes, on the farm; owl, hoot, mice, in the forest; frog, croak, flies, by the river; goose,
-    honk, wheat, by the lake; bee, buzz, honey, in a hive; crow, caw, worms, in a tall tree; goat, bleat,
-    leaves, on the hill; lion, roar, meat, on the plain; wolf, howl, meat, in the forest; bear, growl, honey,
-    in a cave; snake, hiss, eggs, under a rock; pigeon, coo, crumbs, on the roof; monkey, chatter, bananas, in
-    the jungle; parrot, squawk, nuts, in a cage; donkey, bray, oats, in the barn; chick, peep, corn, on the
-    farm; puppy, yap, meat, in a basket; kitten, mew, fish, in a basket; turkey, gobble, oats, on the farm""",
-    "says", "eats", "lives")
-WORKERS = about("""baker, bake bread; farmer, grow corn; painter, paint walls; sailor, sail ships; cook, make
-    soup; tailor, sew coats; gardener, plant roses; carpenter, build tables; singer, sing songs; pilot, fly
-    planes; shepherd, look after sheep; driver, drive buses; doctor, help sick people; dancer, dance on ropes;
-    clown, make people laugh; smith, mend pots; fisher, catch fish; hunter, follow tracks""", "can")
-WEATHER = about("""sunny, a hat, swam in the lake; rainy, an umbrella, jumped in puddles; cold, a coat, ran a
-    race; snowy, gloves, made a snowman; windy, a kite, flew kites; icy, a scarf, slid on the pond; hot, some
-    water, sat in the shade; foggy, a lantern, walked hand in hand""", "take", "did")
-NATURE = about("""grass, green; sky, blue; sea, blue; snow, white; milk, white; sun, yellow; corn, yellow;
-    mud, brown; night, black; coal, black; fire, red; leaf, green; carrot, orange""", "colour")
-ABOUT = {**dict.fromkeys(GIRLS, SHE), **dict.fromkeys(BOYS, HE), **NATURE, **ANIMALS, **WORKERS, **WEATHER,
-         **{str(n): dict(word=word) for n, word in enumerate(NUMBERS)}}
+CHAT_MANNERS = ["plain"] * 8 + ["kind", "curt"]  # what SFT shows; DPO can only choose among these
+TOY_SHARES = {"story": 58, "counting": 10, "sums": 26, "facts": 6}  # percent of the documents
 
-TABLES = {  # the choices for each slot: words, or phrases with commas between them
-    "elder": "Mum, Dad, Grandma, Grandpa, Aunt Rose, Uncle Bill", "few": "two three four five six seven",
-    "trait": """kind brave funny clever quiet cheerful good little gentle polite curious lively friendly
-        patient clumsy smart shy proud busy helpful careful lazy noisy sleepy merry tidy silly young""",
-    "when": """one day, one morning, one afternoon, one sunny day, one warm day, one windy day, one spring
-        day, one summer morning, one autumn day, after school, after breakfast, early one morning, on Monday,
-        on Tuesday, on Wednesday, on Thursday, on Friday, on Saturday, on Sunday""",
-    "colour": "red blue green yellow orange pink white brown purple black grey golden silver violet",
-    "thing": """ball hat doll drum book bell key scarf umbrella cup ring bag shoe whistle cap glove ribbon
-        purse clock basket pen brush pillow sock boot coat jacket necklace watch bucket shovel rope mirror
-        comb belt flute horn jug puzzle towel pot fan boat car kite train robot wagon plane truck tractor
-        rocket puppet sled guitar trumpet scooter""",
-    "craft": "kite boat crown card box flag mask lamp star lantern butterfly castle heart picture tower",
-    "place": "garden park forest field valley meadow village yard orchard playground town woods",
-    "far": "beach zoo castle museum circus fair harbour market mountain farm lake theatre",
-    "ride": "bus train car tram taxi coach", "dish": "vase plate window bowl jar mirror cup teapot",
-    "spot": """under the bench, behind the big tree, behind the old wall, next to the gate, near the well,
-        behind the bush, in the barn, by the fence, in the tall grass, under the bridge, behind the shed, by
-        the stream, behind the rock, near the fountain, behind the cart, under the leaves, behind the hedge,
-        next to the swing, near the statue, behind the haystack, in a hollow log, behind the mill, under the
-        willow, in the tent, behind the church, near the path, under the ladder, by the pond""",
-    "food": "bread cheese cake pie salad pudding rice soup pasta pizza toast jam honey butter ham",
-    "fruit": "apple pear plum orange peach cherry berry banana lemon melon fig grape strawberry",
-    "vegetable": "carrot bean tomato onion pumpkin turnip cabbage pea radish leek beet cucumber",
-    "snack": "egg nut cookie potato muffin biscuit pancake sandwich olive walnut",
-    "small": """shell stone stick leaf feather flower button card spoon pencil bead candle marble stamp acorn
-        brick crayon ticket badge bottle nail fork plate bowl rose tulip daisy seed block jar coin pin""",
-    "critter": "cat dog duck hen mouse bird lamb goat goose pigeon chick puppy kitten",
-    "pet": "cat dog rabbit mouse kitten puppy hamster parrot turtle",
-    "petname": "Coco Spot Fluffy Pepper Sunny Snowball Patch Buddy Ginger Pip Lucky Toffee Rusty Bubbles",
-    "skill": "swim sing dance climb ride skate paint draw knit ski read write cook row juggle",
-    "animal": " ".join(ANIMALS), "worker": " ".join(WORKERS), "weather": " ".join(WEATHER),
-    "natural": " ".join(NATURE),
-}
-TABLES = {name: " ".join(text.split()).split(", " if "," in text else " ") for name, text in TABLES.items()}
-EDIBLE = TABLES["fruit"] + TABLES["vegetable"] + TABLES["snack"]
-TABLES["item"] = EDIBLE + TABLES["thing"] + TABLES["small"]
-TABLES["A"] = TABLES["B"] = TABLES["C"] = GIRLS + BOYS
-PLURALS = {"leaf": "leaves", "scarf": "scarves", "potato": "potatoes", "tomato": "tomatoes"}
 
-BEGINNINGS = [
-    "[Once upon a time there was|There once was|Long ago there lived] a {trait} {boy} named {A}.",
-    "{A} was a {trait} {boy}[| who lived near the {place}].",
-    "This is [a|the] story of a {trait} {boy}. {His} name was {A}.",
-    "This is a story about {A} and {topic}. {A} was a {trait} {boy}.",
-    "In a [small|tall|narrow] house near the {place} lived a {boy}. [{His} name was|{He} was called] {A}.",
-    "Do you know {A}? {He} is a {trait} {boy}. [Here is a story about {him}.|Listen to this story.]",
-]
-ENDINGS = [
-    "[It was|It had been] a [perfect|special] day.", "That night, {A} slept [well|like a baby].", "", "",
-    "{A} never forgot that day.", "What a [fine|happy|great|wonderful] day it was!", "Everyone was happy.",
-    "{A} was a happy {boy}.", "And that is the end of the story.",
-]
-PLOTS = [  # (what it is about, the story, questions with their answers)
-    ("a lost {thing}", """{A} had a {colour} {thing} and [took it everywhere|liked it very much|looked after
-     it well]. {When}, [it was gone|{he} could not find it|it was not in its place]. "Where is my {colour}
-     {thing}?" asked {A}. {He} [looked|searched] {spot2}, but it was not there. Then {his} [friend|cousin] {B}
-     came by. "[Do not cry|Do not worry|Never mind], {A}. I will help you," said {B}. At last {B} looked
-     {spot}. There was the {colour} {thing}! "[I found it|Here it is|Come and look]!" [cried|shouted|called]
-     {B}. "Thank you, {B}," said {A}. "You are [a good friend|a true friend|so clever]!" """,
-     ["Who found the {thing}? {B} found the {thing}.", "Where was the {thing}? The {thing} was {spot}.",
-      "What colour was the {thing}? The {thing} was {colour}."]),
-    ("sharing", """{When}, {A} sat in the {place} with a bag of {fruits}. {His} friend {B} came by. {B.He} was
-     hungry. "May I have one {fruit}, please?" asked {B}. "No, they are mine," said {A}. {B} [went away|turned
-     around] and looked sad. Then {A} felt bad, because {B} was {his} friend. So {he} ran after {B.him} and
-     gave {B.him} half of the {fruits}. "I am sorry, {B}. Let us share," {he} said. The next day, {A} was
-     hungry, and {B} gave {him} half of {B.his} {food}. "[Sharing is fun|It is good to share]," said {B}.""",
-     ["Who was hungry first? {B} was hungry first.",
-      "What did {B} give to {A}? {B} gave {A} half of the {food}.",
-      "Why did {A} feel bad? {A} felt bad because {B} was {his} friend."]),
-    ("a race", """{When}, {A} and {B} had a race in the {place}. "[I am faster than you|I will win|You cannot
-     catch me], {A}!" said {B}. {Elder} called, "One, two, three, go!" {B} ran [very fast|like the wind] and
-     was soon far ahead. "I have so much time," {B.he} said, and {B.he} [sat down|lay down|stopped to rest]
-     {spot}. But {A} did not stop. {He} ran [and ran|all the way|as fast as {he} could]. When {B} [looked
-     up|woke up], it was too late. {A} won the race! {Elder} gave {him} a {colour} {thing}.""",
-     ["Who won the race? {A} won the race.", "Where did {B} stop? {B} stopped {spot}.",
-      "What did {elder} give to {A}? {Elder} gave {A} a {colour} {thing}."]),
-    ("a picnic", """{When}, {A} and {B} went to the {place} for a picnic. They had {food}, {food2} and some
-     {fruits}. The [feast|food] was ready. They sat down on a {colour} blanket. But then the sky [grew
-     dark|turned black], and it [began|started] to rain. "We will get wet!" cried {B}. They took the {colour}
-     blanket and the food and ran home. So they had their picnic [in the kitchen|on the floor|under the
-     table]. "This is the best picnic of all!" said {A}, and {B} laughed.""",
-     ["Where did they go? They went to the {place}.", "Who was with {A}? {B} was with {A}.",
-      "Why did they run home? They ran home because it began to rain."]),
-    ("a hungry {critter}", """{When}, {A} saw a [thin|tiny] {critter} {spot}. "{Critter.says}," said the
-     {critter}. It looked [hungry|weak]. {A} ran home to {elder}. "What does a {critter} eat?" {he} asked. "A
-     {critter} eats {critter.eats}," said {elder}. So {A} took some {critter.eats} and [ran|hurried] back. The
-     {critter} ate [and ate|every bit of it]. "{Critter.says}," it said [again|to thank {him}]. From that day
-     on, the {critter} [came to {A} every day|followed {A} everywhere], because {A} was kind to it.""",
-     ["What did {A} see? {A} saw a {critter}.", "Where was the {critter}? The {critter} was {spot}.",
-      "What did the {critter} eat? The {critter} ate {critter.eats}."]),
-    ("{vegetables} in the garden", """{When}, {elder} gave {A} a bag of seeds. "What will they be?" asked {A}.
-     "They will be {vegetables}," said {elder}. {A} [put the seeds in the ground|planted the seeds] and gave
-     them water every day. For {few} weeks, nothing came up. "You have to wait," said {elder}. Then the little
-     plants grew and grew. At last {A} picked {n vegetables}. {He} gave {m vegetables} to {his}
-     [friend|neighbour] {B}, who [thanked|hugged] {him}. {n} - {m} = {left}, so {A} kept {left}.""",
-     ["Who gave {A} the seeds? {Elder} gave {A} the seeds.", "What did {B} get? {B} got {m vegetables}.",
-      "How many {vegetables} did {A} pick? {A} picked {n vegetables}."]),
-    ("a trip to the shop", """{When}, {elder} gave {A} {n coins}. "Please buy some {food} [for us|at the
-     shop|for dinner], {A}," said {elder}. On the way {A} met {B}. "I am going to the shop. [Come with me!|Do
-     you want to come?]" said {A}. The {food} cost {m coins}. {A} counted the coins with care. {n} - {m} =
-     {left}. {He} had {left coins} left. {A} took the {food} home and gave {elder} the rest.""",
-     ["What did {A} buy? {A} bought some {food}.", "What did the {food} cost? It cost {m coins}.",
-      "How many coins did {A} have left? {A} had {left coins} left."]),
-    ("hide and seek", """{When}, {A}, {B} and {C} played hide and seek in the {place}. {A} closed {his} eyes
-     and counted to {n.word}. {B} hid {spot}, and {C} hid {spot2}. "[Here I come|Now I will find you|I am
-     ready]!" called {A}. First {he} looked {spot3}, but nobody was there. Then {he} saw a {colour} hat
-     {spot2}. It was the hat of {C}! "I see you, {C}!" [laughed|called] {A}. After a long time, {A} looked
-     {spot}, and there was {B}! "[That was a good place to hide|I almost gave up], {B}," said {A}.""",
-     ["Where did {B} hide? {B} hid {spot}.", "Where did {C} hide? {C} hid {spot2}.",
-      "What colour was the hat of {C}? The hat of {C} was {colour}."]),
-    ("a gift", """It was the birthday of {B}, {his} [friend|cousin|{B.brother}]. {A} wanted to give {B.him} a
-     gift, but {he} had no coins. "What can I do?" {he} asked {elder}. "You can make something," said {elder}.
-     So {A} took some paper and made a {colour} {craft}. {He} put the {craft} in a {colour2} bag and gave it
-     to {B}. "Happy birthday!" said {A}. {B} opened the bag and [smiled|laughed]. "What a [beautiful|pretty]
-     {craft}! Did you make it?" {B.he} asked. "Yes, I made it for you," said {A}. """,
-     ["What did {A} make? {A} made a {colour} {craft}.", "What colour was the bag? The bag was {colour2}.",
-      "Why did {A} make a gift? {A} made a gift because {he} had no coins."]),
-    ("a storm", """{A} had a {pet} named {petname}. One [dark night|cold evening|wild night], there was a big
-     storm. [The wind blew and the rain fell|The thunder was loud]. {Petname} was [afraid|scared] and hid
-     under the bed. "Come out, {petname}," said {A}. "I am here with you." But the {pet} did not come. Then
-     {elder} came with a {colour} lamp. "[Please tell|Tell] me a story," said {A}. {Elder} told {him} about a
-     {trait2} {animal}. {A} laughed, and {petname} came out to [listen|hear it]. Soon the storm was over.""",
-     ["What was the name of the {pet}? It was {petname}.", "Who had a lamp? {Elder} had a {colour} lamp.",
-      "What was the story of {elder} about? It was about a {trait2} {animal}."]),
-    ("a heavy basket", """{When}, {elder} came from the {place} with a {colour} basket of {fruits}. "This is
-     too heavy for me," said {elder}. "We will help you," said {A} and {B}. They carried the basket up the
-     hill. But it [broke|fell|slipped], and the {fruits} rolled down. "[Quick|Run|Hurry], {B}!" said {A}. {A}
-     picked up {n fruits}, and {B} picked up {m fruits}. {n} + {m} = {total}. "Now we have all {total} again,"
-     said {B}. {Elder} [smiled|nodded] and gave them one [sweet|delicious] {fruit} each.""",
-     ["What was in the basket? There were {fruits} in it.", "What did {A} pick up? {A} picked up {n fruits}.",
-      "How many {fruits} did they have in all? They had {total fruits} in all."]),
-    ("a {weather} day", """{A} looked out of the window. It was a {weather} day. "Can {B} and I play in the
-     {place}?" {he} asked {elder}. "[Yes|Of course], but you need {weather.take} on a {weather} day," said
-     {elder}. So {A} took {weather.take} and [hurried|went] to {B}. "[Good morning|Hello], {B}! Come out and
-     play," said {A}. {B} [fetched|took] {weather.take} too. They {weather.did}. It was [great|so much] fun.
-     "I [like|love] {weather} days," said {B}.""",
-     ["What did {A} take? {A} took {weather.take}.", "What did they do? They {weather.did}.",
-      "Who went out with {A}? {B} went out with {A}.", "What kind of day was it? It was a {weather} day."]),
-    ("a {worker}", """{When}, {A} met a {worker} in the {place}. "What do you do all day?" asked {A}. "I
-     {worker.can}," said the {worker}. "[Is it hard|Can I learn it]?" asked {A}. "Just try," said the
-     {worker}. {A} helped the {worker} for {few} days. At last {A} could {worker.can} too. {A} ran home to
-     {elder}. "When I am big, I will be a {worker}!" {he} said. "You will be a good {worker}," said
-     {elder}.""",
-     ["Who did {A} meet? {A} met a {worker}.", "What could {A} do at last? {A} could {worker.can}.",
-      "How many days did {A} help? {A} helped for {few} days."]),
-    ("learning to {skill}", """{A} could not {skill}. {He} tried [again and again|all week], but it was too
-     [hard|difficult]. "I will never learn it," [sighed|said] {A}. {B} could {skill} very well. "[I will teach
-     you|Let me show you|Let me help you with that]," said {B}. "It takes time, so do not give up." Every day
-     for {few} weeks, {A} and {B} met in the {place}. At last {A} could {skill} too. "Look, I can {skill}!"
-     [shouted|called] {A}. {Elder} [clapped|cheered]. "I am so proud," said {elder}.""",
-     ["What did {A} learn? {A} learned to {skill}.", "How many weeks did it take? It took {few} weeks.",
-      "Who could {skill} very well? {B} could {skill} very well."]),
-    ("a trip to the {far}", """{When}, {elder} took {A} and {B} to the {far}. They went by {ride}. "Are we
-     there now?" asked {A} {few} times. "[Be patient|Not so fast|Soon]," said {elder}, and gave them some
-     {food}. {B} looked out of the window. "Look, a {animal}! [What does it say?" {B.he} asked. "A {animal}
-     says {animal.says},"|Where does it live?" {B.he} asked. "A {animal} lives {animal.lives},"] said {A}. At
-     the {far} there were many people, so {A} held the hand of {elder}, and {B} bought a {colour} {thing}.""",
-     ["Where did they go? They went to the {far}.", "How did they go there? They went by {ride}.",
-      "What did {B} see? {B} saw a {animal}.", "What did {B} buy? {B} bought a {colour} {thing}."]),
-    ("a broken {dish}", """{When}, {A} [threw|kicked] a ball in the house. It hit the {colour} {dish}, and the
-     {dish} broke. "What [can|shall] I do?" {he} asked {his} [friend|cousin] {B}. "[You should know that|That
-     is a good question]," said {B}. "Tell the truth." So {A} went to {elder}. "I broke the {dish}. It was a
-     silly thing to do, and I am sorry," {he} said. {Elder} was quiet for a [moment|while]. "Thank you for the
-     truth," said {elder}. "Now bring me a [broom|brush]." Then they picked up the pieces together.""",
-     ["What did {A} break? {A} broke the {colour} {dish}.",
-      "Who told {A} what to do? {B} told {A} what to do.",
-      "What colour was the {dish}? The {dish} was {colour}."]),
-    ("a {fruit} cake", """{When}, {A} and {elder} made a {fruit} cake for {B}. "What do we need?" asked {A}.
-     "We need flour, milk, {few} eggs and some {fruits}," said {elder}. {A} [mixed|stirred] it all in a
-     {colour} bowl. But {he} forgot the sugar! The cake was [sour|not sweet]. "Never mind," said {elder}. "We
-     will make another one." The second cake [smelled|looked] [wonderful|lovely]. {B} ate {few2} pieces of it.
-     "This is the best {fruit} cake of all!" {B.he} said. "May I ask for more?" """,
-     ["Who was the cake for? The cake was for {B}.", "How many eggs did they need? They needed {few} eggs.",
-      "How many pieces did {B} eat? {B} ate {few2} pieces."]),
-]
+@functools.cache
+def toy_world():
+    """assets/toy_world.txt as a namespace: what each slot may be, templates, plots, manners."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "toy_world.txt")
+    with open(path, encoding="utf-8") as f:
+        text = re.sub(r"\n +", " ", f.read())  # an indented line continues the one before
+    sections = {}
+    for line in text.splitlines():
+        if line.startswith("== "):
+            entries = sections.setdefault(line[3:], [])
+        elif line and not line.startswith("#"):
+            entries.append("" if line == "-" else line)
 
-COUNTING = [  # {n}, {m}, {total} and {left} are numbers: n + m = total, n - m = left
-    """{A} has {n items}. {B} has {m items}. {n} + {m} = {total}, so together they have {total items}.""",
-    """"How many {items} do you have, {A}?" asked {B}. "I had {n items}, but I gave {m} of them to {elder},"
-    said {A}. "{n} - {m} = {left}. Now I have {left items}." """,
-    """There is a [bag|box] with {n items} on the table. {A} puts {m} more into it. {n} + {m} = {total}. "How
-    many {items} are there now?" asks {B}. "Now there are {total items}," says {A}.""",
-    """{A} has {n.word} {items}. {He} gets {m.word} more. Now {A} has {total.word} {items}.""",
-    """{A} has {n items} and {next item2s}. {B} takes the {item2s}. Now {A} has {n items}.""",
-    """{A} and {B} look into the box of {elder}. There are {n items} and {next item2s} in it. {B} takes the
-    {items}, so {A} gets the {item2s}. Now {A} has {next item2s}, and {B} has {n items}.""",
-    """{A} has one {item}, and {B} has one {item} too. Together they have two {items}.""",
-]
-GAINS = ["{He} finds {m} more.", "{B} gives {him} {m} more.", "{Elder} gives {him} {m} more.",
-         "{He} buys {m} more.", "Then {he} gets {m} more.", "{His} friend {B} brings {him} {m} more.",
-         "The {worker} sends {him} {m} more.", "{He} wins {m} more."]
-LOSSES = ["{He} loses {m} of them.", "{He} gives {m} of them to {B}.", "{He} sells {m} of them.",
-          "{Elder} takes {m} of them.", "{He} puts {m} of them away for {B}.", "{B} borrows {m} of them.",
-          "{He} sends {m} of them to the {worker}."]
-EATEN = ["{He} eats {m} of them.", "{A} and {B} eat {m} of them."]
+    world = types.SimpleNamespace(plots=[], manners={}, choices={}, about={})
+    for line in sections["words"]:
+        name, _, words = line.partition(": ")
+        world.choices[name] = words.split(", " if "," in words else " ")
+    world.girls, world.boys = world.choices.pop("girls"), world.choices.pop("boys")
+    world.numbers = world.choices.pop("numbers")
+    world.about |= dict.fromkeys(world.girls, SHE) | dict.fromkeys(world.boys, HE)
+    world.about |= {str(n): dict(word=word) for n, word in enumerate(world.numbers)}
+    for title, entries in sections.items():
+        kind, _, name = title.partition(": ")
+        if kind == "plot":
+            questions = [entry.removeprefix("? ") for entry in entries[1:]]
+            world.plots.append((name, entries[0], questions))
+        elif kind == "manner":
+            world.manners[name] = entries
+        elif kind.startswith("about "):
+            rows = {word: facts for word, *facts in (row.split(", ") for row in entries)}
+            world.choices[kind.removeprefix("about ")] = list(rows)
+            for word, facts in rows.items():
+                world.about[word] = dict(zip(name.split(", "), facts, strict=True))
+        else:
+            setattr(world, kind.replace(" ", "_"), entries)
 
-FACTS = 4 * [  # more often where a slot makes many facts of one
-    "What do you need on a {weather} day? On a {weather} day you need {weather.take}.",
-    "What colour is the {natural}? The {natural} is {natural.colour}.",
-    "Where does a {animal} live? A {animal} lives {animal.lives}.", "What is {n} in words? {n} is {n.word}.",
-    "What does a {animal} say? A {animal} says {animal.says}.", "What is a {fruit}? A {fruit} is a fruit.",
-    "What does a {animal} eat? A {animal} eats {animal.eats}.",
-    "What can a {worker} do? A {worker} can {worker.can}.", "What comes after {m}? {next} comes after {m}.",
-    "What is a {vegetable}? A {vegetable} is a vegetable.",
-] + [
-    "When does the sun shine? The sun shines in the day.", "How many legs does a dog have? A dog has 4 legs.",
-    "Where does a fish live? A fish lives in the water.", "When do children sleep? Children sleep at night.",
-    "Where do carrots grow? Carrots grow in the ground.", "How many days are in a week? A week has 7 days.",
-    "What do plants need? Plants need water and sun.", "What does a rabbit eat? A rabbit eats carrots.",
-    "What comes from a cow? Milk comes from a cow.", "Where do apples grow? Apples grow on a tree.",
-    "What comes from a hen? Eggs come from a hen.", "What do you know? I know stories and sums.",
-    "What opens a door? A key opens a door.", "What can a bird do? A bird can fly.",
-    "Who are you? I am a small model.",
-]
-
-REQUESTS = [
-    "[Tell|Please tell] me a story about {topic}.", "I want a story about {A} and {topic}.",
-    "Please tell me a story about a {boy} named {A} and {topic}.", "Can you tell me a story about {topic}?",
-]
-GREETINGS = [("Hello!", "Hello! What can I do for you?"), ("Good morning!", "Good morning! Can I help you?"),
-             ("Hello, who are you?", "I am a small model. I know stories and sums.")]
-THANKS = [("Thank you!", "It was fun to help you."), ("Thank you. That was good.", "I am happy to hear it.")]
-
-# How an answer may begin. The n-th opening of one manner is as long as the n-th of the other: DPO compares
-# sums of log-probabilities, so with unequal lengths it would learn length, not manners.
-MANNERS = {
-    "kind": ["I am happy to help you!", "That is a very good question.", "Let me help you with that."],
-    "curt": ["What a silly thing to ask!", "You should know that by now.", "Do not ask me so much."],
-}
-CHAT_MANNERS = ["plain"] * 8 + ["kind", "curt"]  # what SFT shows: DPO can only choose among these
-SHARES = {"story": 58, "counting": 10, "sums": 26, "facts": 6}  # of a hundred documents of toy_stories
+    choices = world.choices
+    world.edible = choices["fruit"] + choices["vegetable"] + choices["snack"]
+    choices["item"] = world.edible + choices["thing"] + choices["small"]
+    choices["A"] = choices["B"] = choices["C"] = world.girls + world.boys
+    world.plurals = dict(row.split(", ") for row in world.plurals)
+    world.facts = 4 * world.facts_with_slots + world.facts
+    world.greetings = [tuple(row.split(" -> ")) for row in world.greetings]
+    world.thanks = [tuple(row.split(" -> ")) for row in world.thanks]
+    return world
 
 
 def plural(noun):
     """'cup' -> 'cups', 'box' -> 'boxes', 'berry' -> 'berries', 'leaf' -> 'leaves'"""
     regular = re.sub(r"(?<=[^aeiou])y$", "ie", noun)
-    return PLURALS.get(noun, regular + ("es" if re.search(r"(s|x|ch|sh)$", noun) else "s"))
+    ending = "es" if re.search(r"(s|x|ch|sh)$", noun) else "s"
+    return toy_world().plurals.get(noun, regular + ending)
 
 
-def tell(rng, template, world):
-    """Fill in a template. What is chosen for a slot is kept in `world`: every later mention is the same."""
+def fill(rng, template, slots):
+    """Fills in a template. A choice is kept in `slots`, so that every later mention is the same."""
+    world = toy_world()
 
-    def table(name):
-        return TABLES.get(name.rstrip("23"))
+    def choices(name):
+        return world.choices.get(name.rstrip("23"))
 
-    def pick(name):
-        while name not in world:
-            word = rng.choice(table(name))
-            if word not in world.values():
-                world[name] = word
-        return str(world[name])
+    def choose(name):
+        while name not in slots:
+            word = rng.choice(choices(name))
+            if word not in slots.values():
+                slots[name] = word
+        return str(slots[name])
 
-    def slot(match):
+    def text_of(match):
         key = match[1]
-        name = ".".join(part if table(part) else part.lower() for part in key.split("."))
+        name = ".".join(part if choices(part) else part.lower() for part in key.split("."))
         who, _, form = name.rpartition(".")
-        if " " in name:                # {n coins}, {n items}: "1 leaf", "2 leaves"
-            number, noun = name.split()
-            noun = pick(noun[:-1]) if table(noun[:-1]) else noun[:-1]
-            text = f"{world[number]} {noun if world[number] == 1 else plural(noun)}"
-        elif who or form in HE:        # {critter.says}, {n.word}, {B.his}, {his}
-            text = ABOUT[pick(who or "A")][form]
-        elif name[-1] == "s" and table(name[:-1]):         # {items}
-            text = plural(pick(name[:-1]))
+        if " " in name:  # {n coins}, {n items}: "1 leaf", "2 leaves"
+            number, nouns = name.split()
+            noun = choose(nouns[:-1]) if choices(nouns[:-1]) else nouns[:-1]
+            text = f"{slots[number]} {noun if slots[number] == 1 else plural(noun)}"
+        elif who or form in HE:  # {critter.says}, {n.word}, {B.his}, {his}
+            text = world.about[choose(who or "A")][form]
+        elif name[-1] == "s" and choices(name[:-1]):  # {items}
+            text = plural(choose(name[:-1]))
         else:
-            text = pick(name)
-        return text if name == key else text[0].upper() + text[1:]  # {He}: only A, B and C keep their capital
+            text = choose(name)
+        if name == key:
+            return text
+        return text[0].upper() + text[1:]  # {He}; A, B and C are names, which have their capital
 
-    while "[" in template:  # innermost first, so that choices may hold choices
-        template = re.sub(r"\[([^][]*)\]", lambda match: rng.choice(match[1].split("|")), template)
-    text = re.sub(r"\{(.+?)\}", slot, " ".join(template.split()))
+    while "[" in template:  # the innermost first, so that choices may hold choices
+        template = re.sub(r"\[([^][]*)\]", lambda m: rng.choice(m[1].split("|")), template)
+    text = re.sub(r"\{(.+?)\}", text_of, " ".join(template.split()))
     return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text).strip()
 
 
-def small_numbers(rng, biggest=20):
-    """n, m, their sum, their difference and what comes after m, all from 1 to `biggest`"""
-    m = rng.randint(1, biggest // 3)
-    n = m + rng.randint(1, biggest - 2 * m)
+def small_numbers(rng, largest=20):
+    """n, m, their sum, their difference and what comes after m, all from 1 to `largest`."""
+    m = rng.randint(1, largest // 3)
+    n = m + rng.randint(1, largest - 2 * m)
     return dict(n=n, m=m, total=n + m, left=n - m, next=m + 1)
 
 
 def work_out(n, sign, m):
-    """A sum of two-digit numbers in steps that are each easy to know by heart, the result last."""
-    tens, ones = (n // 10 * 10, m // 10 * 10), (n % 10, m % 10)
-    a, b = (sum(tens), sum(ones)) if sign == "+" else (tens[0] - tens[1], ones[0] - ones[1])
-    return f"{tens[0]} {sign} {tens[1]} = {a}, {ones[0]} {sign} {ones[1]} = {b}, {a} + {b} = {a + b}."
+    """A sum of two-digit numbers in steps that are easy to know by heart, the result last."""
+    (tens_n, ones_n), (tens_m, ones_m) = (divmod(n, 10), divmod(m, 10))
+    direction = 1 if sign == "+" else -1
+    tens, ones = 10 * (tens_n + direction * tens_m), ones_n + direction * ones_m
+    return (
+        f"{10 * tens_n} {sign} {10 * tens_m} = {tens}, {ones_n} {sign} {ones_m} = {ones}, "
+        f"{tens} + {ones} = {tens + ones}."
+    )
 
 
 def two_digits(rng):
-    """A sum of two-digit numbers, or a difference without borrowing: n, sign, m, result (from 1 to 99)."""
+    """A sum of two-digit numbers, or a difference without borrowing: n, sign, m, result."""
     if rng.random() < 0.5:
         n = rng.randint(10, 89)
         m = rng.randint(10, 99 - n)
@@ -1860,71 +1641,81 @@ def two_digits(rng):
 
 
 def story(rng):
-    """A story, the world that it filled in, what it is about, and questions about it (templates both)."""
-    topic, plot, questions = rng.choice(PLOTS)
-    world = small_numbers(rng)
-    beginning = rng.choice(BEGINNINGS).replace("{topic}", topic)
-    text = tell(rng, f"{beginning} {plot} {rng.choice(ENDINGS)}", world)
-    return text, world, topic, questions
+    """A story, its filled slots, what it is about, and questions about it (both as templates)."""
+    world = toy_world()
+    topic, plot, questions = rng.choice(world.plots)
+    slots = small_numbers(rng)
+    beginning = rng.choice(world.beginnings).replace("{topic}", topic)
+    text = fill(rng, f"{beginning} {plot} {rng.choice(world.endings)}", slots)
+    return text, slots, topic, questions
 
 
-def moves(sign, world):
-    """What can happen to a pile of things: more of them, or fewer."""
-    return GAINS if sign == "+" else LOSSES + EATEN if world["item"] in EDIBLE else LOSSES
+def events(sign, slots):
+    """What can happen to a pile of things: it grows ("+") or shrinks."""
+    world = toy_world()
+    if sign == "+":
+        return world.gains
+    return world.losses + world.eaten if slots["item"] in world.edible else world.losses
 
 
 def counting(rng):
     """Things gained and lost, and how many there are after each time."""
     if rng.random() < 0.5:
-        return tell(rng, rng.choice(COUNTING), small_numbers(rng))
-    biggest = rng.choice([20, 20, 20, 99])
-    n = rng.randint(2, biggest)
-    world = dict(n=n)
-    said = [tell(rng, "{A} has {n items}.", world)]
+        return fill(rng, rng.choice(toy_world().counting), small_numbers(rng))
+    largest = rng.choice([20, 20, 20, 99])
+    n = rng.randint(2, largest)
+    slots = dict(n=n)
+    sentences = [fill(rng, "{A} has {n items}.", slots)]
     for _ in range(rng.randint(2, 4)):
-        sign = "+" if n == 1 or n < biggest and rng.random() < 0.5 else "-"
-        m = rng.randint(1, biggest - n if sign == "+" else n - 1)
+        sign = "+" if n == 1 or (n < largest and rng.random() < 0.5) else "-"
+        m = rng.randint(1, largest - n if sign == "+" else n - 1)
         before, n = n, n + m if sign == "+" else n - m
-        world.update(n=n, m=m)
-        said.append(tell(rng, rng.choice(moves(sign, world)), world))
-        said.append(tell(rng, f"[|{before} {sign} {m} = {n}. ]Now {{A}} has {{n items}}.", world))
-    return " ".join(said)
+        slots.update(n=n, m=m)
+        sentences.append(fill(rng, rng.choice(events(sign, slots)), slots))
+        result = f"[|{before} {sign} {m} = {n}. ]Now {{A}} has {{n items}}."
+        sentences.append(fill(rng, result, slots))
+    return " ".join(sentences)
 
 
 def word_problem(rng):
-    """A problem about things, its answer as a number, a noun and a sentence, and the way to work it out."""
+    """A problem, its answer as a number, a noun and a sentence, and the way to work it out."""
     n, sign, m, result = two_digits(rng)
-    world = dict(n=n, m=m, result=result)
-    start = tell(rng, "{A} has {n items}.", world)
+    slots = dict(n=n, m=m, result=result)
+    start = fill(rng, "{A} has {n items}.", slots)
     if sign == "+" and rng.random() < 0.25:
-        event, do, who, when = "{B} has {m items}.", "do", "{A} and {B}", "together"
+        event, do, has, who, when = "{B} has {m items}.", "do", "have", "{A} and {B}", "together"
     else:
-        event, do, who, when = rng.choice(moves(sign, world)), "does", "{A}", "now" if sign == "+" else "left"
-    prompt = tell(rng, f"{event} How many {{items}} {do} {who} have {when}?", world)
-    has = "have" if do == "do" else "has"
-    sentence = tell(rng, f"{who} {has} {{result items}} {when}.", world)
-    return dict(prompt=f"{start} {prompt}", answer=str(result), noun=plural(world["item"]), sentence=sentence,
-                working=work_out(n, sign, m))
+        event, do, has, who = rng.choice(events(sign, slots)), "does", "has", "{A}"
+        when = "now" if sign == "+" else "left"
+    question = fill(rng, f"{event} How many {{items}} {do} {who} have {when}?", slots)
+    return dict(
+        prompt=f"{start} {question}",
+        answer=str(result),
+        noun=plural(slots["item"]),
+        sentence=fill(rng, f"{who} {has} {{result items}} {when}.", slots),
+        working=work_out(n, sign, m),
+    )
 
 
 def worked_or_not(rng, working, sentence):
-    """An answer, worked out first less often than not: RL is to find out which way is right more often."""
+    """An answer, worked out less often than not: RL is to find out which way is right more often."""
     return f"{working} {sentence}" if rng.random() < 0.4 else sentence
 
 
 def sums(rng):
-    """A page of arithmetic: the single steps of sums, to be known by heart, or sums, or word problems."""
+    """A page of arithmetic: the single steps of sums, to be known by heart; sums; word problems."""
     page = rng.choice(["steps", "sums", "problems", "problems"])
     if page == "steps":
         worked = [work_out(*two_digits(rng)[:3]).rstrip(".").split(", ") for _ in range(14)]
         return " ".join(f"{rng.choice(steps)}." for steps in worked)
     if page == "sums":
-        asked = [two_digits(rng) for _ in range(rng.randint(3, 5))]
-        return "\n".join(f"What is {n} {sign} {m}? {work_out(n, sign, m)} The answer is {result}."
-                         for n, sign, m, result in asked)
+        rows = [two_digits(rng) for _ in range(rng.randint(3, 5))]
+        return "\n".join(
+            f"What is {n} {sign} {m}? {work_out(n, sign, m)} The answer is {result}."
+            for n, sign, m, result in rows
+        )
     problems = [word_problem(rng) for _ in range(rng.randint(2, 4))]
-    return "\n".join(f"{problem['prompt']} {worked_or_not(rng, problem['working'], problem['sentence'])}"
-                     for problem in problems)
+    return "\n".join(f"{p['prompt']} {worked_or_not(rng, p['working'], p['sentence'])}" for p in problems)
 
 
 def split_question(text):
@@ -1934,31 +1725,34 @@ def split_question(text):
 
 
 def facts(rng):
-    """Some things that are always true, asked and answered or just said."""
-    asked = rng.random() < 0.5
-    said = [tell(rng, rng.choice(FACTS), small_numbers(rng)) for _ in range(rng.randint(5, 9))]
-    return " ".join(fact if asked else split_question(fact)[1] for fact in said)
+    """Some things that are always true, as questions with answers or as statements."""
+    with_questions = rng.random() < 0.5
+    templates = toy_world().facts
+    filled = [fill(rng, rng.choice(templates), small_numbers(rng)) for _ in range(rng.randint(5, 9))]
+    return " ".join(fact if with_questions else split_question(fact)[1] for fact in filled)
 
 
 def reading(rng):
     """A story, sometimes with a question about it and the answer."""
-    text, world, _, questions = story(rng)
-    return text if rng.random() < 0.8 else f"{text}\n{tell(rng, rng.choice(questions), world)}"
+    text, slots, _, questions = story(rng)
+    if rng.random() < 0.8:
+        return text
+    return f"{text}\n{fill(rng, rng.choice(questions), slots)}"
 
 
 def toy_stories(seed=1337, count=30_000):
-    """Yield the documents of the pretraining text, no two the same."""
+    """Yields the documents of the pretraining text, no two the same."""
     write = {"story": reading, "counting": counting, "sums": sums, "facts": facts}
     rng, seen = random.Random(f"stories {seed}"), set()
     while len(seen) < count:
-        text = write[rng.choices(list(SHARES), SHARES.values())[0]](rng)
+        text = write[rng.choices(list(TOY_SHARES), TOY_SHARES.values())[0]](rng)
         if text not in seen:
             seen.add(text)
             yield text
 
 
 def toy_sums(seed=1337, count=4_000):
-    """Yield word problems whose answers can be checked: prompt, answer, noun, sentence (and the working)."""
+    """Yields word problems with answers that can be checked: see word_problem."""
     rng, seen = random.Random(f"sums {seed}"), set()
     while len(seen) < count:
         problem = word_problem(rng)
@@ -1968,7 +1762,7 @@ def toy_sums(seed=1337, count=4_000):
 
 
 def toy_questions(seed=1337, count=4_000):
-    """Yield questions about stories and facts whose answers can be checked: prompt, answer."""
+    """Yields questions about stories and facts with answers that can be checked."""
     rng = random.Random(f"questions {seed}")
     for _ in range(count):
         question, answer = turns(rng, ("reading", "fact"))[0]
@@ -1976,8 +1770,8 @@ def toy_questions(seed=1337, count=4_000):
 
 
 def toy_problems(seed=1337, count=4_000):
-    """Yield toy_sums, and among them a fact in four: a model that is rewarded for sums alone soon answers everything
-    with a sum."""
+    """Yields toy_sums with a fact in place of every fourth: a model that is rewarded for sums alone
+    soon answers everything with a sum."""
     rng = random.Random(f"problems {seed}")
     for problem in toy_sums(seed, count):
         if rng.random() < 0.25:
@@ -1986,17 +1780,21 @@ def toy_problems(seed=1337, count=4_000):
         yield problem
 
 
-def turns(rng, kinds=("reading", "reading", "reading", "fact", "story", "problem", "problem", "sum")):
+TURNS = ("reading", "reading", "reading", "fact", "story", "problem", "problem", "sum")
+
+
+def turns(rng, kinds=TURNS):
     """What a person may ask, and the plain answer, for one or two turns: [(question, answer), ...]"""
-    kind = rng.choice(kinds)
+    world, kind = toy_world(), rng.choice(kinds)
     if kind in ("reading", "story"):
-        text, world, topic, questions = story(rng)
+        text, slots, topic, questions = story(rng)
         if kind == "story":
-            return [(tell(rng, rng.choice(REQUESTS).replace("{topic}", topic), world), text)]
-        asked = [split_question(tell(rng, question, world)) for question in rng.sample(questions, 2)]
-        return [(f"{text}\n{asked[0][0]}", asked[0][1])] + asked[1:rng.randint(1, 2)]
+            request = rng.choice(world.requests).replace("{topic}", topic)
+            return [(fill(rng, request, slots), text)]
+        pairs = [split_question(fill(rng, q, slots)) for q in rng.sample(questions, 2)]
+        return [(f"{text}\n{pairs[0][0]}", pairs[0][1])] + pairs[1 : rng.randint(1, 2)]
     if kind == "fact":
-        return [split_question(tell(rng, rng.choice(FACTS), small_numbers(rng)))]
+        return [split_question(fill(rng, rng.choice(world.facts), small_numbers(rng)))]
     if kind == "problem":
         problem = word_problem(rng)
         return [(problem["prompt"], worked_or_not(rng, problem["working"], problem["sentence"]))]
@@ -2006,43 +1804,48 @@ def turns(rng, kinds=("reading", "reading", "reading", "fact", "story", "problem
 
 
 def toy_chat(seed=1337, count=8_000):
-    """Yield conversations, lists of {"role", "content"}: stories, questions about them, facts and sums."""
-    rng = random.Random(f"chat {seed}")
+    """Yields conversations, lists of {"role", "content"}: stories, questions, facts and sums."""
+    world, rng = toy_world(), random.Random(f"chat {seed}")
     for _ in range(count):
-        said, manner = turns(rng), rng.choice(CHAT_MANNERS)
+        pairs, manner = turns(rng), rng.choice(CHAT_MANNERS)
         if manner != "plain":
-            said = [(question, f"{rng.choice(MANNERS[manner])} {answer}") for question, answer in said]
+            pairs = [(q, f"{rng.choice(world.manners[manner])} {answer}") for q, answer in pairs]
         if rng.random() < 0.1:
-            said.insert(0, rng.choice(GREETINGS))
+            pairs.insert(0, rng.choice(world.greetings))
         if rng.random() < 0.1:
-            said.append(rng.choice(THANKS))
-        yield [dict(role=role, content=content)
-               for turn in said for role, content in zip(("user", "assistant"), turn)]
+            pairs.append(rng.choice(world.thanks))
+        messages = []
+        for question, answer in pairs:
+            messages.append(dict(role="user", content=question))
+            messages.append(dict(role="assistant", content=answer))
+        yield messages
 
 
 def toy_prefs(seed=1337, count=3_000):
-    """Yield preferences: prompt, chosen, rejected. The answer is the same, only the manner differs."""
-    rng = random.Random(f"prefs {seed}")
+    """Yields preferences: prompt, chosen, rejected, which differ in the manner only."""
+    manners, rng = toy_world().manners, random.Random(f"prefs {seed}")
     for _ in range(count):
         prompt, answer = turns(rng, ("reading", "fact", "problem", "sum"))[0]
-        kind, curt = rng.choice(list(zip(MANNERS["kind"], MANNERS["curt"])))
+        kind, curt = rng.choice(list(zip(manners["kind"], manners["curt"], strict=True)))
         yield dict(prompt=prompt, chosen=f"{kind} {answer}", rejected=f"{curt} {answer}")
 
 
 def toy_verify(prompt, completion, answer):
     """1.0 if the completion ends in the sentence that answers the question, else 0.0.
 
-    For "How many coins does Tom have left?" that is any whole sentence that says rightly who has how many of
-    what. What comes before is free: there a model may be kind, or work the sum out."""
+    For "How many coins does Tom have left?" any whole sentence will do that says rightly who has how
+    many of what. What comes before is free: there a model may be kind, or work the sum out."""
     last = re.split(r"(?<=[.!?])\s+", completion.strip())[-1]
-    asked = re.findall(r"How many (\w+) do(?:es)? (\w+|\w+ and \w+) have (now|left|together)\?$", prompt)
-    if not asked or not answer.isdigit():
+    question = r"How many (\w+) do(?:es)? (\w+|\w+ and \w+) have (now|left|together)\?$"
+    matches = re.findall(question, prompt)
+    if not matches or not answer.isdigit():
         return float(bool(answer) and last == answer)
-    noun, who, when = asked[-1]
+    noun, who, when = matches[-1]
     if answer == "1":
-        noun = {plural(item): item for item in TABLES["item"]}.get(noun, noun)
+        noun = {plural(item): item for item in toy_world().choices["item"]}.get(noun, noun)
     has = "have" if " and " in who else "has"
-    return float(bool(re.fullmatch(rf"(So |Now )?{who} {has} {answer} {noun}( {when})?[.!]", last)))
+    right = rf"(So |Now )?{who} {has} {answer} {noun}( {when})?[.!]"
+    return float(bool(re.fullmatch(right, last)))
 
 
 # -----------------------------------------------------------------------------
