@@ -5,161 +5,193 @@ Turns a script's own top-level variables into its command line, as nanoGPT does:
 
 In the script, plain assignments with a trailing comment, and then one call:
 
-    batch_size = 32   # sequences in a micro-batch
+    batch_size = 32       # sequences in a micro-batch (>= 1)
+    schedule = "wsd"      # 'wsd' (stable, then down) | 'cosine' | 'constant'
     setup = configure(globals())
 
-Config files are Python and apply in the order given; the command line has the last word.
-`--help` prints every key with its default and its comment, read from the script's source.
+A key's comment is its schema. Quoted values joined by | are all that a string may be; 'cuda:...'
+allows whatever begins with cuda:. Bounds in brackets, such as (> 0) or (>= 0, < 1), hold for a
+number. Any other comment is free text, also a list with an alternative that is not quoted.
+`--help` prints every key with its default and its comment, and configure() checks what it prints.
+
+Config files are Python and apply in the order given; command-line options override them.
 """
+
 import ast
+import atexit
+import contextlib
 import difflib
 import errno
+import io
+import math
+import operator
 import os
+import re
 import sys
 import tokenize
 import types
 
 
 class UserError(ValueError):
-    """Something that the user can mend: told in one line, without a traceback."""
+    """A mistake that the user can correct; printed as one line, without a traceback."""
 
 
 def configure(variables, words=False, also=None, argv=None):
     """Applies config files and --key=value arguments to `variables`, the globals() of a script.
 
-    The keys are the script's lower-case top-level variables that hold a literal, assigned before its
-    first function, class or call of configure(). A word on the command line that is neither an option
-    nor a .py file is an error, unless `words` is true (prepare.py's `python prepare.py tinystories`).
-    `also` names a second script whose keys, with its defaults, are taken too (bench.py takes train.py's).
+    The keys are the script's lower-case top-level variables that hold a constant, assigned before
+    its first function, class or call of configure(). `also` adds the keys of a second source where
+    the script has none of that name: those of another script ("train.py"), with what that script
+    itself adds by `also`, or the fields of a dataclass ("model.py:GPTConfig"). A word on the
+    command line that is neither an option nor a .py file is an error unless `words` is true.
 
-    Returns a namespace: `.keys` (the names), `.given` (name -> where it was set: a config file's path
-    or 'command line'; absent where the default holds), `.files` (the config files), `.from_files` (the keys
-    that they set, and to what), `.words`.
-    Raises UserError, which from here on is printed as one line: see `_one_line`.
+    Returns a namespace: `keys` (their names), `config` (key -> value), `given` (key -> a config
+    file's path or "command line"; a key with its default is absent), `files` (the config files),
+    `from_files` (key -> value, as set by config files), `words`, and `check(key, value)`, which
+    returns a value that did not come through configure(), or raises UserError.
+    Raises UserError, which from here on is printed as one line, see `_print_exception`.
     """
     argv = sys.argv[1:] if argv is None else argv
-    sys.excepthook = _one_line
+    sys.excepthook = _print_exception
+    _prepare_streams()
     script = variables["__file__"]
-    defaults, help_text = _read_block(script)
-    if also:
-        other, more_help = _read_block(os.path.join(os.path.dirname(os.path.abspath(script)), also))
-        variables.update({k: v for k, v in other.items() if k not in defaults})
-        defaults, help_text = {**other, **defaults}, f"{help_text}\n\nand the keys of {also}:\n{more_help}"
+    keys, _ = _read_keys(script)
+    while also:
+        path, _, class_name = also.partition(":")
+        path = os.path.join(os.path.dirname(os.path.abspath(script)), path)
+        more, also = _read_keys(path, class_name)
+        for name, key in more.items():
+            if name not in keys and name in variables:
+                raise UserError(f"{key.place}: {script} has another use for {name}; rename the key")
+            if name not in keys:
+                keys[name] = key
+                variables[name] = key.default
     if "--help" in argv or "-h" in argv:
-        print(help_text)
+        print(_help(variables["__doc__"] or "", keys), flush=True)
         sys.exit(0)
+    for key in keys.values():
+        key.check(key.default, key.place)
 
-    given, from_files, files, rest, options = {}, {}, [], [], []
+    setup = types.SimpleNamespace(keys=list(keys), given={}, files=[], from_files={}, words=[])
+    options = []
     for arg in argv:
         if arg.startswith("--"):
             options.append(arg)
         elif arg.endswith(".py"):
-            files.append(arg)
+            setup.files.append(arg)
         elif words and not arg.startswith("-"):
-            rest.append(arg)
+            setup.words.append(arg)
         else:
             raise UserError(f"{arg!r} is neither a config file (*.py) nor an option (--key=value)")
-    for path in files:
-        for key, value in _read_config(path, {k: variables[k] for k in defaults}).items():
-            variables[key] = from_files[key] = _checked(key, value, defaults[key], path)
-            given[key] = path
+    for path in setup.files:
+        for name, value in _run_config(path, {name: variables[name] for name in keys}).items():
+            variables[name] = setup.from_files[name] = keys[name].check(value, path)
+            setup.given[name] = path
     for option in options:
-        key, equals, text = option[2:].partition("=")
-        if key not in defaults:
-            raise UserError(f"--{key}: there is no such key{_nearest(key, defaults)}; --help lists them all")
-        if not equals and type(defaults[key]) is not bool:
-            raise UserError(f"--{key} wants a value: --{key}={defaults[key]}")
-        variables[key] = _parsed(key, text, defaults[key]) if equals else True
-        given[key] = "command line"
-    return types.SimpleNamespace(keys=list(defaults), given=given, from_files=from_files, files=files, words=rest)
+        name, equals, text = option[2:].partition("=")
+        if name not in keys:
+            hint = _nearest(name, keys)
+            raise UserError(f"--{name}: there is no such key{hint}; --help lists all keys")
+        if not equals and type(keys[name].default) is not bool:
+            raise UserError(f"--{name}: expected a value, as in --{name}={keys[name].default}")
+        variables[name] = keys[name].parse(text if equals else "true")
+        setup.given[name] = "command line"
+    setup.config = {name: variables[name] for name in keys}
+    setup.check = lambda name, value: keys[name].check(value)
+    return setup
 
 
-def _read_block(script):
-    """The keys of a script with their defaults, and the text of --help, both read from its source."""
-    with tokenize.open(script) as f:
-        source = f.read()
-    lines, tree = source.splitlines(), ast.parse(source)
-    with open(script, "rb") as f:
-        comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.tokenize(f.readline)
-                    if t.type == tokenize.COMMENT}
-    defaults, out, last = {}, [ast.get_docstring(tree) or ""], 0
-    for node in tree.body:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            last = node.end_lineno  # the docstring
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) or "configure(" in ast.unparse(node):
-            break
-        name = node.targets[0].id if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) else ""
-        if not name.islower() or name.startswith("_"):
-            continue
-        try:
-            value = ast.literal_eval(node.value)
-        except ValueError:
-            continue
-        if not isinstance(value, (bool, int, float, str)):
-            continue
-        defaults[name] = value
-        # a comment on a line of its own heads the group of keys beneath it
-        out += ["\n" + line.strip("# -") for line in lines[last:node.lineno - 1] if line.startswith("#")]
-        last = node.end_lineno
-        out.append(f"  --{name}={value!r}".ljust(40) + comments.get(node.lineno, ""))
-    return defaults, "\n".join(out)
+# -----------------------------------------------------------------------------
+# keys and their schema
+
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+QUOTED = re.compile(r"""(?<!\w)(?:'([^']*)'|"([^"]*)")(?!\w)""")
+NUMBER = r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?:\*\*\d+)?"  # 1, 0.5, 1e-3, 2**62
+BOUND = re.compile(rf"(>=|<=|>|<)\s*({NUMBER})")
+BOUNDS = re.compile(rf"\({BOUND.pattern}(?:,\s*{BOUND.pattern})*\)")
+COMPARE = {
+    ">=": ("at least", operator.ge),
+    ">": ("more than", operator.gt),
+    "<=": ("at most", operator.le),
+    "<": ("less than", operator.lt),
+}
 
 
-def _read_config(path, current):
-    """Runs a config file, which sees the current values, and returns the keys that it assigns."""
-    try:
-        with tokenize.open(path) as f:
-            source = f.read()
-        tree = ast.parse(source, path)
-    except FileNotFoundError:
-        beside = sorted(f for f in os.listdir(os.path.dirname(path) or ".") if f.endswith(".py")) \
-            if os.path.isdir(os.path.dirname(path) or ".") else []
-        raise UserError(f"{path}: no such config file{_nearest(os.path.basename(path), beside)}") from None
-    except SyntaxError as e:
-        raise UserError(f"{path}, line {e.lineno}: not valid Python: {e.msg}") from None
-    space = dict(current, __file__=path, __name__="__config__")
-    try:
-        exec(compile(tree, path, "exec"), space)
-    except Exception as e:  # whatever the user's own file raises is the user's to mend
-        line = e.__traceback__.tb_next.tb_lineno if e.__traceback__.tb_next else "?"
-        raise UserError(f"{path}, line {line}: {type(e).__name__}: {e}") from None
-    names = [n for n in ast.walk(tree) if isinstance(n, ast.Name)]
-    stored = {n.id: n.lineno for n in reversed(names) if isinstance(n.ctx, ast.Store)}
-    read = {n.id for n in names if isinstance(n.ctx, ast.Load)}
-    for name, line in stored.items():
-        # a name that the config itself reads is a helper; one that nothing reads is a slip of the pen
-        if name not in current and name in space and name not in read and not name.startswith("_") \
-                and isinstance(space[name], (bool, int, float, str)):
-            raise UserError(f"{path}, line {line}: there is no key {name!r}{_nearest(name, current)}")
-    return {k: space[k] for k in current if k in stored or space[k] is not current[k]}
+class Key:
+    """A key: its default, its comment, which holds the schema, and where it stands in a source."""
 
+    def __init__(self, name, default, comment, heading, title, line):
+        self.name, self.default, self.comment = name, default, comment
+        self.heading, self.title, self.place = heading, title, f"{title}, line {line}"
+        self.choices, self.bounds = [], []
+        if type(default) is str:
+            self.choices = _choices(comment)
+        elif type(default) is not bool:
+            self.bounds = [b for match in BOUNDS.finditer(comment) for b in BOUND.findall(match[0])]
 
-def _checked(key, value, default, where):
-    """`value` if it has the type of `default`; an int does where a float is wanted, and 1e9 for an int."""
-    if type(value) is type(default):
-        return value
-    if type(default) is float and type(value) is int:
-        return float(value)
-    if type(default) is int and type(value) is float and value.is_integer():
-        return int(value)
-    raise UserError(f"{where}: {key} wants {_KIND[type(default)]}, such as {default!r}; "
-                    f"got {value!r}, {_KIND.get(type(value), type(value).__name__)}")
-
-
-_KIND = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
-
-
-def _parsed(key, text, default):
-    """The value of --key=text. A text is taken as it stands: --start=007 is not a number."""
-    if type(default) is str:
-        return text
-    if type(default) is bool and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    def parse(self, text):
+        """The value of --key=text. A string is taken as it stands: --start=007 is not a number."""
         value = text
-    return _checked(key, value, default, "command line")
+        if type(self.default) is bool:
+            value = {"true": True, "false": False}.get(text.lower(), text)
+        elif type(self.default) is not str:
+            try:
+                value = ast.literal_eval(text)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                if re.fullmatch("[+-]?(nan|inf)", text.lower()):
+                    value = float(text)
+        return self.check(value)
+
+    def check(self, value, place=""):
+        """`value` with the type of the default, or UserError; `place` is where it was set."""
+        kind = type(self.default)
+        if kind is float and type(value) is int and abs(value) < 2**63:
+            value = float(value)
+        if kind is int and type(value) is float and value.is_integer():
+            value = int(value)
+        expected = ""
+        if type(value) is not kind:
+            expected = f"{KINDS[kind]}, such as {self.default!r}"
+        elif kind is float and not math.isfinite(value):
+            expected = "a finite number"
+        elif kind is int and abs(value) >= 2**63:
+            expected = "a whole number of at most 64 bits"
+        elif not all(COMPARE[sign][1](value, _number(text)) for sign, text in self.bounds):
+            expected = " and ".join(f"{COMPARE[sign][0]} {text}" for sign, text in self.bounds)
+        elif self.choices and not any(_matches(value, choice) for choice in self.choices):
+            *first, last = map(repr, self.choices)
+            expected = f"{', '.join(first)} or {last}{_nearest(value, self.choices)}"
+        if expected:
+            where = f"{place}: " if place else ""
+            text = f"{where}{self.name}={_short(value)}: expected {expected}"
+            raise UserError(f"{text} (--help explains it)")
+        return value
+
+
+def _choices(comment):
+    """The values allowed by a comment such as `MLP: 'a' (see b) | 'c': the old one`, or []."""
+    parts = re.sub(r"\((?!['\"])[^()]*\)", "", comment).split("|")
+    matches = [QUOTED.search(parts[0]), *(QUOTED.match(part.strip()) for part in parts[1:])]
+    if len(parts) == 1 or None in matches:
+        return []
+    return [match[1] or match[2] or "" for match in matches]
+
+
+def _matches(value, choice):
+    return value.startswith(choice[:-3]) if choice.endswith("...") else value == choice
+
+
+def _number(text):
+    base, _, power = text.partition("**")
+    return int(base) ** int(power) if power else float(base)
+
+
+def _short(value):
+    """repr(value), short enough for a line."""
+    if type(value) is int and abs(value) >= 2**63:  # repr() raises for very large ones
+        return f"{value:#x}"[:40]
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}..."
 
 
 def _nearest(name, known):
@@ -167,19 +199,237 @@ def _nearest(name, known):
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-# a disk that is full, read-only or someone else's, a file where a directory should be: no mistake of the program
-_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EEXIST, errno.ENOTDIR)
+# -----------------------------------------------------------------------------
+# reading sources
 
 
-def _one_line(kind, error, traceback):
-    """sys.excepthook: a UserError, a disk's trouble and Ctrl-C take one line, all else keeps its traceback."""
+def _read_keys(path, class_name=""):
+    """(name -> Key, the value of `also`) of a script, or of a dataclass in it.
+
+    The source is parsed, not imported: importing model.py would import torch.
+    """
+    with tokenize.open(path) as f:
+        text = f.read()
+    tree, title, also = ast.parse(text, path), os.path.basename(path), None
+    if class_name:
+        title = f"{title}: {class_name}"
+        classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name]
+        if not classes:
+            raise UserError(f"{path}: there is no class {class_name}, whose fields are keys")
+        return _keys_in(
+            [n for n in classes[0].body if isinstance(n, ast.AnnAssign)], text, title
+        ), None
+    body = []
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) or "configure(" in ast.unparse(node):
+            break
+        body.append(node)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "configure":
+            also = next((ast.literal_eval(k.value) for k in node.keywords if k.arg == "also"), also)
+    return _keys_in(body, text, title), also
+
+
+def _keys_in(body, text, title):
+    """name -> Key of the statements in `body`, with their comments."""
+    trailing, headings = {}, {}  # line -> comment; headings stand on a line of their own
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            own_line = not token.line[: token.start[1]].strip()
+            (headings if own_line else trailing)[token.start[0]] = token.string.strip("# -")
+    keys, last = {}, 0
+    for node in body:
+        name, default = _assignment(node)
+        if name:
+            heading = [headings[n] for n in range(last + 1, node.lineno) if n in headings]
+            heading = [line for line in heading if not line.startswith("fmt:")]
+            comment = trailing.get(node.end_lineno, "")
+            keys[name] = Key(name, default, comment, heading, title, node.lineno)
+        if name or isinstance(node, ast.Expr):
+            last = node.end_lineno
+    return keys
+
+
+def _assignment(node):
+    """(name, default) if the statement makes a key, ("", None) otherwise."""
+    if not isinstance(node, (ast.Assign, ast.AnnAssign)) or not node.value:
+        return "", None
+    annotated = isinstance(node, ast.AnnAssign)
+    target = node.target if annotated else node.targets[0]
+    name = target.id if isinstance(target, ast.Name) else "_"
+    constant = (ast.Constant, ast.UnaryOp, ast.BinOp, ast.unaryop, ast.operator)
+    if not all(isinstance(part, constant) for part in ast.walk(node.value)):
+        return "", None
+    default = eval(compile(ast.Expression(node.value), "default", "eval"))  # such as 5 * 8
+    if annotated and ast.unparse(node.annotation) == "float" and type(default) is int:
+        default = float(default)
+    is_key = not name.startswith("_") and (annotated or name.islower()) and type(default) in KINDS
+    return (name, default) if is_key else ("", None)
+
+
+def _help(docstring, keys):
+    lines, title = [docstring.strip()], next(iter(keys.values())).title
+    for key in keys.values():
+        if key.title != title:
+            title = key.title
+            lines += ["", f"the keys of {title}:"]
+        lines += [f"\n{line}" for line in key.heading]
+        lines.append(f"  --{key.name}={key.default!r}".ljust(32) + f"  {key.comment}")
+    return "\n".join(lines)
+
+
+def _run_config(path, current):
+    """Runs a config file, which sees the current values, and returns the keys that it assigns."""
+    try:
+        with tokenize.open(path) as f:
+            tree = ast.parse(f.read(), path)
+        code = compile(tree, path, "exec")
+    except FileNotFoundError:
+        directory = os.path.dirname(path) or "."
+        names = os.listdir(directory) if os.path.isdir(directory) else []
+        hint = _nearest(os.path.basename(path), [name for name in names if name.endswith(".py")])
+        raise UserError(f"{path}: no such config file{hint}") from None
+    except SyntaxError as e:
+        raise UserError(f"{path}, line {e.lineno or 1}: not valid Python: {e.msg}") from None
+    except (OSError, ValueError, RecursionError, MemoryError) as e:
+        raise UserError(f"{path}: not a Python file: {e or type(e).__name__}") from None
+    space = dict(current, __file__=path, __name__="__config__")
+    try:
+        exec(code, space)
+    except (Exception, SystemExit) as e:  # whatever it raises, the user can correct
+        line = e.__traceback__.tb_next.tb_lineno if e.__traceback__.tb_next else "?"
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        raise UserError(f"{path}, line {line}: {reason}") from None
+    names = [n for n in ast.walk(tree) if isinstance(n, ast.Name)]
+    stored = {n.id: n.lineno for n in reversed(names) if isinstance(n.ctx, ast.Store)}
+    read = {n.id for n in names if isinstance(n.ctx, ast.Load)}
+    for name, line in stored.items():
+        # a name that the config itself reads is a helper; one that nothing reads is mistyped
+        helper = name in read or name.startswith("_") or type(space.get(name)) not in KINDS
+        if name not in current and not helper:
+            hint = _nearest(name, current)
+            raise UserError(f"{path}, line {line}: there is no key {name!r}{hint}")
+    here = {name: space[name] for name in current if name in space}  # a config may delete a name
+    return {k: v for k, v in here.items() if k in stored or v is not current[k]}
+
+
+# -----------------------------------------------------------------------------
+# standard output and error, and how a script ends
+
+# a full, read-only or protected disk, a file in place of a directory: not a bug of the program
+DISK_ERRORS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EIO),
+)
+
+
+class _Stream:
+    """Standard output or error, replaced by os.devnull when it fails for the first time.
+
+    Every use from then on raises that failure, an OSError with the stream's name as its filename;
+    with `survive` none does.
+    """
+
+    def __init__(self, stream, name, survive=False):
+        self._stream, self._name, self._error, self.survive = stream, name, None, survive
+
+    def __getattr__(self, attribute):
+        return getattr(self._stream, attribute)
+
+    def write(self, text):
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self._try(self._stream.flush)
+
+    def _try(self, function, *args):
+        try:
+            if self._error is None:
+                function(*args)
+        except (OSError, ValueError) as e:
+            if isinstance(e, ValueError) and not self._stream.closed:
+                raise
+            self._error = e if isinstance(e, OSError) else OSError(errno.EBADF, str(e))
+            self._error.filename = self._name
+            self._redirect()
+            if self.survive and self is sys.stdout:
+                reason = f"standard output is gone ({self._error.strerror}), continuing without it"
+                print(f"{os.path.basename(sys.argv[0])}: {reason}", file=sys.stderr)
+        if self._error and not self.survive:
+            raise self._error
+
+    def _redirect(self):
+        """Points the file descriptor to os.devnull, also for buffered text and child processes."""
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as devnull:
+            os.dup2(devnull.fileno(), self._stream.fileno())
+
+
+def survive_dead_stdout():
+    """Lets a long run continue when its standard output fails: `| head`, a full disk, no terminal.
+
+    One line on standard error says so. Call it at the start of a script.
+    """
+    _prepare_streams()
+    sys.stdout.survive = True
+
+
+def _prepare_streams():
+    """Lets standard output and error take every character, and opens os.devnull in place of a
+    closed one. Standard error never raises; for standard output see `_Stream`."""
+    for fd in (0, 1, 2):  # a file opened later must not become a standard stream
+        try:
+            os.fstat(fd)
+        except OSError:
+            devnull = os.open(os.devnull, os.O_RDWR)  # takes the lowest number, mostly fd itself
+            if devnull != fd:
+                os.dup2(devnull, fd)
+                os.close(devnull)
+            os.set_inheritable(fd, True)
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    for attribute, name in (("stdout", "standard output"), ("stderr", "standard error")):
+        stream = getattr(sys, attribute)
+        if stream is None:
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        if isinstance(stream, _Stream):
+            continue
+        if hasattr(stream, "reconfigure") and not stream.closed:
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, attribute, _Stream(stream, name, survive=attribute == "stderr"))
+    atexit.unregister(_flush_at_exit)
+    atexit.register(_flush_at_exit)
+
+
+def _flush_at_exit():
+    """Reports a standard output that fails only now; Python itself would exit with code 120."""
+    try:
+        sys.stdout.flush()
+    except OSError as e:
+        _print_exception(type(e), e, None)
+        if not _is_broken_pipe(e):
+            os._exit(1)
+
+
+def _is_broken_pipe(error):
+    """Whether the reader of standard output, such as `head`, is gone; EINVAL is Windows' word."""
+    codes = (errno.EPIPE, errno.EINVAL) if os.name == "nt" else (errno.EPIPE,)
+    return error.filename == "standard output" and error.errno in codes
+
+
+def _print_exception(kind, error, traceback):
+    """sys.excepthook: one line for a UserError, disk error or Ctrl-C, a traceback for the rest."""
     script = os.path.basename(sys.argv[0])
     if issubclass(kind, UserError):
         print(f"{script}: {error}", file=sys.stderr)
-    elif issubclass(kind, BrokenPipeError):  # `| head` has read enough; nor may the last flush complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    elif issubclass(kind, OSError) and error.errno in _DISK:
-        print(f"{script}: {error.filename or 'a file'}: {error.strerror}; mend that, or choose another place", file=sys.stderr)
+    elif issubclass(kind, OSError) and error.filename == "standard output":
+        sys.stdout.survive = True  # so that it is reported once
+        if not _is_broken_pipe(error):
+            print(f"{script}: standard output: {error.strerror}", file=sys.stderr)
+    elif issubclass(kind, OSError) and error.errno in DISK_ERRORS:
+        place = error.filename or "a file"
+        reason = f"{error.strerror}; correct that, or choose another place"
+        print(f"{script}: {place}: {reason}", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
         print(f"\n{script}: stopped", file=sys.stderr)
     else:

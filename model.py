@@ -21,6 +21,7 @@ import math
 import os
 import re
 import typing
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -43,43 +44,56 @@ class GPTConfig:
 
     Raises UserError where two keys contradict each other.
     """
-    block_size: int = 1024        # tokens in a training window
-    vocab_size: int = 50304       # rows of the embedding
-    n_layer: int = 12             # blocks
-    n_head: int = 12              # query heads
-    n_embd: int = 768             # width of the residual stream
-    n_kv_head: int = 0            # key and value heads (GQA); 0: n_head
-    head_dim: int = 0             # width of a head; 0: n_embd / n_head
-    ffn_dim: int = 0              # hidden width of the MLP; 0: 4 n_embd (gelu), 8/3 n_embd in 64s (swiglu)
-    max_positions: int = 0        # the longest context that config.json declares; 0: block_size
-    dropout: float = 0.0
+    # fmt: off
+    block_size: int = 256         # tokens in a training window (>= 1)
+    vocab_size: int = 0           # rows of the embedding; 0: the data's; it may be larger, never smaller (>= 0)
+    n_layer: int = 4              # blocks (>= 1)
+    n_head: int = 4               # query heads (>= 1)
+    n_embd: int = 128             # width of the residual stream (>= 1)
+    n_kv_head: int = 0            # key and value heads (GQA); 0: n_head (>= 0)
+    head_dim: int = 0             # width of a head; 0: n_embd / n_head (>= 0)
+    ffn_dim: int = 0              # hidden width of the MLP; 0: 4 n_embd (gelu), 8/3 n_embd in 64s (swiglu) (>= 0)
+    max_positions: int = 0        # the longest context that config.json declares; 0: block_size (>= 0)
+    dropout: float = 0.0          # (>= 0, < 1)
     bias: bool = False            # in linear layers and LayerNorm
     norm: str = "rmsnorm"         # 'rmsnorm' | 'layernorm'
-    norm_eps: float = 1e-5
+    norm_eps: float = 1e-5        # (> 0)
     mlp: str = "swiglu"           # 'swiglu' | 'gelu' (tanh form, as GPT-2)
     pos: str = "rope"             # 'rope' | 'learned'
-    rope_theta: float = 10000.0
-    nope_every: int = 0           # every n-th layer has no RoPE (4: layers 3, 7, 11, ...); 0: never
-    qk_norm: bool = False         # RMSNorm on each head's queries and keys (Qwen3)
+    rope_theta: float = 300.0     # (> 0)
+    nope_every: int = 0           # every n-th layer has no RoPE (4: layers 3, 7, 11, ...); 0: never (>= 0)
+    qk_norm: bool = True          # RMSNorm on each head's queries and keys (Qwen3)
     tie_embeddings: bool = True   # one matrix for embedding and head
     embed_scale: bool = False     # embeddings x sqrt(n_embd)
-    unit_embed: bool = False      # embeddings begin at std 1, the final norm's gain at n_embd^-0.5
+    unit_embed: bool = True       # embeddings begin at std 1, the final norm's gain at n_embd^-0.5
     init: str = "normal"          # 'normal' | 'trunc_normal' (cut at 3 std)
-    init_std: float = 0.02
+    init_std: float = 0.02        # (> 0)
     scale_residual: bool = True   # projections into the residual stream begin smaller by sqrt(2 n_layer)
+    # fmt: on
 
     def __post_init__(self):
         for field in dataclasses.fields(self):  # a config.json of someone else may hold anything
             value, kind = getattr(self, field.name), field.type
+            if kind not in (bool, int, float, str):
+                continue  # a key that was added, of a type that only its author knows
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise UserError(f"{field.name}={value!r}: expected {kind.__name__}")
+            if kind is float and not math.isfinite(value):
+                raise UserError(f"{field.name}={value}: expected a finite number")
         for key, allowed in (("norm", ("rmsnorm", "layernorm")), ("mlp", ("swiglu", "gelu")),
                              ("pos", ("rope", "learned")), ("init", ("normal", "trunc_normal"))):
             if getattr(self, key) not in allowed:
                 raise UserError(f"{key}={getattr(self, key)!r}: expected one of {', '.join(map(repr, allowed))}")
-        for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key}={getattr(self, key)}: expected at least 1")
+        for least, keys in ((1, ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")),
+                            (0, ("n_kv_head", "head_dim", "ffn_dim", "max_positions", "nope_every", "init_std"))):
+            for key in keys:
+                if getattr(self, key) < least:
+                    raise UserError(f"{key}={getattr(self, key)}: expected at least {least}")
+        for key in ("norm_eps", "rope_theta"):
+            if getattr(self, key) <= 0:
+                raise UserError(f"{key}={getattr(self, key)}: expected more than 0")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout={self.dropout}: expected at least 0 and less than 1")
         self.n_kv_head = self.n_kv_head or self.n_head
         if not self.head_dim and self.n_embd % self.n_head:
             raise UserError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; set head_dim to free them")
@@ -88,44 +102,24 @@ class GPTConfig:
             raise UserError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
         if self.pos == "rope" and self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim}: RoPE turns pairs, so it has to be even")
-        self.ffn_dim = self.ffn_dim or (4 * self.n_embd if self.mlp == "gelu"
-                                        else -(-8 * self.n_embd // (3 * 64)) * 64)
+        if not self.ffn_dim:
+            self.ffn_dim = 4 * self.n_embd if self.mlp == "gelu" else -(-8 * self.n_embd // (3 * 64)) * 64
         self.max_positions = self.max_positions or self.block_size
         if self.block_size > self.max_positions:
             raise UserError(f"block_size={self.block_size} is beyond max_positions={self.max_positions}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout={self.dropout}: expected at least 0 and less than 1")
 
 
 # -----------------------------------------------------------------------------
 # layers
 
-class _RMSNorm(torch.autograd.Function):
-    """x / rms(x) * weight in float32, given out in `dtype`. What PyTorch composes on a CPU keeps x twice for the
-    backward pass; this keeps it once."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps, dtype):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight).to(dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
-        normed, g = x * scale, grad * weight
-        grad_weight = (grad * normed).flatten(0, -2).sum(dim=0)
-        along = (g * normed).mean(dim=-1, keepdim=True)
-        return g.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None, None
-
-
 class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight (Zhang & Sennrich 2019), given out in the dtype in which matrices are multiplied."""
+
     def forward(self, x):
         dtype = _compute_dtype(x)
-        if x.is_cuda:  # autocast makes float32 of it, which attention's kernels don't take
-            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps).to(dtype)
-        return _RMSNorm.apply(x, self.weight, self.eps, dtype)
+        if x.dtype != self.weight.dtype:  # under autocast queries and keys come in bf16, the gain is in float32
+            x = x.float()
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps).to(dtype)
 
 
 def make_norm(config):
@@ -238,25 +232,6 @@ def _varlen(package):
     return varlen
 
 
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of x = [gate, up], of which nothing but x is kept for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, = ctx.saved_tensors
-        gate, up = x.chunk(2, dim=-1)
-        out = torch.empty_like(x)
-        out[..., :gate.shape[-1]] = torch.ops.aten.silu_backward(grad * up, gate)
-        out[..., gate.shape[-1]:] = F.silu(gate).mul_(grad)
-        return out
-
-
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020), gate and up in one matrix, or GPT-2's two layers with GELU."""
 
@@ -270,7 +245,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         if self.gated:
-            return self.down(_SwiGLU.apply(self.up(x)))
+            gate, up = self.up(x).chunk(2, dim=-1)
+            return self.down(F.silu(gate) * up)
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
@@ -326,6 +302,8 @@ class KVCache:
 class GPT(nn.Module):
     """A decoder-only transformer. `grad_checkpoint=True` on the module trades time for memory."""
 
+    config_class = GPTConfig  # what from_pretrained makes of a config.json
+
     def __init__(self, config):
         super().__init__()
         self.config, self.grad_checkpoint = config, False
@@ -345,18 +323,20 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        c = self.config
-        for name, p in self.named_parameters():
-            if p.dim() < 2:
-                (nn.init.zeros_ if name.endswith("bias") else nn.init.ones_)(p)
+        c, drawn = self.config, set()
+        for name, module in self.named_modules():  # parameters that are added elsewhere keep the values given there
+            if not isinstance(module, (nn.Linear, nn.Embedding)) or module.weight in drawn:
                 continue
-            std = 1.0 if c.unit_embed and name == "embed.weight" else c.init_std
-            if c.scale_residual and name.endswith(("proj.weight", "down.weight")):
+            std = 1.0 if c.unit_embed and name == "embed" else c.init_std
+            if c.scale_residual and name.endswith(("proj", "down")):
                 std /= math.sqrt(2 * c.n_layer)  # GPT-2, section 2.3
             if c.init == "normal":
-                nn.init.normal_(p, std=std)
+                nn.init.normal_(module.weight, std=std)
             else:
-                nn.init.trunc_normal_(p, std=std, a=-3 * std, b=3 * std)
+                nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
+            drawn.add(module.weight)  # a tied head is the embedding
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
         if c.unit_embed:
             # Embeddings of std 1 let a tiny model learn to copy names; the gain keeps the logits of a tied
             # head at the size they would have had, without leaving Llama's layout
@@ -627,7 +607,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for i in range(0, len(part), block):
                 some, t, v = logits[i:i + block], target[i:i + block], valid[i:i + block]
                 log_p = some.float().log_softmax(dim=-1)
-                total -= (log_p.gather(1, t)[:, 0] * v).sum()
+                total = total - (log_p.gather(1, t)[:, 0] * v).sum()  # in place, torch 2.11 compiles it to no gradient
                 if need_x or need_w:
                     grad = log_p.exp_()  # d(-log p_target)/d logits = p - onehot(target)
                     grad.scatter_add_(1, t, torch.full_like(t, -1, dtype=grad.dtype))
@@ -645,7 +625,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_out):
         grad_x, grad_w = ctx.saved_tensors
         return (None if grad_x is None else grad_x.to(ctx.x_dtype) * grad_out,
-                None if grad_w is None else grad_w.mul_(grad_out), None, None)
+                None if grad_w is None else grad_w * grad_out, None, None)
 
 
 def linear_cross_entropy(x, weight, targets):
@@ -712,9 +692,88 @@ def k3(log_probs, reference):
 
 def group_advantages(rewards, scale=False):
     """Rewards (groups, group_size) -> advantages within each group: less its mean, with `scale` over its deviation.
-    A group whose rewards are all equal teaches nothing: 0."""
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    return centred / (rewards.std(dim=1, keepdim=True) + 1e-4) if scale else centred
+
+    A group whose rewards are all equal teaches nothing: exactly 0. That is decided on the rewards, because a mean of
+    equal numbers is rounded and leaves advantages of 1e-8, which Muon would turn into a whole step.
+    """
+    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale:
+        advantages = advantages / (rewards.std(dim=1, keepdim=True) + 1e-4)
+    return advantages.masked_fill(equal, 0.0)
+
+
+# -----------------------------------------------------------------------------
+# stages: the loss of a micro-batch of pairs or of completions (a Batch of prepare.py), and what is measured beside it.
+# `policy` is the model that is trained, `reference` the frozen model that it began as.
+
+def answer_log_probs(model, batch, temperature=1.0):
+    """log p of each target of a batch, (B, T), 0 where there is none."""
+    return model(batch.x, batch.y, per_token=True, temperature=temperature)[1]
+
+
+def pair_loss(policy, reference, batch, kind="sigmoid", beta=0.1, label_smoothing=0.0):
+    """(mean loss, metrics) of preference pairs: the first half of the batch holds the chosen answers, the second half
+    the rejected. `rewards/...` are the implicit rewards of Rafailov et al. 2023, section 4: beta times the log-ratio."""
+    with torch.no_grad():
+        before = answer_log_probs(reference, batch).sum(dim=1)  # (2 pairs,)
+    log_ratios = answer_log_probs(policy, batch).sum(dim=1) - before
+    chosen, rejected = log_ratios.chunk(2)
+    loss = preference_loss(kind, chosen, rejected, beta, label_smoothing).mean()
+    chosen, rejected = chosen.detach(), rejected.detach()
+    return loss, {"rewards/chosen": beta * chosen.mean(), "rewards/rejected": beta * rejected.mean(),
+                  "rewards/margins": beta * (chosen - rejected).mean(),
+                  "rewards/accuracies": (chosen > rejected).float().mean()}
+
+
+def completion_loss(policy, reference, batch, temperature=1.0, clip_eps=0.2, kl_coef=0.0):
+    """(mean loss over the completions' tokens, metrics) of sampled completions with `batch.advantages` (B,).
+
+    The log-probabilities that they were sampled under, and with kl_coef those under the reference, are made at the first
+    call for a batch and kept on it, for the further updates on the same rollouts.
+    """
+    log_probs = answer_log_probs(policy, batch, temperature)
+    if not hasattr(batch, "old_log_probs"):
+        batch.old_log_probs, batch.reference_log_probs = log_probs.detach(), None
+        if kl_coef:
+            with torch.no_grad():
+                batch.reference_log_probs = answer_log_probs(reference, batch, temperature)
+    counts = (batch.y >= 0).float()
+    advantages = batch.advantages[:, None].expand_as(log_probs)
+    losses = policy_loss(log_probs, batch.old_log_probs, advantages, clip_eps, batch.reference_log_probs, kl_coef)
+    targets = counts.sum().clamp(min=1)
+    return (losses * counts).sum() / targets, {"policy/entropy": -(batch.old_log_probs * counts).sum() / targets}
+
+
+def completion_measures(policy, reference, batch, temperature=1.0):
+    """{name: (mean over the completions' tokens, how many)}: entropy, and the KL divergence from the reference (k3)."""
+    log_probs = answer_log_probs(policy, batch, temperature)
+    divergence = k3(log_probs, answer_log_probs(reference, batch, temperature))
+    counts = (batch.y >= 0).float()
+    targets = counts.sum().clamp(min=1)
+    return {"policy/entropy": (-(log_probs * counts).sum() / targets, targets),
+            "policy/kl": ((divergence * counts).sum() / targets, targets)}
+
+
+def sample_completions(model, prompts, seeds, max_new_tokens, temperature, stop):
+    """[(ids, ended)]: a completion of each prompt (a list of ids), its last token one of `stop` if it ended. Each draws
+    from a seed of its own, so it does not depend on the other prompts of the batch."""
+    device = model.embed.weight.device
+    longest = max(len(ids) for ids in prompts)
+    idx = torch.tensor([[stop[0]] * (longest - len(ids)) + ids for ids in prompts], device=device)
+    pad = torch.tensor([longest - len(ids) for ids in prompts], device=device)
+    rows = model.generate(idx, max_new_tokens, temperature, seed=seeds, stop=stop, pad=pad)[:, longest:].tolist()
+    completions = []
+    for ids in rows:
+        end = next((i for i, token in enumerate(ids) if token in stop), None)
+        completions.append((ids if end is None else ids[:end + 1], end is not None))
+    return completions
+
+
+def yes_probability(model, ids, yes, no):
+    """A model's probability of the token `yes` over `yes` and `no`, after the prompt `ids` (a list)."""
+    logits = model(torch.tensor([ids], device=model.embed.weight.device))[0][0, -1]
+    return logits[[yes, no]].softmax(0)[0].item()
 
 
 # -----------------------------------------------------------------------------
@@ -824,16 +883,26 @@ def make_optimizers(model, optimizer="muon", learning_rate=3e-4, muon_lr=0.02, m
     Gains and biases are never decayed, embeddings and head only with `decay_embeddings` (as nanoGPT does).
     Each group carries `base_lr`, which a schedule multiplies.
     """
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    hidden = [p for n, p in named if p.dim() == 2 and n.startswith("blocks.")]
-    outer = [p for n, p in named if p.dim() == 2 and not n.startswith("blocks.")]
-    vectors = [p for n, p in named if p.dim() < 2]
     if optimizer not in ("muon", "adamw"):
         raise UserError(f"optimizer={optimizer!r}: expected 'muon' or 'adamw'")
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    hidden, outer, vectors, others = [], [], [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if p.dim() < 2:
+            vectors.append(p)
+        elif p.dim() > 2:
+            others.append(p)
+        elif name.startswith("blocks.") and id(p) not in tables:
+            hidden.append(p)
+        else:
+            outer.append(p)
     groups = [dict(params=vectors, weight_decay=0.0),
               dict(params=outer, weight_decay=weight_decay if decay_embeddings else 0.0)]
     if optimizer == "adamw":
         groups.append(dict(params=hidden, weight_decay=weight_decay))
+    groups.append(dict(params=others, weight_decay=weight_decay))  # none in the model as it comes
     optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=True)]
     if optimizer == "muon" and hidden:
         optimizers.append(Muon(hidden, muon_lr, muon_momentum, weight_decay, cautious, muon_dtype))
@@ -863,8 +932,55 @@ def schedule_factor(step, schedule, warmup_iters, decay_iters, floor=0.0, decay_
     return floor + (1 - floor) * (1 - (math.sqrt(progress) if decay_shape == "1-sqrt" else progress))
 
 
+def why_harmful(loss, grad_norm, recent, spike_z=12.0, scaled=False):
+    """Why an update must not be taken: '' for a good one, else 'not finite', 'gradient is 0', 'loss spike', 'gradient spike'.
+
+    A spike is more than spike_z deviations (0: never) above the median of `recent`, the (loss, log of the gradient norm) of
+    earlier updates, once there are 32. 1.4826 times the median absolute deviation estimates a standard deviation; the
+    floors keep a run with little noise from skipping ordinary steps. `scaled`: with float16 gradients may overflow, and its
+    scaler skips those updates itself.
+    """
+    if not math.isfinite(loss):
+        return "not finite"
+    if not math.isfinite(grad_norm):
+        return "" if scaled else "not finite"
+    if grad_norm == 0:
+        return "gradient is 0"
+    if not spike_z or len(recent) < 32:
+        return ""
+    for i, value, floor, why in ((0, loss, 0.03, "loss spike"), (1, math.log(grad_norm), 0.2, "gradient spike")):
+        earlier = sorted(pair[i] for pair in recent)
+        median = earlier[len(earlier) // 2]
+        deviation = 1.4826 * sorted(abs(e - median) for e in earlier)[len(earlier) // 2]
+        if value - median > spike_z * max(deviation, floor):
+            return why
+    return ""
+
+
 # -----------------------------------------------------------------------------
 # the machine
+
+def set_up_device(device):
+    """The device to train on, ready for it: of torchrun's processes each takes a GPU of its own; TF32 is on."""
+    device = pick_device(device)
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+    if device.startswith("cuda"):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if device == "cpu":
+        keep_memory()
+    return device
+
+
+def undo_compile(model):
+    """After model.compile() failed: the model runs as it did before."""
+    import torch._dynamo
+    model._compiled_call_impl = None
+    torch._dynamo.reset()
+
+
 
 def pick_device(device):
     """'auto' -> the fastest that is here. UserError for one that is not."""
@@ -895,6 +1011,11 @@ def multiplies_bf16(device):
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def pick_muon_dtype(dtype, device):
+    """The dtype of Muon's iteration: bfloat16 where that is fast, unless training is in float32."""
+    return torch.float32 if dtype == "float32" or not multiplies_bf16(device) else torch.bfloat16
 
 
 def compile_pays(device_type, steps_left, seconds_a_step):
@@ -947,9 +1068,9 @@ def memory_estimate(model, batch_size, optimizer="muon", dtype="bfloat16", grad_
     hidden = sum(p.numel() for k, p in model.named_parameters() if p.dim() == 2 and k.startswith("blocks."))
     low = 4 if dtype == "float32" else 2
     # of each block and token: both inputs of the residual stream and both norms in float32, then what the
-    # matrices read and write: normed x twice, q k v and the heads' output, the MLP's three
+    # matrices read and write: normed x twice, q k v and the heads' output, the MLP's four
     heads = (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim
-    block = 4 * 4 * c.n_embd + low * (2 * c.n_embd + 2 * heads + (3 if c.mlp == "swiglu" else 2) * c.ffn_dim)
+    block = 4 * 4 * c.n_embd + low * (2 * c.n_embd + 2 * heads + (4 if c.mlp == "swiglu" else 2) * c.ffn_dim)
     kept = (c.n_layer * 4 * c.n_embd + block) if grad_checkpoint else c.n_layer * block
     tokens = batch_size * c.block_size
     logits = min(tokens * c.vocab_size, LOGITS_IN_A_CHUNK["cuda"]) * (8 + low)  # as they are, in float32, and log p
@@ -957,181 +1078,377 @@ def memory_estimate(model, batch_size, optimizer="muon", dtype="bfloat16", grad_
             "optimizer": 8 * n - (4 * hidden if optimizer == "muon" else 0), "activations": tokens * kept + logits}
 
 
-# -----------------------------------------------------------------------------
-# the Hugging Face layout
+def plan(config, vocab_size, gpu=""):
+    """Prints what a run would take, for train.py --dry_run: parameters, FLOPs, tokens, memory, and on `gpu` (a name in
+    GPUS) hours and dollars. `config` holds every key of train.py."""
+    keys = {field.name: config[field.name] for field in dataclasses.fields(GPTConfig)}
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**keys | {"vocab_size": vocab_size}))
+    flops = flops_per_token(model)
+    tokens_per_step = config["batch_size"] * config["gradient_accumulation_steps"] * config["block_size"]
+    tokens = tokens_per_step * config["max_iters"]
+    memory = memory_estimate(model, config["batch_size"], config["optimizer"], config["dtype"], config["grad_checkpoint"])
+    print(f"parameters        {model.n_params():,}")
+    print(f"FLOPs a token     {flops:.4g}")
+    print(f"tokens a step     {tokens_per_step:,}")
+    print(f"total tokens      {tokens:,} in {config['max_iters']:,} steps")
+    for what, size in memory.items():
+        print(f"{what:17} {size / 1e9:.2f} GB")
+    if not gpu:
+        return
+    if not gpu_spec(gpu):
+        raise UserError(f"gpu={gpu!r}: expected one of {', '.join(GPUS)}")
+    peak, gigabytes, price = gpu_spec(gpu)
+    price = config["gpu_cost_per_hour"] or price
+    speed = peak * config["mfu"] / flops
+    hours = tokens / speed / 3600
+    print(f"on one {gpu.upper():10} {hours:,.1f} hours, ${hours * price:,.2f}, at {speed:,.0f} tok/s "
+          f"({config['mfu']:.0%} of {peak / 1e12:.0f} TFLOP/s) and ${price:.2f} an hour")
+    if sum(memory.values()) > 0.95 * gigabytes * 1e9:
+        print(f"it won't fit {gigabytes} GB: halve batch_size and double gradient_accumulation_steps until it does (the "
+              "tokens a step stay the same), or set grad_checkpoint=True")
 
-def architecture(config):
-    """The Hugging Face model_type whose maths this config is, or 'nanosmol' where there is none, with the
-    keys that stand in the way."""
-    c, odd = config, []
-    if c.pos == "learned":
-        odd = [k for k, wrong in (("norm", c.norm != "layernorm"), ("mlp", c.mlp != "gelu"), ("qk_norm", c.qk_norm),
-                                  ("n_kv_head", c.n_kv_head != c.n_head), ("nope_every", c.nope_every),
-                                  ("head_dim", c.head_dim * c.n_head != c.n_embd)) if wrong]
-        return ("gpt2", []) if not odd else ("nanosmol", ["pos", *odd])
-    odd = [k for k, wrong in (("norm", c.norm != "rmsnorm"), ("mlp", c.mlp != "swiglu")) if wrong]
-    if c.nope_every and c.head_dim * c.n_head != c.n_embd:
-        odd += ["nope_every", "head_dim"]
-    if c.qk_norm and (c.nope_every or c.bias):
-        odd += ["qk_norm", "nope_every" if c.nope_every else "bias"]
-    kind = "smollm3" if c.nope_every else "qwen3" if c.qk_norm else "llama"
-    return (kind, []) if not odd else ("nanosmol", ["pos"] * ("norm" in odd or "mlp" in odd) + odd)
+
+# -----------------------------------------------------------------------------
+# The Hugging Face layout: one table for each architecture, read in both directions. A new architecture
+# is a new entry of ARCHITECTURES.
+
+REQUIRED = object()  # in place of a default: a config.json without this key is refused
+
+# What a key stands for that an architecture has no word for. A file never takes a value from GPTConfig's
+# defaults: those are the toy run's.
+NEUTRAL = dict(
+    n_kv_head=0, head_dim=0, ffn_dim=0, dropout=0.0, bias=False, norm="rmsnorm", norm_eps=1e-5,
+    mlp="swiglu", pos="rope", rope_theta=10000.0, nope_every=0, qk_norm=False, tie_embeddings=True,
+    embed_scale=False, unit_embed=False, init="normal", init_std=0.02, scale_residual=True,
+)  # fmt: skip
+SHAPE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "max_positions")
+
+
+class Architecture(typing.NamedTuple):
+    model_class: str         # as transformers calls it
+    maths: dict              # our keys that are built in; 0: the value that it follows
+    keys: list               # (our key, their key, transformers' default)
+    allowed: dict            # their options that change the maths -> the values that are ours, the default first
+    extra: typing.Callable   # config -> what config.json holds beside `keys`
+    block: str               # the prefix of a layer's tensors
+    tensors: list            # (ours, theirs stacked along our rows, their rows, columns, leaves), see _tensor_names
+    conv1d: bool = False     # matrices in blocks are stored transposed, and there are always biases
+
+
+def _llama_extra(config):
+    # transformers 5 reads rope_parameters; transformers 4, vLLM and llama.cpp read rope_theta
+    return {"hidden_act": "silu", "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
+
+
+def _smollm3_extra(config):
+    layers = [int((i + 1) % config.nope_every != 0) for i in range(config.n_layer)]
+    return _llama_extra(config) | {"no_rope_layers": layers, "use_sliding_window": False, "pad_token_id": None}
+
+
+def _gpt2_extra(config):
+    dropout = {"resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout}
+    return dropout | {"activation_function": "gelu_new"}
+
+
+# fmt: off
+_ANY = {  # options of every config.json of transformers
+    "is_causal":            (True,),
+    "is_encoder_decoder":   (False,),
+    "add_cross_attention":  (False,),
+    "per_layer_config":     (None, {}),
+    "pruned_heads":         (None, {}),
+    "quantization_config":  (None,),
+}
+_LLAMA_ALLOWED = _ANY | {
+    "hidden_act":             ("silu", "swish"),
+    "rope_type":              ("default",),
+    "partial_rotary_factor":  (1,),
+    "use_sliding_window":     (False,),
+    "layer_types":            ("full_attention",),
+}
+_LLAMA_KEYS = [
+    # ours              theirs                      transformers' default
+    ("vocab_size",      "vocab_size",               REQUIRED),
+    ("n_embd",          "hidden_size",              REQUIRED),
+    ("n_layer",         "num_hidden_layers",        REQUIRED),
+    ("n_head",          "num_attention_heads",      REQUIRED),
+    ("n_kv_head",       "num_key_value_heads",      0),
+    ("head_dim",        "head_dim",                 0),
+    ("ffn_dim",         "intermediate_size",        REQUIRED),
+    ("max_positions",   "max_position_embeddings",  2048),
+    ("norm_eps",        "rms_norm_eps",             1e-6),
+    ("rope_theta",      "rope_theta",               10000.0),
+    ("bias",            "attention_bias",           False),
+    ("tie_embeddings",  "tie_word_embeddings",      False),
+    ("init_std",        "initializer_range",        0.02),
+]
+_MLP_BIAS = [("bias", "mlp_bias", False)]
+_LLAMA_TENSORS = [
+    # ours         theirs                                                    rows       columns      weight, bias
+    ("embed",      "model.embed_tokens",                                     "vocab",   "width",     "w"),
+    ("norm",       "model.norm",                                             "width",   "",          "w"),
+    ("head",       "lm_head",                                                "vocab",   "width",     "w"),
+    ("*attn_norm", "*input_layernorm",                                       "width",   "",          "w"),
+    ("*attn.qkv",  "*self_attn.q_proj *self_attn.k_proj *self_attn.v_proj",  "q kv kv", "width",     "wb"),
+    ("*attn.proj", "*self_attn.o_proj",                                      "width",   "q",         "wb"),
+    ("*mlp_norm",  "*post_attention_layernorm",                              "width",   "",          "w"),
+    ("*mlp.up",    "*mlp.gate_proj *mlp.up_proj",                            "ffn ffn", "width",     "wb"),
+    ("*mlp.down",  "*mlp.down_proj",                                         "width",   "ffn",       "wb"),
+]
+_QK_NORM = [
+    ("*attn.q_norm", "*self_attn.q_norm",                                    "head",    "",          "w"),
+    ("*attn.k_norm", "*self_attn.k_norm",                                    "head",    "",          "w"),
+]
+_LLAMA_MATHS = dict(norm="rmsnorm", mlp="swiglu", pos="rope")
+ARCHITECTURES = {
+    "llama": Architecture(
+        "LlamaForCausalLM", _LLAMA_MATHS | dict(qk_norm=False, nope_every=0), _LLAMA_KEYS + _MLP_BIAS,
+        _LLAMA_ALLOWED, _llama_extra, "model.layers.", _LLAMA_TENSORS),
+    "smollm3": Architecture(
+        "SmolLM3ForCausalLM", _LLAMA_MATHS | dict(qk_norm=False, head_dim=0),
+        [row for row in _LLAMA_KEYS if row[0] not in ("rope_theta", "tie_embeddings", "max_positions")] + _MLP_BIAS + [
+            ("max_positions",   "max_position_embeddings",  32768),
+            ("rope_theta",      "rope_theta",               2e6),
+            ("tie_embeddings",  "tie_word_embeddings",      True),
+            ("nope_every",      "no_rope_layer_interval",   4),
+        ],
+        _LLAMA_ALLOWED, _smollm3_extra, "model.layers.", _LLAMA_TENSORS),
+    "qwen3": Architecture(
+        "Qwen3ForCausalLM", _LLAMA_MATHS | dict(qk_norm=True, nope_every=0, bias=False),
+        [row for row in _LLAMA_KEYS if row[0] not in ("head_dim", "max_positions")] + [
+            ("head_dim",        "head_dim",                 128),
+            ("max_positions",   "max_position_embeddings",  32768),
+        ],
+        _LLAMA_ALLOWED | {"attention_bias": (False,)}, _llama_extra, "model.layers.", _LLAMA_TENSORS + _QK_NORM),
+    "gpt2": Architecture(
+        "GPT2LMHeadModel",
+        dict(norm="layernorm", mlp="gelu", pos="learned", qk_norm=False, nope_every=0, n_kv_head=0, head_dim=0),
+        [
+            ("vocab_size",      "vocab_size",               50257),
+            ("max_positions",   "n_positions",              1024),
+            ("n_embd",          "n_embd",                   768),
+            ("n_layer",         "n_layer",                  12),
+            ("n_head",          "n_head",                   12),
+            ("ffn_dim",         "n_inner",                  0),
+            ("norm_eps",        "layer_norm_epsilon",       1e-5),
+            ("tie_embeddings",  "tie_word_embeddings",      True),
+            ("init_std",        "initializer_range",        0.02),
+        ],
+        _ANY | {
+            "activation_function":              ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate"),
+            "scale_attn_weights":               (True,),
+            "scale_attn_by_inverse_layer_idx":  (False,),
+        },
+        _gpt2_extra, "transformer.h.",
+        [
+            ("embed",       "transformer.wte",  "vocab",     "width",  "w"),
+            ("pos_embed",   "transformer.wpe",  "positions", "width",  "w"),
+            ("norm",        "transformer.ln_f", "width",     "",       "wb"),
+            ("head",        "lm_head",          "vocab",     "width",  "w"),
+            ("*attn_norm",  "*ln_1",            "width",     "",       "wb"),
+            ("*attn.qkv",   "*attn.c_attn",     "qkv",       "width",  "wb"),
+            ("*attn.proj",  "*attn.c_proj",     "width",     "q",      "wb"),
+            ("*mlp_norm",   "*ln_2",            "width",     "",       "wb"),
+            ("*mlp.up",     "*mlp.c_fc",        "ffn",       "width",  "wb"),
+            ("*mlp.down",   "*mlp.c_proj",      "width",     "ffn",    "wb"),
+        ],
+        conv1d=True),
+}
+# fmt: on
+
+
+def architecture(config, state=None):
+    """(model_type, obstacles): the Hugging Face architecture whose maths a config is, and no obstacles,
+    or 'nanosmol' and a sentence for each key and tensor that no architecture has.
+
+    With `state`, a state dict, its tensors are compared too: a parameter that was added to the model has no
+    name in another library, and must not be left out of a checkpoint.
+    """
+    best = None
+    for kind, arch in ARCHITECTURES.items():
+        wrong = []
+        for key, value in arch.maths.items():
+            if key in FOLLOWS and value == 0:
+                value = config.n_head if key == "n_kv_head" else config.n_embd / config.n_head
+            if getattr(config, key) != value:
+                wrong.append(f"{kind} has {key}={value!r}, not {getattr(config, key)!r}")
+        if best is None or len(wrong) < len(best[1]):
+            best = kind, wrong
+    kind, obstacles = best
+    for field in dataclasses.fields(config):
+        if field.name in NEUTRAL or field.name in SHAPE:
+            continue
+        value, default = getattr(config, field.name), field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if value != default:
+            obstacles.append(f"no architecture has the key {field.name}={value!r}")
+    if state is not None and not obstacles:
+        obstacles = _tensor_obstacles(config, kind, state)
+    return ("nanosmol", obstacles) if obstacles else (kind, [])
+
+
+def _tensor_obstacles(config, kind, state):
+    obstacles = []
+    expected = {ours: (theirs, optional) for ours, theirs, _, optional in _tensor_names(config, kind)}
+    tied = config.tie_embeddings and "head.weight" in state
+    if tied and not torch.equal(state["head.weight"], state["embed.weight"]):
+        obstacles.append(f"{kind} with tie_embeddings=True has no other head.weight than embed.weight")
+    for name, tensor in state.items():
+        if name == "head.weight" and config.tie_embeddings:
+            continue
+        if name not in expected:
+            obstacles.append(f"{kind} has no tensor {name}")
+            continue
+        shapes = [shape for _, shape in expected[name][0]]
+        shape = (sum(s[0] for s in shapes), *shapes[0][1:])
+        if tuple(tensor.shape) != shape:
+            obstacles.append(f"{kind} has {name} in the shape {shape}, not {tuple(tensor.shape)}")
+    for name, (_, optional) in expected.items():
+        if name not in state and not optional and not (name == "head.weight" and config.tie_embeddings):
+            obstacles.append(f"{kind} has a tensor {name}, this model has none")
+    return obstacles
+
+
+def _tensor_names(config, kind):
+    """[(our name, [(their name, its shape in our orientation)], transposed there, optional here)]"""
+    arch, c = ARCHITECTURES[kind], config
+    q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+    sizes = dict(vocab=c.vocab_size, positions=c.max_positions, width=c.n_embd, q=q, kv=kv, qkv=q + 2 * kv,
+                 head=c.head_dim, ffn=c.ffn_dim)
+    names = []
+    prefixes = [("", "")] + [(f"blocks.{i}.", f"{arch.block}{i}.") for i in range(c.n_layer)]
+    for our_prefix, their_prefix in prefixes:
+        for ours, theirs, rows, columns, leaves in arch.tensors:
+            if ours.startswith("*") != bool(our_prefix):
+                continue
+            rows = [sizes[row] for row in rows.split()]
+            pieces = [their_prefix + name.lstrip("*") for name in theirs.split()]
+            module = our_prefix + ours.lstrip("*")
+            width = [sizes[columns]] if columns else []
+            shapes = [(f"{piece}.weight", (row, *width)) for piece, row in zip(pieces, rows)]
+            names.append((f"{module}.weight", shapes, arch.conv1d and bool(columns and our_prefix), False))
+            if leaves == "wb" and (c.bias or arch.conv1d):
+                shapes = [(f"{piece}.bias", (row,)) for piece, row in zip(pieces, rows)]
+                names.append((f"{module}.bias", shapes, False, not c.bias))
+    return names
 
 
 def _to_hf_config(config, kind):
     """config.json for a config. Keys that the architecture has no word for stand under 'nanosmol'."""
-    c = config
-    tied = c.tie_embeddings and not c.embed_scale
+    values = dataclasses.asdict(config)
     if kind == "nanosmol":
         return {"model_type": "nanosmol", "architectures": ["NanosmolForCausalLM"], "dtype": "float32",
-                "nanosmol": dataclasses.asdict(c)}
-    if kind == "gpt2":
-        hf = {"architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size, "n_positions": c.max_positions,
-              "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head, "n_inner": c.ffn_dim,
-              "activation_function": "gelu_new", "layer_norm_epsilon": c.norm_eps,
-              "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
-              "initializer_range": c.init_std}
-    else:
-        name = {"llama": "Llama", "smollm3": "SmolLM3", "qwen3": "Qwen3"}[kind]
-        hf = {"architectures": [f"{name}ForCausalLM"], "vocab_size": c.vocab_size, "hidden_size": c.n_embd,
-              "intermediate_size": c.ffn_dim, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
-              "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim, "hidden_act": "silu",
-              "max_position_embeddings": c.max_positions, "rms_norm_eps": c.norm_eps,
-              # transformers 5 reads rope_parameters; transformers 4, vLLM and llama.cpp read rope_theta
-              "rope_theta": c.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-              "attention_bias": c.bias, "initializer_range": c.init_std}
-        if kind != "qwen3":
-            hf["mlp_bias"] = c.bias
-        if kind == "smollm3":
-            hf["no_rope_layer_interval"] = c.nope_every
-            hf["no_rope_layers"] = [int((i + 1) % c.nope_every != 0) for i in range(c.n_layer)]
-            hf["use_sliding_window"], hf["pad_token_id"] = False, None
-    hf |= {"model_type": kind, "tie_word_embeddings": tied, "dtype": "float32", "use_cache": True}
-    ours, said = dataclasses.asdict(c), dataclasses.asdict(_from_hf_config(hf, "config.json"))
-    hf["nanosmol"] = {k: v for k, v in ours.items() if said[k] != v}
+                "nanosmol": values}
+    arch = ARCHITECTURES[kind]
+    hf = {"model_type": kind, "architectures": [arch.model_class], "dtype": "float32", "use_cache": True}
+    hf |= {theirs: values[ours] for ours, theirs, _ in arch.keys}
+    hf |= arch.extra(config)
+    hf["tie_word_embeddings"] = config.tie_embeddings and not config.embed_scale
+    read_back = dataclasses.asdict(_from_hf_config(hf, "config.json", type(config)))
+    hf["nanosmol"] = {key: value for key, value in values.items() if read_back[key] != value}
     return hf
 
 
-def _from_hf_config(hf, where):
-    """The GPTConfig that a config.json describes; UserError where it asks for maths that is not here."""
-    kind = hf.get("model_type")
-    own = {k: v for k, v in hf.get("nanosmol", {}).items() if k in GPTConfig.__dataclass_fields__}
+def _from_hf_config(hf, where, config_class=None):
+    """The config that a config.json describes; UserError where it asks for maths that is not here."""
+    config_class = config_class or GPTConfig
+    kind, ours = hf.get("model_type"), hf.get("nanosmol", {})
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    for key in ours:
+        if key not in fields:
+            raise UserError(f"{where}: the key {key!r} under 'nanosmol' is not one of this model.py's GPTConfig; "
+                            "it was written by a model.py that has it")
     if kind == "nanosmol":
-        return GPTConfig(**own)
-
-    def refuse(key, found, expected):
-        raise UserError(f"{where}: {key} is {found!r}; this model.py knows {expected}")
-
-    if kind == "gpt2":
-        if hf.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
-            refuse("activation_function", hf["activation_function"], "'gelu_new'")
-        for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-            if hf.get(key):
-                refuse(key, hf[key], "False")
-        n = hf.get("n_positions", 1024)
-        keys = dict(vocab_size=hf.get("vocab_size", 50257), max_positions=n, block_size=n,
-                    n_embd=hf.get("n_embd", 768), n_layer=hf.get("n_layer", 12), n_head=hf.get("n_head", 12),
-                    ffn_dim=hf.get("n_inner") or 0, norm_eps=hf.get("layer_norm_epsilon", 1e-5), bias=True,
-                    norm="layernorm", mlp="gelu", pos="learned", tie_embeddings=hf.get("tie_word_embeddings", True))
-    elif kind in ("llama", "smollm3", "qwen3"):
-        rope = hf.get("rope_parameters") or {}
-        scaling = hf.get("rope_scaling") or rope
-        if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-            refuse("rope_type", scaling.get("rope_type", scaling.get("type")), "'default'")
-        if hf.get("hidden_act", "silu") != "silu":
-            refuse("hidden_act", hf["hidden_act"], "'silu'")
-        if hf.get("use_sliding_window"):
-            refuse("use_sliding_window", True, "False")
-        bias = bool(hf.get("attention_bias", False))
-        if kind != "qwen3" and bool(hf.get("mlp_bias", False)) != bias:
-            refuse("mlp_bias", hf.get("mlp_bias", False), f"{bias}, the same as attention_bias")
-        if kind == "qwen3" and bias:
-            refuse("attention_bias", True, "False for qwen3, whose MLP has none")
-        theta = rope.get("rope_theta", hf.get("rope_theta", 2e6 if kind == "smollm3" else 10000.0))
-        n = hf.get("max_position_embeddings", 2048)
-        keys = dict(vocab_size=hf["vocab_size"], max_positions=n, block_size=n, n_embd=hf["hidden_size"],
-                    n_layer=hf["num_hidden_layers"], n_head=hf["num_attention_heads"],
-                    n_kv_head=hf.get("num_key_value_heads") or 0, head_dim=hf.get("head_dim") or 0,
-                    ffn_dim=hf["intermediate_size"], norm_eps=hf.get("rms_norm_eps", 1e-6), rope_theta=float(theta),
-                    bias=bias, qk_norm=kind == "qwen3", tie_embeddings=hf.get("tie_word_embeddings", kind == "smollm3"))
-        if kind == "smollm3":
-            layers = hf.get("no_rope_layers")
-            every = hf.get("no_rope_layer_interval", 4) if layers is None or 0 in layers else 0
-            if layers is not None and layers[:keys["n_layer"]] != \
-                    [int(not every or (i + 1) % every != 0) for i in range(keys["n_layer"])]:
-                refuse("no_rope_layers", layers, "every n-th layer")
-            keys["nope_every"] = every
-    else:
-        refuse("model_type", kind, "'llama', 'smollm3', 'qwen3', 'gpt2' and its own 'nanosmol'")
-    return GPTConfig(**{"init_std": hf.get("initializer_range", 0.02), **keys, **own})
+        for key in fields:
+            if key not in ours and (key in NEUTRAL or key in SHAPE):
+                raise KeyError(key)
+        return config_class(**ours)
+    if kind not in ARCHITECTURES:
+        raise UserError(f"{where}: model_type is {kind!r}; this model.py knows "
+                        f"{', '.join(map(repr, ARCHITECTURES))} and its own 'nanosmol'")
+    arch, hf = ARCHITECTURES[kind], _flat_hf_config(hf, where)
+    for option, allowed in arch.allowed.items():
+        values = hf.get(option)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and value not in allowed:
+                raise UserError(f"{where}: {option} is {value!r}; this model.py computes only {allowed[0]!r}")
+    keys, source = {}, {}
+    for key, theirs, default in arch.keys:
+        value = hf.get(theirs)
+        if value is None and default is REQUIRED:
+            raise KeyError(theirs)
+        value = default if value is None else value
+        if key in keys and keys[key] != value:
+            raise UserError(f"{where}: {theirs} is {value!r}, {source[key]} is {keys[key]!r}; this model.py "
+                            "has one key for both")
+        keys[key], source[key] = value, theirs
+    keys["block_size"] = keys["max_positions"]
+    if arch.conv1d:
+        keys["bias"] = True
+    return config_class(**{**NEUTRAL, **arch.maths, **keys, **ours})
 
 
-def _hf_names(config, kind):
-    """[(our name, [(their name, rows)], transposed)]: theirs, one above the other, are ours."""
-    c, names = config, []
-
-    def add(ours, theirs, rows=None, transposed=False):
-        theirs = [theirs] if isinstance(theirs, str) else theirs
-        for leaf in ("weight", "bias"):
-            names.append((f"{ours}.{leaf}", [(f"{t}.{leaf}", n) for t, n in zip(theirs, rows or [None] * len(theirs))],
-                          transposed and leaf == "weight"))
-
-    gpt2 = kind == "gpt2"
-    add("embed", "transformer.wte" if gpt2 else "model.embed_tokens")
-    add("pos_embed", "transformer.wpe")
-    add("norm", "transformer.ln_f" if gpt2 else "model.norm")
-    add("head", "lm_head")
-    for i in range(c.n_layer):
-        b, h = f"blocks.{i}", f"transformer.h.{i}" if gpt2 else f"model.layers.{i}"
-        if gpt2:  # its Conv1D keeps weights as (in, out)
-            add(f"{b}.attn_norm", f"{h}.ln_1")
-            add(f"{b}.attn.qkv", f"{h}.attn.c_attn", transposed=True)
-            add(f"{b}.attn.proj", f"{h}.attn.c_proj", transposed=True)
-            add(f"{b}.mlp_norm", f"{h}.ln_2")
-            add(f"{b}.mlp.up", f"{h}.mlp.c_fc", transposed=True)
-            add(f"{b}.mlp.down", f"{h}.mlp.c_proj", transposed=True)
-        else:
-            q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-            add(f"{b}.attn_norm", f"{h}.input_layernorm")
-            add(f"{b}.attn.qkv", [f"{h}.self_attn.{x}_proj" for x in "qkv"], [q, kv, kv])
-            add(f"{b}.attn.q_norm", f"{h}.self_attn.q_norm")
-            add(f"{b}.attn.k_norm", f"{h}.self_attn.k_norm")
-            add(f"{b}.attn.proj", f"{h}.self_attn.o_proj")
-            add(f"{b}.mlp_norm", f"{h}.post_attention_layernorm")
-            add(f"{b}.mlp.up", [f"{h}.mlp.gate_proj", f"{h}.mlp.up_proj"], [c.ffn_dim, c.ffn_dim])
-            add(f"{b}.mlp.down", f"{h}.mlp.down_proj")
-    return names
+def _flat_hf_config(hf, where):
+    """config.json with RoPE's parameters, which have stood in three places, beside the other keys, and
+    SmolLM3's list of layers as its interval."""
+    rope = hf.get("rope_parameters") or {}
+    scaling = hf.get("rope_scaling") or rope
+    flat = {**hf, **rope, **scaling, "rope_type": scaling.get("rope_type", scaling.get("type"))}
+    if "rope_theta" in flat:
+        flat["rope_theta"] = float(flat["rope_theta"])
+    layers = hf.get("no_rope_layers")
+    if layers is not None:
+        every = layers.index(0) + 1 if 0 in layers else 0
+        for layer, has_rope in enumerate(layers[:hf["num_hidden_layers"]]):
+            if bool(has_rope) == (every > 0 and (layer + 1) % every == 0):
+                raise UserError(f"{where}: no_rope_layers is {layers}; this model.py leaves out RoPE in every n-th layer")
+        flat["no_rope_layer_interval"] = every
+    return flat
 
 
 def _save_hf(config, state, directory, hf_layout, generation):
     from safetensors.torch import save_file
-    kind = architecture(config)[0] if hf_layout else "nanosmol"
-    hf = _to_hf_config(config, kind)
-    state = {k: v.detach().to("cpu", torch.float32) for k, v in state.items()}
-    if config.tie_embeddings:
-        state.pop("head.weight", None)
-    tensors = state
+    kind, obstacles = architecture(config, state)
+    if not hf_layout:
+        kind = "nanosmol"
+    elif obstacles:
+        warnings.warn(f"saved as model_type nanosmol, which loads here but not in transformers: {'; '.join(obstacles)}",
+                      stacklevel=3)
+    tensors = {}
+    for name, tensor in state.items():
+        tensors[name] = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
+    if config.tie_embeddings and "head.weight" in tensors and torch.equal(tensors["head.weight"], tensors["embed.weight"]):
+        del tensors["head.weight"]
     if kind != "nanosmol":
-        if config.embed_scale:  # folded into the embedding; the head keeps the matrix as it is
-            if config.tie_embeddings:
-                state["head.weight"] = state["embed.weight"]
-            state["embed.weight"] = state["embed.weight"] * math.sqrt(config.n_embd)
-        tensors = {}
-        for ours, theirs, transposed in _hf_names(config, kind):
-            if ours in state:
-                pieces = state[ours].split([n for _, n in theirs]) if len(theirs) > 1 else [state[ours]]
-                for (name, _), piece in zip(theirs, pieces):
-                    tensors[name] = (piece.T if transposed else piece).contiguous()
-            elif kind == "gpt2" and ours.endswith("bias") and ours[:-4] + "weight" in state \
-                    and not ours.startswith(("embed", "pos_embed", "head")):
-                # GPT-2 always has biases; without them ours are 0
-                weight = state[ours[:-4] + "weight"]
-                tensors[theirs[0][0]] = torch.zeros(weight.shape[0])
+        tensors = _to_hf_tensors(config, kind, tensors)
+    seen = set()
+    for name, tensor in tensors.items():  # a file holds each name's own copy, where a model shares one
+        tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
+        seen.add(tensor.data_ptr())
     os.makedirs(directory, exist_ok=True)
     save_file(tensors, os.path.join(directory, "model.safetensors"), metadata={"format": "pt"})
-    for name, content in (("config.json", hf | generation), ("generation_config.json", generation)):
+    for name, content in (("config.json", _to_hf_config(config, kind) | generation), ("generation_config.json", generation)):
         with open(os.path.join(directory, name), "w", encoding="utf-8") as f:
             json.dump(content, f, indent=2)
+
+
+def _to_hf_tensors(config, kind, state):
+    if config.embed_scale:  # folded into the embedding; the head keeps the matrix as it is
+        head = state["embed.weight"] if config.tie_embeddings else state["head.weight"]
+        state = state | {"head.weight": head, "embed.weight": state["embed.weight"] * math.sqrt(config.n_embd)}
+    tensors = {}
+    for ours, theirs, transposed, optional in _tensor_names(config, kind):
+        if ours == "head.weight" and ours not in state:
+            continue  # tied
+        if optional:  # GPT-2 always has biases; without them ours are 0
+            tensors[theirs[0][0]] = torch.zeros(theirs[0][1])
+            continue
+        pieces = state[ours].split([shape[0] for _, shape in theirs])
+        for (name, _), piece in zip(theirs, pieces):
+            tensors[name] = piece.T if transposed else piece
+    return tensors
 
 
 def _load_hf(cls, directory):
@@ -1144,51 +1461,95 @@ def _load_hf(cls, directory):
     except ValueError as e:
         raise UserError(f"{path}: not valid JSON: {e}") from None
     try:
-        config = _from_hf_config(hf, path)
+        config, kind = _from_hf_config(hf, path, cls.config_class), hf["model_type"]
     except KeyError as e:
         raise UserError(f"{path}: the key {e} is missing") from None
-    except (AttributeError, TypeError) as e:
+    except (AttributeError, TypeError, ValueError) as e:
+        if isinstance(e, UserError):
+            raise
         raise UserError(f"{path}: not a model's config: {e}") from None
-    tensors, kind = _read_safetensors(directory), hf["model_type"]
+    tensors = _read_safetensors(directory)
     if kind == "gpt2" and "wte.weight" in tensors:  # the Hub's gpt2 leaves the prefix out
         tensors = {f"transformer.{k}": v for k, v in tensors.items()}
+    if kind != "nanosmol":
+        _believe_the_tensors(config, kind, tensors, directory)
 
     with _Uninitialized():
         model = cls(config)
     wanted = model.state_dict()
-    if config.tie_embeddings:
-        wanted.pop("head.weight")
-    names = [(k, [(k, None)], False) for k in wanted] if kind == "nanosmol" else \
-        [n for n in _hf_names(config, kind) if n[0] in wanted]
+    if kind == "nanosmol":
+        names = [(name, [(name, wanted[name].shape)], False, False) for name in wanted]
+        added = []
+    else:
+        names = [row for row in _tensor_names(config, kind) if row[0] in wanted]
+        added = sorted(wanted.keys() - {row[0] for row in names})
+    if added:  # parameters of a changed model.py, in a model of someone else
+        model = cls(config)
+        wanted = model.state_dict()
+        warnings.warn(f"{directory} does not have {', '.join(added)}: what this model.py adds keeps its initial values",
+                      stacklevel=3)
+    tied = config.tie_embeddings and (kind != "nanosmol" or "head.weight" not in tensors)
+    if tied:
+        names = [row for row in names if row[0] != "head.weight"]
     # beside masks, RoPE's frequencies, a head that is the embedding and biases of 0, nothing may be left: it would be
     # another model
-    known = {name for _, theirs, _ in names for name, _ in theirs}
+    known = {name for _, theirs, _, _ in names for name, _ in theirs}
     left = [t for t in tensors if t not in known and not re.search(r"(lm_head\.weight|inv_freq|attn\.(masked_)?bias)$", t)
             and tensors[t].any()]
     if left:
         raise UserError(f"{directory}: {len(left)} tensors, such as {left[0]}, have no place in the model that config.json "
                         "describes")
-    state = {}
-    for ours, theirs, transposed in names:
-        if config.embed_scale and config.tie_embeddings and ours == "embed.weight" and kind != "nanosmol":
-            theirs = [("lm_head.weight", None)]  # the embedding beside it is the same, scaled and so rounded
+    state = {name: wanted[name] for name in added}
+    for ours, theirs, transposed, _ in names:
         pieces = []
-        for name, rows in theirs:
-            shape = torch.Size([rows or wanted[ours].shape[0], *wanted[ours].shape[1:]])
-            shape = shape[::-1] if transposed else shape
+        for name, shape in theirs:
+            if config.embed_scale and tied and ours == "embed.weight" and kind != "nanosmol":
+                name = "lm_head.weight"  # the embedding beside it is the same, scaled and so rounded
+            shape = tuple(reversed(shape)) if transposed else tuple(shape)
             if name not in tensors:
-                raise UserError(f"{directory}: the tensor {name} is missing; expected one of shape {tuple(shape)}")
+                raise UserError(f"{directory}: the tensor {name} is missing; expected one of shape {shape}")
             if tensors[name].shape != shape:
                 raise UserError(f"{directory}: the tensor {name} has shape {tuple(tensors[name].shape)}; "
-                                f"config.json asks for {tuple(shape)}")
+                                f"config.json asks for {shape}")
             pieces.append(tensors[name].T if transposed else tensors[name])
-        state[ours] = (torch.cat(pieces) if len(pieces) > 1 else pieces[0]).float()
+        state[ours] = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        if state[ours].shape != wanted[ours].shape:
+            raise UserError(f"{directory}: {ours} has shape {tuple(state[ours].shape)}; this model.py makes it "
+                            f"{tuple(wanted[ours].shape)}")
     if config.embed_scale and not config.tie_embeddings and kind != "nanosmol":
-        state["embed.weight"] = state["embed.weight"] / math.sqrt(config.n_embd)
-    if config.tie_embeddings:
+        state["embed.weight"] = state["embed.weight"].float() / math.sqrt(config.n_embd)
+    if tied and "head.weight" in wanted:
         state["head.weight"] = state["embed.weight"]
     model.load_state_dict(state)
     return model
+
+
+def _believe_the_tensors(config, kind, tensors, directory):
+    """Where a file's tensors say otherwise than its config.json, they are what was trained: changes `config`, and warns.
+
+    transformers unties a head that differs from the embedding, too. Without this, a model that was fine-tuned
+    elsewhere would lose its head, its embedding or its biases.
+    """
+    arch = ARCHITECTURES[kind]
+    embed = tensors.get({row[0]: row[1] for row in arch.tensors}["embed"] + ".weight")
+    head = tensors.get("lm_head.weight")
+    if config.tie_embeddings and embed is not None and head is not None:
+        scale = math.sqrt(config.n_embd) if config.embed_scale else 1.0
+        precision = torch.finfo(embed.dtype) if embed.is_floating_point() else torch.finfo(torch.float32)
+        # an embedding that was scaled may differ by two roundings
+        same = embed.shape == head.shape and torch.allclose(
+            embed.float(), head.float() * scale, rtol=2 * precision.eps if config.embed_scale else 0.0,
+            atol=scale * precision.tiny if config.embed_scale else 0.0)
+        if not same:
+            config.tie_embeddings = False
+            warnings.warn(f"{directory}: lm_head.weight is not the embedding, although config.json ties them; the model "
+                          "is loaded with tie_embeddings=False", stacklevel=4)
+    if arch.conv1d and not config.bias:
+        biases = [name for _, theirs, _, optional in _tensor_names(config, kind) if optional for name, _ in theirs]
+        if any(name in tensors and tensors[name].any() for name in biases):
+            config.bias = True
+            warnings.warn(f"{directory}: its biases are not 0, although config.json says bias=False; the model is loaded "
+                          "with bias=True", stacklevel=4)
 
 
 class _Uninitialized(torch.overrides.TorchFunctionMode):

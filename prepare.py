@@ -1258,7 +1258,48 @@ def _shape_of(file, block, wanted, field):
 
 
 # -----------------------------------------------------------------------------
-# Bins, read back for training, and where runs and models lie
+# Prepared data, read back for training
+
+class Batch(types.SimpleNamespace):
+    """A micro-batch: x, y (B, T) token ids and targets (-1: not counted), and what else its stage needs.
+
+    `units` is what its loss is a mean over: targets, or for preferences pairs. `tokens` counts the tokens in it.
+    `with_signal` counts the units that can change the weights: with RLVR those whose advantage is not 0.
+    `metrics` holds what was measured when it was made.
+    """
+
+    def __init__(self, x, y, units, tokens, **more):
+        super().__init__(**{"x": x, "y": y, "units": units, "tokens": tokens, "with_signal": units, "metrics": {}, **more})
+
+    def to(self, device):
+        """Moves its tensors to a device, in place, without waiting for the copy. Returns itself."""
+        import torch
+        for name, value in vars(self).items():
+            if torch.is_tensor(value):
+                if device.startswith("cuda") and value.device.type == "cpu":
+                    value = value.pin_memory()
+                setattr(self, name, value.to(device, non_blocking=True))
+        return self
+
+
+def padded(rows, pad_id):
+    """Sequences of different lengths as (x, y), each (len(rows), longest - 1), padded at the right with pad_id.
+
+    A row is (ids, mask): its targets in y are the ids whose mask is 1, all other entries of y are -1.
+    """
+    import torch
+    x = torch.full((len(rows), max(len(ids) for ids, _ in rows) - 1), pad_id)
+    y = torch.full_like(x, -1)
+    for i, (ids, mask) in enumerate(rows):
+        x[i, :len(ids) - 1] = torch.tensor(ids[:-1])
+        y[i, :len(ids) - 1] = torch.where(torch.tensor(mask[1:]) == 1, torch.tensor(ids[1:]), -1)
+    return x, y
+
+
+def spread(count, wanted):
+    """At most `wanted` of the indices 0 ... count - 1, evenly spread, always the same ones."""
+    return [i * count // min(count, wanted) for i in range(min(count, wanted))]
+
 
 class Bins:
     """The windows of one split of a prepared data set, in an order that is a pure function of
@@ -1267,7 +1308,8 @@ class Bins:
     Every epoch visits every window once, shuffled, on a grid shifted by an offset of its own, so that
     two epochs over a small text differ. Any process can make any batch, in any order, at any time.
 
-    Raises UserError where the file is no bin, or too short for a window.
+    Raises UserError where the file is no bin, or too short: for training less than a window and its targets,
+    for validation less than two tokens.
     """
 
     def __init__(self, directory, split, block_size, seed=1337):
@@ -1278,11 +1320,14 @@ class Bins:
         if not os.path.exists(self.path):
             raise UserError(f"{self.path}: no such file; {how_to_prepare(directory)}")
         size = os.path.getsize(self.path)
-        if size == 0 or size % dtype.itemsize:
-            raise UserError(f"{self.path}: {size:,} bytes are {'no tokens' if not size else f'no whole number of {dtype.name} tokens'}"
-                            f"; {how_to_prepare(directory)}")
+        if size == 0:
+            raise UserError(f"{self.path}: 0 bytes are no tokens; {how_to_prepare(directory)}")
+        if size % dtype.itemsize:
+            raise UserError(f"{self.path}: {size:,} bytes are no whole number of {dtype.name} tokens; "
+                            f"{how_to_prepare(directory)}")
         self.tokens = np.memmap(self.path, dtype=dtype, mode="r")
-        if len(self.tokens) <= block_size:
+        enough = block_size + 1 if split == "train" else 2
+        if len(self.tokens) < enough:
             raise UserError(f"{self.path}: {len(self.tokens):,} tokens are too few for one window of "
                             f"block_size={block_size} and its targets; set --block_size={max(1, len(self.tokens) - 1)} "
                             "or less, or prepare more text")
@@ -1304,23 +1349,30 @@ class Bins:
         return self._offset + int(self._order[index]) * self.block_size
 
     def batch(self, positions):
-        """(inputs, targets), int64 (len(positions), block_size); a target that does not count is -1."""
+        """(x, y), int64 (len(positions), block_size): inputs and targets; a target that does not count is -1."""
         return self.read([self.start(p) for p in positions])
 
     def read(self, starts):
-        """The windows that begin at token `starts`: (inputs, targets), as `batch`."""
+        """The windows that begin at the tokens `starts`: (x, y), as `batch`. A window that reaches beyond the end of
+        the text is filled up with the end-of-text token, and what is missing is no target."""
         import torch
         where = np.asarray(starts)[:, None] + np.arange(self.block_size + 1)
+        beyond = where >= len(self.tokens)
+        where = np.minimum(where, len(self.tokens) - 1)
         window = torch.from_numpy(self.tokens[where].astype(np.int64))
+        if beyond.any():
+            window[torch.from_numpy(beyond)] = self.meta.get("eos_id", 0)
         x, y = window[:, :-1].clone(), window[:, 1:].clone()  # not views: y is about to be masked
+        y[torch.from_numpy(beyond[:, 1:])] = -1
         if self.mask is not None:
             y[torch.from_numpy(self.mask[where[:, 1:]]) == 0] = -1
         return x, y
 
     def held_out(self, windows):
-        """Starts of at most `windows` windows spread evenly over the split, the same at every call."""
-        fit = (len(self.tokens) - 1) // self.block_size
-        return [i * fit // min(fit, windows) * self.block_size for i in range(min(fit, windows))]
+        """Starts of at most `windows` windows spread evenly over the split, the last one perhaps a partial one; the
+        same at every call."""
+        fit = -(-(len(self.tokens) - 1) // self.block_size)
+        return [i * self.block_size for i in spread(fit, windows)]
 
     def check_vocabulary(self, vocab_size):
         """UserError if a token exceeds the vocabulary. Reads all of a small file, 256 pieces of a large one:
@@ -1332,7 +1384,6 @@ class Bins:
 
     def fingerprint(self):
         """Changes when the bin does: its size and 64 pieces of 64 KiB spread evenly over it."""
-        import hashlib
         size = os.path.getsize(self.path)
         digest = hashlib.blake2b(str(size).encode(), digest_size=16)
         with open(self.path, "rb") as f:
@@ -1340,6 +1391,43 @@ class Bins:
                 f.seek(i * size // 64)
                 digest.update(f.read(2 ** 16))
         return digest.hexdigest()
+
+
+class Mixture:
+    """Several Bins read by weight, as one: position -> (which, position in it), again a pure function.
+
+    In every 1,000 positions each has its exact share (to within one window), in a seeded order.
+    """
+    BLOCK = 1000
+
+    def __init__(self, bins, weights, seed=1337):
+        total = sum(weights)
+        self.bins, self.seed, self._block = bins, seed, None
+        self.shares = [w / total for w in weights]
+        self.per_epoch = sum(b.per_epoch for b in bins)
+
+    def where(self, position):
+        """(index of the Bins, position within it)."""
+        block, index = divmod(position, self.BLOCK)
+        if block != self._block:
+            # cumulative shares rounded at block edges: nothing drifts however long the run is
+            edges = [[round(s * b * self.BLOCK) for s in np.cumsum(self.shares)] for b in (block, block + 1)]
+            before, after = (np.diff([0, *e]) for e in edges)
+            which = np.repeat(np.arange(len(self.bins)), after - before)
+            which = np.random.default_rng([self.seed, block, 1]).permutation(which)
+            rank = np.zeros(len(which), dtype=np.int64)
+            for i in range(len(self.bins)):
+                rank[which == i] = before[i] + np.arange((which == i).sum())
+            self._block, self._which, self._rank = block, which, rank
+        return int(self._which[index]), int(self._rank[index])
+
+    def batch(self, positions):
+        """(x, y), int64 (len(positions), block_size), of any Bins each."""
+        import torch
+        if len(self.bins) == 1:
+            return self.bins[0].batch(positions)
+        rows = [self.bins[i].batch([p]) for i, p in map(self.where, positions)]
+        return torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows])
 
 
 class Records:
@@ -1377,67 +1465,302 @@ class Records:
         return int(self._order[index]), self.rows[self._order[index]]
 
     def held_out(self, count):
-        """At most `count` positions in file order, the same at every call, spread evenly: indices into rows."""
-        return [i * self.per_epoch // min(count, self.per_epoch) for i in range(min(count, self.per_epoch))]
+        """At most `count` indices into rows, spread evenly, the same at every call."""
+        return spread(self.per_epoch, count)
 
     def fingerprint(self):
         return sha256(self.path)
 
 
-def encode_pair(record, tokenizer, block_size):
-    """A preference record as ((ids, mask) chosen, (ids, mask) rejected), or why it is left out."""
-    sides = [render_chat(record["prompt"] + [dict(role="assistant", content=record[side])], tokenizer)
-             for side in ("chosen", "rejected")]
-    if sides[0] == sides[1]:
-        return "both sides are equal"
-    if max(len(ids) for ids, _ in sides) > block_size + 1:
-        return f"longer than block_size={block_size}"
-    return sides
+# What train.py reads, a class for each kind of data. All have .tokenizer, .vocab_size, .ends (ids that end a text),
+# .amount, .per_epoch, .fingerprint, .notes (lines to print), .shares ({domain: share}), .batch(positions),
+# .held_out(sequences, rows, rank, world_size): (domain, batch) pairs, and .check_vocabulary(vocab_size).
 
+class Windows:
+    """Text and conversations: windows of block_size tokens of a data set, or of a mixture, as Batches."""
 
-def encode_problem(record, tokenizer, longest):
-    """A verifiable record as (prompt ids, the question's text, answer), or why it is left out."""
-    ids, _ = render_chat(record["prompt"], tokenizer, add_generation_prompt=True)
-    if len(ids) > longest:
-        return f"a prompt longer than {longest} tokens, which leave no room for the answer"
-    return ids, record["prompt"][-1]["content"], record["answer"]
-
-
-class Mixture:
-    """Several Bins read by weight, as one: position -> (which, position in it), again a pure function.
-
-    In every 1,000 positions each has its exact share (to within one window), in a seeded order.
-    """
-    BLOCK = 1000
-
-    def __init__(self, bins, weights, seed=1337):
-        total = sum(weights)
-        self.bins, self.seed, self._block = bins, seed, None
-        self.shares = [w / total for w in weights]
-        self.per_epoch = sum(b.per_epoch for b in bins)
-
-    def where(self, position):
-        """(index of the Bins, position within it)."""
-        block, index = divmod(position, self.BLOCK)
-        if block != self._block:
-            # cumulative shares rounded at block edges: nothing drifts however long the run is
-            edges = [[round(s * b * self.BLOCK) for s in np.cumsum(self.shares)] for b in (block, block + 1)]
-            before, after = (np.diff([0, *e]) for e in edges)
-            which = np.repeat(np.arange(len(self.bins)), after - before)
-            which = np.random.default_rng([self.seed, block, 1]).permutation(which)
-            rank = np.zeros(len(which), dtype=np.int64)
-            for i in range(len(self.bins)):
-                rank[which == i] = before[i] + np.arange((which == i).sum())
-            self._block, self._which, self._rank = block, which, rank
-        return int(self._which[index]), int(self._rank[index])
+    def __init__(self, config):
+        self.mixture = parse_mixture(config["dataset"])
+        directories = [os.path.join(config["data_dir"], name) for name, _ in self.mixture]
+        metas = [read_meta(directory) for directory in directories]
+        for directory, meta in zip(directories, metas):
+            if (meta["tokenizer"], meta["vocab_size"]) != (metas[0]["tokenizer"], metas[0]["vocab_size"]):
+                raise UserError(f"{directory} was made with the tokenizer {meta['tokenizer']!r}, {directories[0]} with "
+                                f"{metas[0]['tokenizer']!r}; a mixture has to share one")
+        block_size, seed = config["block_size"], config["seed"]
+        self.train = [Bins(d, "train", block_size, seed) for d in directories]
+        self.val = [Bins(d, "val", block_size, seed) for d in directories]
+        if config["stage"] == "sft" and any(bins.mask is None for bins in self.train + self.val):
+            raise UserError(f"{config['dataset']}: stage='sft' wants conversations, with a train.mask and a val.mask beside "
+                            "the bins; python prepare.py CHATS.jsonl --as=chat makes them")
+        self.order = Mixture(self.train, [weight for _, weight in self.mixture], seed)
+        self.per_epoch = self.order.per_epoch
+        self.shares = dict(zip([name for name, _ in self.mixture], self.order.shares))
+        own = os.path.exists(os.path.join(directories[0], "tokenizer.json"))
+        self.tokenizer = load_tokenizer(directories[0] if own else metas[0]["tokenizer"])
+        self.vocab_size, self.notes = metas[0]["vocab_size"], []
+        self.ends = [self.tokenizer.eos_id]
+        if config["stage"] == "sft":
+            self.ends.append(self.tokenizer.encode_special(IM_END))
+        self.amount = " + ".join(bins.amount for bins in self.train)
+        self.fingerprint = [bins.fingerprint() for bins in self.train]
 
     def batch(self, positions):
-        """(inputs, targets), int64 (len(positions), block_size), of any Bins each."""
-        import torch
-        if len(self.bins) == 1:
-            return self.bins[0].batch(positions)
-        rows = [self.bins[i].batch([p]) for i, p in map(self.where, positions)]
-        return torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows])
+        return self._batch(*self.order.batch(positions))
+
+    def _batch(self, x, y):
+        return Batch(x, y, units=(y >= 0).sum().item(), tokens=x.numel())
+
+    def held_out(self, sequences, rows, rank=0, world_size=1):
+        """Batches of `rows` windows of this process's share of at most `sequences` of each domain."""
+        for domain, bins in zip(self.shares, self.val):
+            starts = bins.held_out(sequences)[rank::world_size]
+            rows = max(rows, 4096 // bins.block_size)  # small windows are read in larger batches
+            for i in range(0, len(starts), rows):
+                yield domain, self._batch(*bins.read(starts[i:i + rows]))
+
+    def held_out_count(self, sequences):
+        """How many windows of the smallest domain held_out gives to all processes together."""
+        return min(len(bins.held_out(sequences)) for bins in self.val)
+
+    def check_vocabulary(self, vocab_size):
+        if vocab_size < self.vocab_size:
+            raise UserError(f"vocab_size={vocab_size} of the model is smaller than the data's {self.vocab_size}")
+        for bins in self.train + self.val:
+            bins.check_vocabulary(vocab_size)
+
+
+class _Conversations:
+    """What Pairs and Problems share: records stay text until the tokenizer of the model that is trained meets them."""
+
+    def __init__(self, config, tokenizer):
+        (name, _), *others = parse_mixture(config["dataset"])
+        if others:
+            raise UserError(f"dataset={config['dataset']!r}: stage={config['stage']!r} takes one data set, not a mixture")
+        self.directory, self.tokenizer = os.path.join(config["data_dir"], name), tokenizer
+        self.vocab_size, self.shares = tokenizer.vocab_size, {name: 1.0}
+        self.ends = [tokenizer.eos_id, tokenizer.encode_special(IM_END)]
+        self.train, self.val = (Records(self.directory, split, self.encode, config["seed"]) for split in ("train", "val"))
+        self.notes = [f"left out {count} of {sum(records.left_out.values()) + records.per_epoch} {what} of {name}: {reason}"
+                      for records, what in ((self.train, "records"), (self.val, "held-out records"))
+                      for reason, count in records.left_out.items()]
+        self.per_epoch, self.amount = self.train.per_epoch, self.train.amount
+        self.fingerprint = [self.train.fingerprint()]
+
+    def held_out(self, sequences, rows, rank=0, world_size=1):
+        """Batches of `rows` of this process's share of at most `sequences` held-out records."""
+        indices = self.val.held_out(sequences)[rank::world_size]
+        for i in range(0, len(indices), rows):
+            yield next(iter(self.shares)), self._batch([(j, self.val.rows[j]) for j in indices[i:i + rows]])
+
+    def held_out_count(self, sequences):
+        return len(self.val.held_out(sequences))
+
+    def check_vocabulary(self, vocab_size):
+        if vocab_size < self.vocab_size:
+            raise UserError(f"vocab_size={vocab_size} of the model is smaller than the data's {self.vocab_size}")
+
+
+class Pairs(_Conversations):
+    """Preferences: a Batch holds the chosen answers of its pairs in its first half, the rejected in its second."""
+
+    def __init__(self, config, tokenizer):
+        self.block_size = config["block_size"]
+        super().__init__(config, tokenizer)
+
+    def encode(self, record):
+        """[(ids, mask) chosen, (ids, mask) rejected], or why the pair is left out."""
+        sides = [render_chat(record["prompt"] + [dict(role="assistant", content=record[side])], self.tokenizer)
+                 for side in ("chosen", "rejected")]
+        if sides[0] == sides[1]:
+            return "both sides are equal"
+        if max(len(ids) for ids, _ in sides) > self.block_size + 1:
+            return f"longer than block_size={self.block_size}"
+        return sides
+
+    def batch(self, positions):
+        return self._batch([self.train[p] for p in positions])
+
+    def _batch(self, pairs):
+        rows = [pair[0] for _, pair in pairs] + [pair[1] for _, pair in pairs]
+        x, y = padded(rows, self.tokenizer.eos_id)
+        return Batch(x, y, units=len(pairs), tokens=sum(len(ids) for ids, _ in rows))
+
+
+class Problems(_Conversations):
+    """Verifiable problems. `batch` gives a list of (place, (prompt ids, question, answer)): train.py makes a Batch of it
+    by sampling. `place` tells problems apart, so that each completion draws from a seed of its own."""
+
+    def __init__(self, config, tokenizer):
+        self.longest = config["block_size"] - config["max_completion"]
+        self.verifier = "" if config["verifier_model"] else config["verifier"]
+        super().__init__(config, tokenizer)
+
+    def encode(self, record):
+        """(prompt ids, the question's text, answer), or why the problem is left out."""
+        ids, _ = render_chat(record["prompt"], self.tokenizer, add_generation_prompt=True)
+        if len(ids) > self.longest:
+            return f"a prompt longer than {self.longest} tokens, which leave no room for the answer"
+        if self.verifier and not readable_gold(self.verifier, record["answer"]):
+            return f"an answer that verifier={self.verifier!r} can't read"
+        return ids, record["prompt"][-1]["content"], record["answer"]
+
+    def batch(self, positions):
+        return [(p, self.train[p][1]) for p in positions]
+
+    def _batch(self, problems):
+        return problems
+
+    def complete(self, problems, copies, first_seed, generate, grade):
+        """[(prompt ids, completion ids, ended, reward)]: `copies` completions of each problem, one after the other.
+
+        generate(prompts, seeds) -> [(ids, ended)]; `grade` is a Grader. The seed of a completion follows from its
+        problem's place in the data, not from the process or the batch that samples it.
+        """
+        prompts = [ids for _, (ids, _, _) in problems for _ in range(copies)]
+        seeds = [first_seed + place * copies + copy for place, _ in problems for copy in range(copies)]
+        completions = []
+        for i, (ids, ended) in enumerate(generate(prompts, seeds)):
+            _, question, answer = problems[i // copies][1]
+            text = self.tokenizer.decode(ids[:-1] if ended else ids)
+            completions.append((prompts[i], ids, ended, grade(question, text, answer, ended)))
+        return completions
+
+    def judge_prompt(self, question, completion):
+        """(ids, id of yes, id of no): what a model that acts as the verifier is asked."""
+        content = f"{question}\nAnswer: {completion}\nIs this right? Answer yes or no."
+        chat = [{"role": "user", "content": content}]
+        ids = render_chat(chat, self.tokenizer, add_generation_prompt=True)[0]
+        return ids, self.tokenizer.encode("yes")[0], self.tokenizer.encode("no")[0]
+
+    def rollouts(self, completions, advantages=None):
+        """A Batch of completions with the advantage of each, a tensor. A truncated completion has no reward to speak of:
+        it is left out of the loss, and counted. Without advantages every token of every completion is a target."""
+        masks = [ended or advantages is None for _, _, ended, _ in completions]
+        rows = [(prompt + ids, [0] * len(prompt) + [int(mask)] * len(ids))
+                for (prompt, ids, _, _), mask in zip(completions, masks)]
+        x, y = padded(rows, self.tokenizer.eos_id)
+        batch = Batch(x, y, units=(y >= 0).sum().item(), tokens=sum(len(ids) for ids, _ in rows), advantages=advantages)
+        batch.metrics = {"completions/length": sum(len(ids) for _, ids, _, _ in completions) / len(completions),
+                         "completions/cut": sum(not ended for _, _, ended, _ in completions) / len(completions)}
+        if advantages is not None:
+            batch.with_signal = (y[advantages != 0] >= 0).sum().item()
+        return batch
+
+
+def pass_rates(greedy, sampled, group_size, passing=1.0):
+    """{name: (mean, count)} of what Problems.complete gave for held-out problems: greedily, and sampled group_size times
+    each. A completion passes if its reward is at least `passing`."""
+    rewards = [reward for _, _, _, reward in sampled]
+    groups = [rewards[i:i + group_size] for i in range(0, len(rewards), group_size)]
+    passed = sum(reward >= passing for _, _, _, reward in greedy)
+    passed_any = sum(max(group) >= passing for group in groups)
+    return {"pass@1": (passed / len(greedy), len(greedy)), f"pass@{group_size}": (passed_any / len(groups), len(groups)),
+            "reward/mean": (sum(rewards) / len(rewards), len(rewards)),
+            "completions/length": (sum(len(ids) for _, ids, _, _ in sampled) / len(sampled), len(sampled))}
+
+
+class Grader:
+    """Rewards of completions by a verifier: verify(question, completion, answer) -> a number.
+
+    A completion that is empty or never ends gets 0. So does one at which the verifier raises, or gives a number that
+    is not finite or beyond LARGEST: it is counted in `raised`, and the first time said once.
+    """
+    LARGEST = 1e6  # a reward is usually between 0 and 1; gradients overflow long before float32 does
+
+    def __init__(self, verify, say):
+        self.verify, self.say, self.calls, self.raised, self.last_error = verify, say, 0, 0, ""
+
+    def __call__(self, question, completion, answer, ended):
+        if not ended or not completion.strip():
+            return 0.0
+        self.calls += 1
+        try:
+            reward = float(self.verify(question, completion, answer))
+            if not abs(reward) <= self.LARGEST:  # NaN is not, either
+                raise ValueError(f"its reward is {reward:g}; expected a finite number of at most {self.LARGEST:g} in size")
+            return reward
+        except (Exception, SystemExit) as e:
+            self.raised += 1
+            self.last_error = f"{type(e).__name__}: {e}".splitlines()[0]
+            if self.raised == 1:
+                self.say(f"warning: the verifier raised on {completion[:60]!r}, which counts as no reward: {self.last_error}")
+            return 0.0
+
+    def check(self, calls, raised):
+        """UserError if the verifier raised at every call so far, of all processes: it can never reward anything."""
+        if calls and calls == raised:
+            raise UserError(f"the verifier raised at each of its {int(calls)} calls, so nothing can be learned from it: "
+                            f"{self.last_error}. Mend verify(prompt, completion, answer)")
+
+
+def open_data(config, model_directory, say, world_size=1):
+    """Windows, Pairs or Problems, by config["stage"].
+
+    Pairs and Problems are tokenized with the tokenizer of the model in `model_directory`, to which chat tokens are added
+    if it has none.
+    """
+    if config["stage"] in ("pretrain", "sft"):
+        data = Windows(config)
+    else:
+        tokenizer = with_chat_tokens(load_tokenizer(model_directory))
+        data = Pairs(config, tokenizer) if config["stage"] == "dpo" else Problems(config, tokenizer)
+    for note in data.notes:
+        say(note)
+    if data.held_out_count(config["eval_iters"] * config["batch_size"]) < world_size:
+        raise UserError(f"{config['dataset']}: {world_size} processes need as many held-out windows or records, there are "
+                        "fewer")
+    return data
+
+
+def vocab_size_of(config):
+    """The vocabulary of the first data set of a config."""
+    name = parse_mixture(config["dataset"])[0][0]
+    return read_meta(os.path.join(config["data_dir"], name))["vocab_size"]
+
+
+def means(measured, shares, over_processes):
+    """{'val/loss': mean, ...} from [(domain, {name: (mean, count)})] of all processes: each batch counts by its size, each
+    domain of a mixture by its share. NaN where nothing was counted. Losses have a perplexity beside them."""
+    sums = collections.Counter()
+    for domain, measures in measured:
+        for name, (mean, count) in measures.items():
+            sums[domain, name, 0] += float(mean) * float(count)
+            sums[domain, name, 1] += float(count)
+    keys = list(sums)  # in the same order on all processes
+    sums = dict(zip(keys, over_processes(*[sums[key] for key in keys])))
+    row = {}
+    for domain, name in dict.fromkeys(key[:2] for key in keys):
+        total, count = sums[domain, name, 0], sums[domain, name, 1]
+        mean = total / count if count else float("nan")
+        row[f"val/{name}"] = row.get(f"val/{name}", 0.0) + shares[domain] * mean
+        if len(shares) > 1:
+            row[f"val/{domain}/{name}"] = mean
+    return row
+
+
+def batch_means(batches, over_processes):
+    """{name: mean} of what was measured on the micro-batches of a step, on all processes."""
+    names = sorted({name for batch in batches for name in batch.metrics})
+    sums = [sum(float(batch.metrics[name]) for batch in batches) for name in names]
+    count, *sums = over_processes(len(batches), *sums)
+    return {name: total / count for name, total in zip(names, sums)}
+
+
+def prepare_missing(config, say, world_size=1):
+    """Prepares the data sets of a run that are missing and known by name, after their size is said; UserError for others,
+    for data of another kind than the stage learns from, and where other processes, which are paid for, would wait."""
+    for name, _ in parse_mixture(config["dataset"]):
+        directory = os.path.join(config["data_dir"], name)
+        if os.path.exists(os.path.join(directory, "meta.json")):
+            check_kind(directory, config["stage"])
+        file = "train.bin" if config["stage"] in ("pretrain", "sft") else "meta.json"
+        if os.path.exists(os.path.join(directory, file)):
+            continue
+        if name not in KNOWN or world_size > 1:
+            raise UserError(f"{directory}: no such data set; {how_to_prepare(directory)}")
+        say(f"{directory} is missing; preparing it now: {describe(name)}")
+        prepare(name, data_dir=config["data_dir"])
 
 
 def parse_mixture(dataset):
@@ -1479,35 +1802,6 @@ def how_to_prepare(directory):
     name = os.path.basename(os.path.normpath(directory))
     return f"python prepare.py {name} makes it" if name in KNOWN else \
         f"python prepare.py YOUR_TEXT.txt --name={name} makes it"
-
-
-def newest_run(runs="out"):
-    """The run under `runs` whose checkpoint is the newest."""
-    found = [os.path.join(runs, r) for r in os.listdir(runs)] if os.path.isdir(runs) else []
-    found = [r for r in found if checkpoints(r)]
-    if not found:
-        raise UserError(f"{runs}/: no run with a checkpoint yet; python train.py makes one in two minutes")
-    return max(found, key=lambda r: os.path.getmtime(checkpoints(r)[-1]))
-
-
-def checkpoints(run):
-    """The step_* directories of a run, oldest first."""
-    found = [d for d in os.listdir(run) if re.fullmatch(r"step_\d{6,}", d)] if os.path.isdir(run) else []
-    return [os.path.join(run, d) for d in sorted(found, key=lambda d: int(d[5:]))]
-
-
-def model_directory(where):
-    """The directory of the model that `where` names: a model directory, the newest checkpoint of a run's
-    directory, or a Hub id, which is fetched."""
-    if os.path.exists(os.path.join(where, "config.json")):
-        return where
-    if os.path.isdir(where):
-        if not checkpoints(where):
-            raise UserError(f"{where}: neither a model directory (no config.json) nor a run (no step_* in it)")
-        return checkpoints(where)[-1]
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", where) or where.startswith((".", "out/", "data/")):
-        raise UserError(f"{where}: no such directory, and not the id of a model on the Hub (owner/name)")
-    return fetch_model(where)
 
 
 # -----------------------------------------------------------------------------

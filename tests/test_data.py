@@ -51,9 +51,13 @@ def test_masked_targets_do_not_count(tmp_path):
 
 
 def test_held_out_windows_are_the_yardsticks(tmp_path):
-    """All of them: windows of T from the first token on, as ../shared/bench/reference_gpt.py cuts them."""
+    """All of them: windows of T from the first token on, as ../shared/bench/reference_gpt.py cuts them, and the rest of
+    the text, which is a part of one."""
     bins = Bins(write(tmp_path, range(1000)), "val", 32)
-    assert bins.held_out(10 ** 6) == list(range(0, 1000 - 32 - 1, 32))
+    assert bins.held_out(10 ** 6) == list(range(0, 1000 - 1, 32))
+    x, y = bins.read([992])
+    assert x[0, :8].tolist() == list(range(992, 1000)) and y[0, :7].tolist() == list(range(993, 1000)) and (y[0, 7:] == -1).all()
+    assert x[0, 8:].eq(0).all()  # the end-of-text token
     some = bins.held_out(7)
     assert len(some) == 7 and some == bins.held_out(7) and set(some) <= set(bins.held_out(10 ** 6))
 

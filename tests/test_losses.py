@@ -74,3 +74,12 @@ def test_advantages_within_a_group():
     plain, scaled = group_advantages(rewards), group_advantages(rewards, scale=True)
     assert torch.equal(plain[0], torch.tensor([0.5, -0.5, -0.5, 0.5])) and not plain[1].any() and not scaled[1].any()
     assert scaled[2, 3].item() == pytest.approx(0.75 / (0.5 + 1e-4))
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, -0.7, 1e-30, 1e30])
+@pytest.mark.parametrize("scale", [False, True])
+def test_equal_rewards_give_no_advantage_at_all(value, scale):
+    """The mean of equal numbers is rounded: eight of 0.1 left 7e-9, which Muon makes a whole step of."""
+    rewards = torch.tensor([[value] * 8, [value] * 7 + [2 * value]])
+    advantages = group_advantages(rewards, scale)
+    assert not advantages[0].any() and advantages[1].all()

@@ -13,7 +13,8 @@ from configurator import UserError
 from model import (GPT, GPTConfig, Muon, documents, linear_cross_entropy, make_optimizers, orthogonalize,
                    pick_attention, sample_token, schedule_factor)
 
-SMALL = dict(vocab_size=97, block_size=48, n_layer=3, n_head=4, n_embd=64)
+SMALL = dict(vocab_size=97, block_size=48, n_layer=3, n_head=4, n_embd=64, rope_theta=1e4, qk_norm=False,
+             unit_embed=False)
 LLAMA = dict(n_kv_head=2)
 GPT2 = dict(norm="layernorm", mlp="gelu", pos="learned", bias=True)
 ALL = dict(n_kv_head=2, qk_norm=True, nope_every=2, embed_scale=True, tie_embeddings=False, head_dim=24)
@@ -33,7 +34,12 @@ def make(**keys):
     (dict(n_embd=65), "n_embd=65 is not divisible by n_head=4"), (dict(n_kv_head=3), "n_head=4 .* n_kv_head=3"),
     (dict(block_size=64, max_positions=32), "block_size=64 is beyond max_positions=32"),
     (dict(norm="batchnorm"), "norm='batchnorm': expected one of 'rmsnorm', 'layernorm'"),
-    (dict(head_dim=15), "head_dim=15"), (dict(dropout=1.0), "dropout=1.0"), (dict(n_layer=0), "n_layer=0")])
+    (dict(head_dim=15), "head_dim=15"), (dict(dropout=1.0), "dropout=1.0"), (dict(n_layer=0), "n_layer=0"),
+    *[(dict([pair]), f"^{pair[0]}={pair[1]}: expected") for pair in (
+        ("n_kv_head", -1), ("head_dim", -2), ("ffn_dim", -5), ("max_positions", -1), ("nope_every", -1), ("block_size", -1),
+        ("vocab_size", 0), ("n_head", 0), ("n_embd", -8), ("norm_eps", 0.0), ("norm_eps", -1e-5), ("norm_eps", math.nan),
+        ("norm_eps", math.inf), ("rope_theta", 0.0), ("rope_theta", math.nan), ("init_std", -0.1), ("dropout", -0.1),
+        ("dropout", math.nan))]])
 def test_contradictions_are_named(keys, said):
     with pytest.raises(UserError, match=said) as e:
         GPTConfig(**{**SMALL, **keys})
@@ -41,9 +47,10 @@ def test_contradictions_are_named(keys, said):
 
 
 def test_zero_follows():
-    c = GPTConfig(n_embd=576, n_head=9, block_size=128)
+    c = GPTConfig(vocab_size=97, n_embd=576, n_head=9, block_size=128)
     assert (c.n_kv_head, c.head_dim, c.ffn_dim, c.max_positions) == (9, 64, 1536, 128)
-    assert GPTConfig(n_embd=960, n_head=15).ffn_dim == 2560 and GPTConfig(mlp="gelu", pos="learned").ffn_dim == 3072
+    assert GPTConfig(vocab_size=97, n_embd=960, n_head=15).ffn_dim == 2560
+    assert GPTConfig(vocab_size=97, n_embd=768, mlp="gelu", pos="learned").ffn_dim == 3072
 
 
 def test_longer_than_the_positions_is_refused():
@@ -83,6 +90,17 @@ def test_no_target_gives_zero_and_zero_gradients():
     loss = linear_cross_entropy(x, w, torch.full((6,), -1))
     loss.backward()
     assert loss.item() == 0 and not x.grad.any() and not w.grad.any()
+
+
+def test_a_second_backward_pass_gives_the_same_gradients():
+    """The gradient that is made in the forward pass is scaled, and must not be scaled twice in place."""
+    x, w = torch.randn(6, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
+    loss = 0.5 * linear_cross_entropy(x, w, torch.arange(6))
+    first = torch.autograd.grad(loss, (x, w), retain_graph=True)
+    kept = [g.clone() for g in first]
+    second = torch.autograd.grad(loss, (x, w))
+    for a, b, c in zip(kept, first, second):
+        assert torch.equal(a, b) and torch.equal(a, c)
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -160,8 +178,35 @@ def test_initial_sizes():
     assert abs(model.blocks[3].mlp.down.weight.std() - 0.02 / 4) < 5e-4  # sqrt(2 * 8)
     cut = GPT(GPTConfig(**SMALL, init="trunc_normal", init_std=0.1, scale_residual=False)).blocks[0].mlp.down.weight
     assert cut.abs().max() <= 0.3 and cut.std() > 0.09
-    unit = GPT(GPTConfig(**SMALL, unit_embed=True))
+    unit = GPT(GPTConfig(**SMALL | dict(unit_embed=True)))
     assert abs(unit.embed.weight.std() - 1) < 0.05 and torch.allclose(unit.norm.weight, torch.tensor(64 ** -0.5))
+
+
+class Changed(GPT):
+    """A model as someone would change it: parameters of one's own, with initial values of one's own."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.value_embed = torch.nn.Embedding(config.vocab_size, config.n_embd)
+        for block in self.blocks:
+            block.gate = torch.nn.Parameter(torch.full((config.n_embd,), 0.25))
+            block.attn.bias_table = torch.nn.Embedding(config.block_size, 1)
+            block.mlp.experts = torch.nn.Parameter(torch.zeros(2, 3, 4))
+        self.init_weights()
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_parameters_of_ones_own_are_trained_and_keep_their_first_values(optimizer):
+    """A vector set to ones, or a stack of matrices that no optimizer steps, would be an edit without effect."""
+    model = Changed(GPTConfig(**SMALL))
+    assert (model.blocks[1].gate == 0.25).all() and not model.blocks[0].mlp.experts.any()
+    assert model.value_embed.weight.std() < 0.03  # an embedding begins as embeddings do
+    opts = make_optimizers(model, optimizer)
+    stepped = [p for opt in opts for group in opt.param_groups for p in group["params"]]
+    assert len(stepped) == len({id(p) for p in stepped}) == len(list(model.parameters()))
+    if optimizer == "muon":  # orthogonal updates are for matrices, not for tables and stacks
+        muon = {id(p) for group in opts[1].param_groups for p in group["params"]}
+        assert id(model.blocks[0].attn.bias_table.weight) not in muon and id(model.blocks[0].mlp.experts) not in muon
 
 
 # --- generation
