@@ -78,6 +78,11 @@ WORDS = " ".join(STORIES[:200])
 
 # --- tokenizers
 
+def is_fast(tokenizer):
+    """Whether fast() gives it tiktoken's engine."""
+    return isinstance(tokenizer.fast().engine, prepare.TiktokenEngine)
+
+
 def kinds():
     return {"byte": lambda: load_tokenizer("byte"), "llama": llama,
             "char": lambda: make_tokenizer("char", [prepare.SAMPLE, WORDS]),
@@ -138,7 +143,7 @@ def test_gpt2_is_tiktoken():
     texts = [prepare.SAMPLE, read(shared("shakespeare.txt")), read(shared("tinystories_sample.txt"))]
     for text in texts:
         assert ours.encode(text) == theirs.encode_ordinary(text)
-    assert ours.fast().tik and ours.vocab_size == 50257 and ours.eos_id == theirs.eot_token
+    assert is_fast(ours) and ours.vocab_size == 50257 and ours.eos_id == theirs.eot_token
     for text in texts:
         assert ours.encode(text) == theirs.encode_ordinary(text)
 
@@ -150,8 +155,8 @@ def test_fast_engine_gives_the_ids_of_tokenizers(which):
     if not which.startswith("bpe"):
         text = read(shared("tinystories_sample.txt")) + read(shared("shakespeare.txt"))
     tok = make_tokenizer(which, [text]) if which.startswith("bpe") else load_tokenizer(shared(which))
-    exact = lambda text: tok.engine.encode(text, add_special_tokens=False).ids
-    assert tok.fast().tik is not None
+    exact = lambda text: tok.library.encode(text, add_special_tokens=False).ids
+    assert is_fast(tok)
     assert tok.encode(text) == exact(text)
     planes = [*range(0xD800), *range(0xE000, 0x11000), *range(0x1F000, 0x20000), 0x40000, 0xF0000, 0x10FFFF]
     for context in ("a%s1", " %s%s 7"):
@@ -165,9 +170,9 @@ def test_fast_engine_is_refused_where_it_would_differ():
     tok = make_tokenizer("bpe:600", [WORDS])
     spec = json.loads(json.dumps(tok.spec))
     spec["model"]["merges"].reverse()
-    assert prepare.Tokenizer(spec, "odd").fast().tik is None
+    assert not is_fast(prepare.Tokenizer(spec, "odd"))
     spec = dict(tok.spec, normalizer=dict(type="NFC"))
-    assert prepare.Tokenizer(spec, "odd").fast().tik is None
+    assert not is_fast(prepare.Tokenizer(spec, "odd"))
 
 
 def test_encode_documents_is_each_document_and_its_end():
@@ -386,11 +391,12 @@ def test_a_tokenizer_json_that_leaves_out_what_it_may(here):
         spec["pre_tokenizer"]["pretokenizers"][1].pop("use_regex")
         with open("t.json", "w", encoding="utf-8") as f:
             json.dump(spec, f)
-        loaded = load_tokenizer("t.json").fast()
-        assert loaded.encode(WORDS) == wanted and (loaded.tik or key == "added_tokens")
+        loaded = load_tokenizer("t.json")
+        assert is_fast(loaded) or key == "added_tokens"
+        assert loaded.encode(WORDS) == wanted
         assert prepare.with_chat_tokens(loaded).encode_special("<|im_end|>") is not None
     spec = dict(tok.spec, model=dict(tok.spec["model"], dropout=0.5))
-    assert prepare.Tokenizer(spec, "random").fast().tik is None
+    assert not is_fast(prepare.Tokenizer(spec, "random"))
 
 
 def test_sources_that_are_no_files(here):
@@ -456,16 +462,17 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import prepare
-prepare.BLOCK, prepare.SAVE = 2000, 0
-entries, write = 0, prepare.write_json
+prepare.BLOCK, prepare.BLOCKS_PER_PART = 2000, 3
+parts, write, main = 0, prepare.write_json, os.getpid()
 def counted(path, value, **options):
-    global entries
+    global parts
     write(path, value, **options)
-    entries += path.endswith("journal.json")
-    if entries == {after}:
-        with open("data/t.partial/train.bin", "ab") as f:
-            f.write(b"what the journal does not know of")
-        os.kill(os.getpid(), signal.SIGKILL)
+    parts += os.path.basename(path).startswith("part-")
+    if parts == {after}:
+        for half in ("data/t.partial/part-0000-00040.train.bin", "data/t.partial/train.bin"):
+            with open(half, "ab") as f:
+                f.write(b"half of a part")
+        os.kill(main, signal.SIGKILL)
 prepare.write_json = counted
 prepare.prepare({source!r}, tokenizer={tokenizer!r}, name="t", data_dir={data!r}, max_tokens={most},
                 val_fraction=0.05)
@@ -473,10 +480,15 @@ prepare.prepare({source!r}, tokenizer={tokenizer!r}, name="t", data_dir={data!r}
 
 
 @pytest.mark.parametrize("source, tokenizer, most", [
-    ("long.txt", "bpe:500", 0), ("docs.txt", "char", 40_000), ("chats", "byte", 0)])
+    ("long.txt", "bpe:500", 0), ("docs.txt", "char", 40_000), ("chats", "byte", 0), ("chats", "byte", 9_000),
+    ("docs.jsonl.gz", "byte", 0), ("docs.parquet", "byte", 0), ("prefs.jsonl", "", 0)])
 def test_killed_and_started_again(here, source, tokenizer, most):
+    """The same bytes as without a kill, and only the parts that are missing are made."""
     (here / "long.txt").write_text("\n".join(STORIES[:1000]), encoding="utf-8")
     (here / "docs.txt").write_text(EOT.join(STORIES[:1000]), encoding="utf-8")
+    (here / "docs.jsonl.gz").write_bytes(gzip.compress(lines(dict(text=s) for s in STORIES[:500]).encode()))
+    (here / "docs.parquet").write_bytes(parquet(dict(text=STORIES[:2000]), 1000))
+    (here / "prefs.jsonl").write_text(lines(dict(prompt=f"{i}?", chosen="a", rejected="b") for i in range(900)))
     os.mkdir("chats")
     for i in range(4):
         (here / "chats" / f"{i}.jsonl").write_text(lines(CHATS[i * 100:i * 100 + 100]))
@@ -486,11 +498,16 @@ def test_killed_and_started_again(here, source, tokenizer, most):
         return subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True)
     whole = run("whole", -1)
     assert whole.returncode == 0, whole.stderr
-    assert run("data", 3).returncode == -9 and run("data", 4).returncode == -9
+    assert run("data", 2).returncode == -9
+    first = {f: os.stat(here / "data" / "t.partial" / f).st_mtime_ns
+             for f in os.listdir("data/t.partial") if f.endswith(".json") and f.startswith("part-")}
+    assert len(first) >= 2 and run("data", 1).returncode == -9
+    for f, made in first.items():  # not made again
+        assert os.stat(here / "data" / "t.partial" / f).st_mtime_ns == made
     assert os.listdir("data") == ["t.partial"]
     last = run("data", -1)
     assert last.returncode == 0 and "going on after" in last.stdout, last.stderr
-    assert files_of("data/t") == files_of("whole/t")
+    assert files_of("data/t") == files_of("whole/t") and os.listdir("data") == ["t"]
 
 
 def test_max_tokens_stops_at_a_document(here, monkeypatch):
@@ -1279,20 +1296,23 @@ def test_fetch_model(hub):
     assert "no such repository" in fetched("o/gone").stderr
 
 
-def test_download_is_resumed_and_checked(hub, monkeypatch):
-    """requests, from a mirror that cuts the connection: the rest alone is asked for, and the hash has the
-    last word."""
+def test_download_is_tried_again_and_checked(hub, monkeypatch):
+    """requests, from a mirror that cuts the connection and is busy: three tries, and what does not have the SHA-256 that
+    was wanted is not kept."""
     monkeypatch.setenv("NANOSMOL_MIRROR", hub.url + "/cdn/files/here")
+    monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
     body, url = hub.repos["files/here"]["input.txt"], "https://example.org/input.txt"
     hub.faults += [("/cdn/", "cut"), ("/cdn/", 503)]
     path = prepare.download(url, digest(body))
-    assert open(path, "rb").read() == body
-    assert re.fullmatch(r"bytes=[1-9]\d+-", hub.seen[-1][2])
-    asked = len(hub.seen)
-    assert prepare.download(url, digest(body)) == path and len(hub.seen) == asked
-    with pytest.raises(UserError, match="SHA-256"):
-        prepare.download(url, digest(b"another"), tries=2)
-    hub.faults += [("/cdn/", 404)]
+    assert open(path, "rb").read() == body and len(hub.seen) == 3
+    assert prepare.download(url, digest(body)) == path and len(hub.seen) == 3
+    hub.faults += [("/cdn/", "cut")] * 3
+    for wanted, said in ((b"cut off", "input.txt: could not be fetched in 3 tries"), (b"another", "SHA-256")):
+        with pytest.raises(UserError, match=said) as e:
+            prepare.download(url, digest(wanted))
+        assert "\n" not in str(e.value) and "give prepare.py its path" in str(e.value)
+    assert not any(digest(wanted)[:16] in f for f in os.listdir(prepare.cache_dir()))
+    hub.faults += [("/cdn/", 404)] * 3
     with pytest.raises(UserError, match="404"):
         prepare.download(url, digest(b"a third"))
 
