@@ -97,7 +97,11 @@ def configure(variables, words=False, also=None, argv=None):
         variables[name] = keys[name].parse(text if equals else "true")
         setup.given[name] = "command line"
     setup.config = {name: variables[name] for name in keys}
-    setup.check = lambda name, value: keys[name].check(value)
+
+    def check(name, value):
+        return keys[name].check(value)
+
+    setup.check = check
     return setup
 
 
@@ -360,7 +364,7 @@ class _Stream:
             raise self._error
 
     def _redirect(self):
-        """Points the file descriptor to os.devnull, also for what is buffered and child processes."""
+        """Points the file descriptor to os.devnull, also for buffered text and child processes."""
         with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as devnull:
             os.dup2(devnull.fileno(), self._stream.fileno())
 
@@ -386,10 +390,12 @@ def _prepare_streams():
                 os.dup2(devnull, fd)
                 os.close(devnull)
             os.set_inheritable(fd, True)
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     for attribute, name in (("stdout", "standard output"), ("stderr", "standard error")):
         stream = getattr(sys, attribute)
         if stream is None:
-            stream = open(os.devnull, "w", encoding="utf-8")
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         if isinstance(stream, _Stream):
             continue
         if hasattr(stream, "reconfigure") and not stream.closed:

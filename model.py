@@ -853,7 +853,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(params, updates, alpha=-lr)
 
     def _orthogonalize(self, stack):
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if not _distributed() or dist.get_world_size() == 1:
             return orthogonalize(stack, self.dtype)
         world_size, rank = dist.get_world_size(), dist.get_rank()
         per_rank = math.ceil(len(stack) / world_size)
@@ -1171,6 +1171,26 @@ def pack_weights(model):
 
 # -----------------------------------------------------------------------------
 # the machine
+
+
+def _distributed():
+    return dist.is_available() and dist.is_initialized()
+
+
+def over_processes(*numbers):
+    """The sums of numbers over all processes of torch.distributed, a list of floats."""
+    if not _distributed():
+        return [float(number) for number in numbers]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def barrier():
+    """Waits for all processes of torch.distributed."""
+    if _distributed():
+        dist.barrier()
 
 
 def set_up_device(device):

@@ -1,20 +1,23 @@
 """
-A finished model in use.
+Generates text with a trained model.
 
-    python sample.py                                           the newest run under out/, newest checkpoint
+    python sample.py                                           the newest checkpoint under out/
     python sample.py --start="Once upon a time" --num_samples=5
-    python sample.py --start=FILE:prompt.txt --temperature=0   greedy: the likeliest token, always
+    python sample.py --start=FILE:prompt.txt --temperature=0   greedy: always the likeliest token
     python sample.py --init_from=HuggingFaceTB/SmolLM2-135M    a model directory, or a Hub id
-    python sample.py --interactive                             chat in the terminal, or write a text together
+    python sample.py --interactive                             chat, or write a text together
     python sample.py --prompts=in.jsonl --out_file=out.jsonl   many prompts, in batches
-    python sample.py --web                                     a page at 127.0.0.1:7860 (pip install gradio)
+    python sample.py --web                                     a web page (pip install gradio)
 
-A model that was trained on conversations takes a text as its user's turn, any other one goes on with it;
---chat decides otherwise. The same text comes out whatever the batch: to the letter with --dtype=float32.
+A model trained on conversations answers `start` as its user's message, any other continues it;
+--chat overrides this. The text is the same for any batch size, to the letter with float32.
 
-As a Hugging Face Space: SDK gradio, `app_file: sample.py`, with model.py, prepare.py, configurator.py and
-requirements.txt beside it, and the model's Hub id in a variable MODEL or in a file of that name.
+As a Hugging Face Space: SDK gradio, `app_file: sample.py`, with model.py, prepare.py,
+configurator.py and requirements.txt beside it, and the model's Hub id in a variable MODEL or in a
+file of that name.
 """
+
+import contextlib
 import json
 import os
 import re
@@ -23,107 +26,105 @@ import time
 
 from configurator import UserError, configure
 
+# fmt: off
 # -----------------------------------------------------------------------------
-# which model
-out_dir = ''                  # a run, or one checkpoint of it; '': the newest run under out/
-init_from = 'resume'          # 'resume': out_dir's newest checkpoint | a model directory | a Hub id
-# what to write
-start = ''                    # the prompt; FILE:prompt.txt reads it from a file; '': the end-of-text token
-num_samples = 3               # of start
-max_new_tokens = 500          # each ends here, or at its end-of-text token
-temperature = 0.8             # 0: greedy; below 1: likelier words; above 1: wilder ones
-top_k = 200                   # only the k likeliest tokens; 0: all
-top_p = 1.0                   # only the likeliest that hold this much probability together
-min_p = 0.0                   # only those at least this many times as likely as the likeliest
-repetition_penalty = 1.0      # above 1: what was already said becomes less likely
-stop = ''                     # a text that ends it (\n is a line break); several: ["User:", "\n\n"]
-seed = 1337                   # sample i, prompt i, turn i draws from seed + i
-overflow = 'slide'            # beyond the window: 'slide' (a chat forgets its oldest turns) | 'refuse'
-chat = 'auto'                 # 'auto': if it was trained on conversations | 'yes' | 'no'
-system = ''                   # chat: the system message
-# another way to use it
+# the model
+out_dir = ""                  # a run, or one of its checkpoints; '': the newest run under out/
+init_from = "resume"          # 'resume' (out_dir's newest step) | a model directory | a Hub id
+# what to generate
+start = ""                    # the prompt; FILE:prompt.txt reads a file; '': the end-of-text token
+num_samples = 3               # how many samples of start (>= 1)
+max_new_tokens = 500          # a sample ends here, or at its end-of-text token (>= 1, <= 10**7)
+temperature = 0.8             # 0: greedy; higher values give more varied text (>= 0)
+top_k = 200                   # sample from the k likeliest tokens only (>= 0); 0: from all
+top_p = 1.0                   # from the likeliest with this probability together (>= 0, <= 1)
+min_p = 0.0                   # relative to the likeliest token's probability (>= 0, <= 1)
+repetition_penalty = 1.0      # above 1: tokens already in the text become less likely (> 0)
+stop = ""                     # text that ends a sample (\n: line break); several: ["User:", "\n\n"]
+seed = 1337                   # sample, prompt or turn i uses seed + i (>= 0, <= 2**62)
+overflow = "slide"            # past the context: 'slide' (a chat drops old messages) | 'refuse'
+chat = "auto"                 # 'auto' (if the model was trained on conversations) | 'yes' | 'no'
+system = ""                   # the system message of a chat
+# other ways to use the model
 interactive = False           # in the terminal
-prompts = ''                  # a .jsonl of {"prompt": ...} or {"messages": ...}; any other file: one a line
-out_file = ''                 # prompts: the .jsonl to write; '': standard output
-batch_size = 8                # prompts: answered side by side
+prompts = ""                  # .jsonl of {"prompt": ...} or {"messages": ...}; else one a line
+out_file = ""                 # the .jsonl for the answers to prompts; '': standard output
+batch_size = 8                # prompts that are answered in parallel (>= 1)
 web = False                   # a web page
-host = '127.0.0.1'            # web: 0.0.0.0 opens it to everyone who can reach this machine
-port = 7860                   # web
+host = "127.0.0.1"            # of the page; 0.0.0.0 serves everyone who can reach this machine
+port = 7860                   # of the page (>= 1, <= 65535)
 # machine
-device = 'auto'               # 'auto' | 'cpu' | 'cuda' | 'mps'
-dtype = 'auto'                # 'auto' | 'float32' | 'bfloat16' | 'float16'
-compile = False               # torch.compile: pays back over many samples only
+device = "auto"               # 'auto' | 'cpu' | 'cuda' | 'cuda:...' (cuda:1, for example) | 'mps'
+dtype = "auto"                # 'auto' | 'float32' | 'bfloat16' | 'float16'
+compile = False               # torch.compile; pays off only with many samples
 # -----------------------------------------------------------------------------
-configure(globals())
+# fmt: on
+setup = configure(globals())
 
-import prepare
-import runs
+import prepare  # noqa: E402
+import runs  # noqa: E402
 
 prepare.read_secrets()
 
-ALLOWED = {
-    'num_samples': ('at least 1', lambda v: v >= 1), 'max_new_tokens': ('at least 1', lambda v: v >= 1),
-    'temperature': ('at least 0', lambda v: 0 <= v < float('inf')), 'top_k': ('at least 0', lambda v: v >= 0),
-    'top_p': ('0 to 1', lambda v: 0 <= v <= 1), 'min_p': ('0 to 1', lambda v: 0 <= v <= 1),
-    'repetition_penalty': ('more than 0', lambda v: 0 < v < float('inf')),
-    'seed': ('0 to 2^62', lambda v: 0 <= v <= 2 ** 62), 'batch_size': ('at least 1', lambda v: v >= 1),
-    'overflow': ("'slide' or 'refuse'", lambda v: v in ('slide', 'refuse')),
-    'chat': ("'auto', 'yes' or 'no'", lambda v: v in ('auto', 'yes', 'no')),
-    'port': ('1 to 65535', lambda v: 1 <= v <= 65535),
-    'dtype': ("'auto', 'float32', 'bfloat16' or 'float16'", lambda v: v in ('auto', 'float32', 'bfloat16', 'float16'))}
 
-
-def check(**values):
-    """Keys from the command line, or from the page."""
-    for key, value in values.items():
-        if not ALLOWED[key][1](value):
-            raise UserError(f"{key}={value!r}: expected {ALLOWED[key][0]}")
-
-
-def read(path, key):
+def read_text(path, key):
     try:
-        with open(path, encoding='utf-8-sig') as f:
+        with open(path, encoding="utf-8-sig") as f:
             return f.read()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{key}={path}: {e}") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{key}={path}: not a UTF-8 text ({e.reason} at byte {e.start})") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{key}={path}: {getattr(e, 'strerror', None) or e}") from None
 
 
-def clean(text):
-    """`text` without half characters: a terminal, or JSON's \\ud800, can hand them over."""
-    return text.encode('utf-8', 'replace').decode('utf-8')
+def parse_stop(stop):
+    """The stop strings that --stop=TEXT or --stop='["TEXT", ...]' names."""
+    if not stop.startswith("["):
+        return [stop.replace("\\n", "\n")] if stop else []
+    try:
+        strings = json.loads(stop)
+    except (ValueError, RecursionError) as e:
+        strings = [e]
+    if not all(isinstance(s, str) and s for s in strings):
+        raise UserError(f'stop={stop[:80]}: expected a text, or a list such as ["User:", "\\n\\n"]')
+    return strings
 
 
-if os.environ.get('SPACE_ID'):  # on a Hugging Face Space this file is the page
-    web, host, init_from = True, '0.0.0.0', os.environ.get('MODEL') or read('MODEL', 'MODEL').strip()
-check(**{key: globals()[key] for key in ALLOWED})
+def without_surrogates(text):
+    """`text` without halves of UTF-16 pairs, which a terminal or JSON's \\ud800 may contain."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+# -----------------------------------------------------------------------------
+# check the keys before torch is imported, so that mistakes are reported at once
+
+if os.environ.get("SPACE_ID"):  # on a Hugging Face Space, this script is the page
+    web, host = True, "0.0.0.0"
+    init_from = os.environ.get("MODEL") or read_text("MODEL", "MODEL").strip()
 if interactive + bool(prompts) + web > 1:
-    raise UserError("--interactive, --prompts and --web are three ways to use a model: choose one")
+    raise UserError("--interactive, --prompts and --web exclude each other: choose one")
 if out_file and not prompts:
-    raise UserError(f"out_file={out_file}: only the answers to --prompts=FILE are written to a file")
+    raise UserError(f"out_file={out_file}: only the answers to --prompts=FILE go to a file")
 if os.path.exists(out_file):
     raise UserError(f"out_file={out_file}: it exists already; choose another name, or remove it")
 if not os.path.isdir(os.path.dirname(os.path.abspath(out_file))):
     raise UserError(f"out_file={out_file}: its directory does not exist")
-try:
-    stops = json.loads(stop) if stop.startswith('[') else [stop.replace('\\n', '\n')] if stop else []
-    if not all(isinstance(s, str) and s for s in stops):
-        raise ValueError("not a text, or an empty one")
-except ValueError as e:
-    raise UserError(f'stop={stop}: expected a text, or a list such as ["User:", "\\n\\n"] ({e})') from None
-if start.startswith('FILE:'):
-    start = read(start[5:], 'start')
-start = clean(start)
-if init_from == 'resume':
-    init_from = out_dir or runs.newest_run('out')
+stops = parse_stop(stop)
+if start.startswith("FILE:"):
+    start = read_text(start[5:], "start")
+start = without_surrogates(start)
+prompts_text = read_text(prompts, "prompts") if prompts else ""
+if init_from == "resume":
+    init_from = out_dir or runs.newest_run("out")
     if not os.path.isdir(init_from):
         raise UserError(f"out_dir={out_dir}: no such directory")
 
 # -----------------------------------------------------------------------------
-# the model, and what ends its texts
+# load the model and its tokenizer
 
-import torch  # this late, so that a mistake above is told at once
+import torch  # noqa: E402
 
-from model import GPT, pack_weights, pick_device, pick_dtype
+from model import GPT, pack_weights, pick_device, pick_dtype  # noqa: E402
 
 device = pick_device(device)
 directory = runs.model_directory(init_from)
@@ -131,120 +132,171 @@ tokenizer = prepare.load_tokenizer(directory)
 model = GPT.from_pretrained(directory)
 dtype = pick_dtype(dtype, device, model.config)
 model.to(device, getattr(torch, dtype)).eval()
-window = model.config.max_positions
+window = model.config.max_positions  # tokens of context
 if compile:
     model.hidden = torch.compile(model.hidden, dynamic=True)
-elif device == 'cpu':
+elif device == "cpu" and dtype != "float16":  # which most CPUs cannot pack
     pack_weights(model)
-
-im_end, ends = tokenizer.encode_special(prepare.IM_END), [tokenizer.eos_id]
-path = os.path.join(directory, 'generation_config.json')
-if os.path.exists(path):
-    declared = prepare.read_json(path).get('eos_token_id') or []
-    declared = declared if isinstance(declared, list) else [declared]
-    if not all(isinstance(i, int) for i in declared):
-        raise UserError(f"{path}: eos_token_id is {declared!r}, expected token ids")
-    ends += declared
+im_end = tokenizer.encode_special(prepare.IM_END)
+sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+sampling["repetition_penalty"] = repetition_penalty
 
 
-def trained_to_chat():
-    """A tokenizer may hold the chat tokens from its first day, so they prove nothing. What was taught to
-    talk ends a turn with <|im_end|>, and its files say so; a run of ours knows its stage."""
-    state = os.path.join(directory, 'trainer.pt')
+def end_tokens():
+    """The ids that end a text: the tokenizer's, and those of generation_config.json."""
+    path = os.path.join(directory, "generation_config.json")
+    ids = prepare.read_json(path).get("eos_token_id") if os.path.exists(path) else None
+    if ids is None:
+        ids = []
+    elif not isinstance(ids, list):
+        ids = [ids]
+    if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        raise UserError(f"{path}: eos_token_id is {ids!r}, expected token ids")
+    return [tokenizer.eos_id, *ids]
+
+
+def trained_on_chats():
+    """Whether the model was trained on conversations.
+
+    The chat tokens prove nothing, a tokenizer may have them before pretraining. A chat model's
+    generation_config.json ends a text at <|im_end|>, and a run of ours knows its stage.
+    """
+    state = os.path.join(directory, "trainer.pt")
     if im_end is None or im_end in ends or not os.path.exists(state):
         return im_end in ends
-    try:
-        config = torch.load(state, map_location='cpu', weights_only=True, mmap=True)['config']  # the rest is gigabytes
+    try:  # mmap: only the config is read, not gigabytes of optimizer state
+        config = torch.load(state, map_location="cpu", weights_only=True, mmap=True)["config"]
+        return config.get("stage", "pretrain") != "pretrain"
     except Exception as e:
-        raise UserError(f"{state}: damaged; --chat=yes or --chat=no does without it ({type(e).__name__})") from None
-    return config.get('stage', 'pretrain') != 'pretrain'
+        reason = f"damaged ({type(e).__name__}); --chat=yes or --chat=no does without it"
+        raise UserError(f"{state}: {reason}") from None
 
 
-chatting = trained_to_chat() if chat == 'auto' else chat == 'yes'
+ends = end_tokens()
+chatting = chat == "yes" or (chat == "auto" and trained_on_chats())
 if chatting:
-    prepare.render_chat([], tokenizer)  # says what a tokenizer lacks that can't
+    prepare.render_chat([], tokenizer)  # raises UserError if the tokenizer lacks the chat tokens
     ends.append(im_end)
-how = {k: globals()[k] for k in ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')}
 
 
 def note(text):
+    """Prints on standard error, apart from what the model writes."""
     print(text, file=sys.stderr, flush=True)
 
 
 def show(text):
-    print(prepare.for_terminal(text), end='', flush=True)
+    print(prepare.for_terminal(text), end="", flush=True)
 
 
-sys.stdout.reconfigure(errors='replace')  # a terminal that can't show a character shows a ? in its place
-note(f"{directory}: {model.n_params() / 1e6:.1f}M parameters, {device}, {dtype}" + ", chat" * chatting)
+kind = ", chat" if chatting else ""
+note(f"{directory}: {model.n_params() / 1e6:.1f}M parameters, {device}, {dtype}{kind}")
 
 # -----------------------------------------------------------------------------
-# from a prompt to ids, from ids to a text
+# from a prompt to token ids, and from token ids to text
 
-def encode_text(text, length):
-    """(the ids of a text to go on with, how many tokens may follow)"""
-    # only the end of what is beyond the window is read, so ten megabytes are cut before they are tokenized
-    ids = tokenizer.encode(clean(text[-32 * window:])) or [tokenizer.eos_id]
-    if len(ids) >= window and overflow == 'refuse':
-        raise UserError(f"the prompt is longer than the window of {window:,} tokens: shorten it, or read "
-                        "only its end with --overflow=slide")
+
+def in_vocabulary(ids):
+    """`ids`, if the embedding has a row for each; UserError for another model's tokenizer."""
+    if max(ids) >= model.config.vocab_size:
+        raise UserError(
+            f"{directory}: the tokenizer gives the id {max(ids)}, the model's vocabulary has "
+            f"{model.config.vocab_size} tokens: they do not belong together"
+        )
+    return ids
+
+
+def encode_text(text, max_tokens):
+    """(the ids of a text to continue, how many tokens may follow)."""
+    # tokenize only what the context may hold: a prompt can have megabytes
+    ids = tokenizer.encode(without_surrogates(text[-32 * window :])) or [tokenizer.eos_id]
+    if len(ids) >= window and overflow == "refuse":
+        raise UserError(
+            f"the prompt is longer than the context of {window:,} tokens: shorten it, or use only "
+            "its end with --overflow=slide"
+        )
     if len(ids) > window:
-        note(f"the prompt is longer than the window of {window:,} tokens: only its end is read")
-    return ids, length if overflow == 'slide' else min(length, window - len(ids))
+        note(f"the prompt is longer than the context of {window:,} tokens: only its end is used")
+    if overflow == "refuse":
+        max_tokens = min(max_tokens, window - len(ids))
+    return in_vocabulary(ids), max_tokens
 
 
-def encode_chat(turns, length, told):
-    """(the ids up to the assistant's opening, how many tokens may follow, how many of the oldest messages
-    were left out to keep a quarter of the window for the answer). `told` is the system message, or ''."""
-    turns = [dict(m, content=clean(m['content'])) for m in turns]
-    if told and turns[0]['role'] != 'system':
-        turns.insert(0, dict(role='system', content=clean(told)))
-    head, turns, dropped = turns[:turns[0]['role'] == 'system'], turns[turns[0]['role'] == 'system':], 0
-    free = min(length, window // 4) if overflow == 'slide' else 1
+def encode_chat(messages, max_tokens, system=""):
+    """(the ids up to the assistant's opening, how many tokens may follow, how many messages of
+    `messages` were left out). The oldest are, to leave a quarter of the context for the answer."""
+    messages = [dict(m, content=without_surrogates(m["content"])) for m in messages]
+    head = []
+    if messages[0]["role"] == "system":
+        head = [messages.pop(0)]
+    elif system:
+        head = [{"role": "system", "content": without_surrogates(system)}]
+    needed = min(max_tokens, window // 4) if overflow == "slide" else 1
+    dropped = 0
     while True:
-        if sum(len(m['content']) for m in head + turns) <= 32 * window:
-            ids = prepare.render_chat(head + turns, tokenizer, add_generation_prompt=True)[0]
-            if len(ids) + free <= window:
-                return ids, min(length, window - len(ids)), dropped
-        later = [i for i, m in enumerate(turns) if i and m['role'] == 'user']
-        if overflow == 'refuse' or not later:
-            raise UserError(f"this is longer than the window of {window:,} tokens: " + (
-                "begin anew, or forget the oldest turns with --overflow=slide" if later else "shorten it"))
-        turns, dropped = turns[later[0]:], dropped + later[0]
+        conversation = head + messages
+        if sum(len(m["content"]) for m in conversation) <= 32 * window:
+            ids, _ = prepare.render_chat(conversation, tokenizer, add_generation_prompt=True)
+            if len(ids) + needed <= window:
+                return in_vocabulary(ids), min(max_tokens, window - len(ids)), dropped
+        next_turns = [i for i, m in enumerate(messages) if i > 0 and m["role"] == "user"]
+        too_long = f"this is longer than the context of {window:,} tokens"
+        if not next_turns:
+            raise UserError(f"{too_long}: shorten it")
+        if overflow == "refuse":
+            hint = "start again, or drop the oldest messages with --overflow=slide"
+            raise UserError(f"{too_long}: {hint}")
+        messages = messages[next_turns[0] :]
+        dropped += next_turns[0]
 
 
-class Text:
-    """One text as it grows: ids in, characters out. Half a character waits for its other half, and what could
-    be the beginning of a stop string waits until it is one or is not."""
+class Completion:
+    """A text as it is generated: token ids in, characters out.
+
+    A character that spans several tokens is held back until it is complete, and the possible
+    beginning of a stop string until it is one or is not.
+    """
 
     def __init__(self, prompt):
-        # decoded behind the end of the prompt: SentencePiece takes the space off whatever comes first
-        self.ids, self.since, self.known = prompt[-8:], 0, len(prompt[-8:])
-        self.text, self.held, self.tokens, self.finish_reason = '', '', 0, ''
+        # the prompt's end is decoded along: SentencePiece drops the space of a first token
+        self.ids = prompt[-8:]
+        self.shown_from, self.shown_to = 0, len(self.ids)  # ids[shown_from:shown_to] were decoded
+        self.text, self.held_back, self.n_tokens = "", "", 0
+        self.finish_reason = ""  # "stop", "length", or "" while it is growing
 
     def add(self, token=None):
-        """Takes an id, or None when no more will come; returns what may be shown now."""
-        if token is None or token in ends:
-            self.finish_reason = 'length' if token is None else 'stop'
+        """Takes a token id, or None if no more will come; returns the text that is now certain."""
+        if token is None:
+            self.finish_reason = "length"
+        elif token in ends:
+            self.finish_reason = "stop"
         else:
             self.ids.append(token)
-            self.tokens += 1
-        before = tokenizer.decode(self.ids[self.since:self.known])
-        new = tokenizer.decode(self.ids[self.since:])[len(before):]
-        if new.endswith('\ufffd') and not self.finish_reason:
-            return ''
-        self.since, self.known, self.held, keep = self.known, len(self.ids), self.held + new, 0
-        found = [at for at in map(self.held.find, stops) if at >= 0]
-        if found:
-            self.held, self.finish_reason = self.held[:min(found)], 'stop'
-        elif not self.finish_reason:
-            keep = max((n for s in stops for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
-        out = self.held[:len(self.held) - keep]
-        self.text, self.held = self.text + out, self.held[len(out):]
-        return out
+            self.n_tokens += 1
+        before = tokenizer.decode(self.ids[self.shown_from : self.shown_to])
+        new = tokenizer.decode(self.ids[self.shown_from :])[len(before) :]
+        if new.endswith("\ufffd") and not self.finish_reason:
+            return ""
+        self.shown_from, self.shown_to = self.shown_to, len(self.ids)
+        certain, self.held_back = self._split_at_stop(self.held_back + new)
+        self.text += certain
+        return certain
 
-    def stream(self, prompt, length, seed, how):
-        for token in model.stream(torch.tensor([prompt], device=device), length, seed=seed, stop=ends, **how):
+    def _split_at_stop(self, text):
+        """(what is certain, what may be the beginning of a stop string)."""
+        positions = [text.find(s) for s in stops if s in text]
+        if positions:
+            self.finish_reason = "stop"
+            return text[: min(positions)], ""
+        if self.finish_reason:
+            return text, ""
+        beginnings = [n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])]
+        cut = len(text) - max(beginnings, default=0)
+        return text[:cut], text[cut:]
+
+    def stream(self, prompt, max_tokens, seed, sampling):
+        """Generates the text; yields its pieces."""
+        idx = torch.tensor([prompt], device=device)  # (1, T)
+        for token in model.stream(idx, max_tokens, seed=seed, stop=ends, **sampling):
             yield self.add(token.item())
             if self.finish_reason:
                 return
@@ -252,245 +304,370 @@ class Text:
 
 
 # -----------------------------------------------------------------------------
-# four ways to use it
+# samples of one prompt
+
 
 def write_samples():
-    as_turn, tokens, begun = chatting and start, 0, time.perf_counter()
-    prompt, length = encode_text(start, max_new_tokens) if not as_turn else \
-        encode_chat([dict(role='user', content=start)], max_new_tokens, system)[:2]
+    began, n_tokens, header = time.perf_counter(), 0, start
+    if chatting and start:
+        header += "\n"
+        prompt, max_tokens, _ = encode_chat(
+            [{"role": "user", "content": start}], max_new_tokens, system
+        )
+    else:
+        prompt, max_tokens = encode_text(start, max_new_tokens)
     for i in range(num_samples):
-        show(start + ('\n' if as_turn else ''))
-        text = Text(prompt)
-        for piece in text.stream(prompt, length, seed + i, how):
+        show(header)
+        completion = Completion(prompt)
+        for piece in completion.stream(prompt, max_tokens, seed + i, sampling):
             show(piece)
-        tokens += text.tokens
-        show('\n---------------\n')
-    note(f"{tokens / (time.perf_counter() - begun):,.0f} tokens a second")
+        show("\n---------------\n")
+        n_tokens += completion.n_tokens
+    note(f"{n_tokens / (time.perf_counter() - began):,.0f} tokens/s")
+
+
+# -----------------------------------------------------------------------------
+# a file of prompts
 
 
 def encode_record(record):
-    asked = record.get('messages', record.get('prompt')) if isinstance(record, dict) else None
-    if not isinstance(asked, (str, list)):
+    """(ids, how many tokens may follow) of a record of the prompts file."""
+    prompt = record.get("messages", record.get("prompt")) if isinstance(record, dict) else None
+    if not isinstance(prompt, (str, list)):
         raise ValueError('expected an object with a "prompt" or with "messages"')
-    if isinstance(asked, str) and not chatting:
-        return encode_text(asked, max_new_tokens)
+    if isinstance(prompt, str) and not chatting:
+        return encode_text(prompt, max_new_tokens)
     if not chatting:
-        raise ValueError("messages, to a model that was not trained on conversations; --chat=yes insists")
-    asked = prepare._messages(asked, 'prompt' if isinstance(asked, str) else 'messages')
-    if asked[-1]['role'] == 'assistant':
-        raise ValueError("the last message is the assistant's, there is nothing to answer")
-    return encode_chat(asked, max_new_tokens, system)[:2]
+        raise ValueError("messages, but the model was not trained on conversations; see --chat=yes")
+    messages = prepare._messages(prompt, "prompt" if isinstance(prompt, str) else "messages")
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("the last message is the assistant's: there is nothing to answer")
+    return encode_chat(messages, max_new_tokens, system)[:2]
 
 
-def answer_file():
-    found, tokens, begun = [], 0, time.perf_counter()
-    for n, line in enumerate(read(prompts, 'prompts').split('\n'), 1):
-        if line.strip():
-            try:
-                record = json.loads(line) if prompts.endswith('.jsonl') else {'prompt': line}
-                found.append((record, *encode_record(record)))
-            except (ValueError, RecursionError) as e:  # json's own, and UserError is one too
-                raise UserError(f"{prompts}, line {n}: {e}") from None
-    if not found:
+def read_prompts():
+    """[(record, ids, how many tokens may follow)] of the prompts file."""
+    requests = []
+    for number, line in enumerate(prompts_text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line) if prompts.endswith(".jsonl") else {"prompt": line}
+            requests.append((record, *encode_record(record)))
+        except (ValueError, RecursionError) as e:  # of json, of encode_record(), or a UserError
+            raise UserError(f"{prompts}, line {number}: {e}") from None
+    if not requests:
         raise UserError(f"prompts={prompts}: there is no prompt in it")
+    return requests
+
+
+def open_output():
+    """out_file, or standard output; without a buffer, so that what is written is known exactly."""
+    if not out_file:
+        return open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)
     try:
-        out = open(out_file, 'xb', buffering=0) if out_file else sys.stdout.buffer
-    except OSError as e:
-        raise UserError(f"out_file={out_file}: {e}") from None
-    written = size = 0  # answers, and their bytes
+        return open(out_file, "xb", buffering=0)
+    except (OSError, ValueError) as e:
+        raise UserError(f"out_file={out_file}: {getattr(e, 'strerror', None) or e}") from None
+
+
+def answer_line(record, completion):
+    answer = {"completion": completion.text, "finish_reason": completion.finish_reason}
+    return json.dumps(record | answer, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
+def answer_prompts():
+    """Answers a file of prompts in its order. Only whole lines remain, whatever interrupts it."""
+    requests, began = read_prompts(), time.perf_counter()
+    n_answers = n_tokens = size = 0
+    output = open_output()
     try:
-        for texts in answers(found):
-            lines = [json.dumps(found[i][0] | dict(completion=texts[i].text, finish_reason=texts[i].finish_reason),
-                                ensure_ascii=False) + '\n' for i in sorted(texts)]
-            rest = whole = ''.join(lines).encode('utf-8', 'replace')
-            while rest:  # a disk that fills up takes a part, and refuses the next
-                rest = rest[out.write(rest):]
-            out.flush()
-            written, size = written + len(texts), size + len(whole)
-            tokens += sum(text.tokens for text in texts.values())
-    except (KeyboardInterrupt, OSError):
-        if out_file and written:
-            out.truncate(size)
-        elif out_file:
+        for completions in complete_all(requests):
+            data = b"".join(answer_line(requests[i][0], c) for i, c in sorted(completions.items()))
+            rest = data
+            while rest:  # a disk that is nearly full takes a part, and raises at the next call
+                rest = rest[output.write(rest) :]
+            size += len(data)
+            n_answers += len(completions)
+            n_tokens += sum(completion.n_tokens for completion in completions.values())
+    except (KeyboardInterrupt, OSError) as e:
+        place = ""
+        if not out_file:
+            e.filename = "standard output"
+        elif n_answers:
+            output.truncate(size)
+            place = f" in {out_file}"
+        else:
+            output.close()
             os.remove(out_file)
-        note(f"stopped: {written:,} of {len(found):,} prompts are answered" + (f" in {out_file}" if written and out_file else ''))
+        note(f"stopped: {n_answers:,} of {len(requests):,} prompts are answered{place}")
         raise
-    note(f"{len(found):,} prompts, {tokens / (time.perf_counter() - begun):,.0f} tokens a second")
+    speed = n_tokens / (time.perf_counter() - began)
+    note(f"{len(requests):,} prompts, {speed:,.0f} tokens/s")
 
 
-def answers(found):
-    """{i: Text} of the next 16 batches of prompts in the file's order, until all are answered."""
-    with prepare.progress(total=len(found), unit=' prompts') as bar:
-        for lo in range(0, len(found), 16 * batch_size):
-            texts, todo = {}, list(range(lo, min(lo + 16 * batch_size, len(found))))
-            todo.sort(key=lambda i: len(found[i][1]))  # similar lengths side by side: little padding
-            while todo:
-                # where the window slides follows from a row's length: a longer neighbour would move it
-                longest, most = len(found[todo[-1]][1]), max(found[i][2] for i in todo)
-                batch = [i for i in todo[-batch_size:]
-                         if len(found[i][1]) == longest or longest + most <= window]
-                todo = [i for i in todo if i not in batch]
-                texts |= answer_batch({i: found[i][1:] for i in batch})
+def complete_all(requests):
+    """Yields {i: Completion} of the next 16 batches of requests, until all are complete."""
+    with prepare.progress(total=len(requests), unit=" prompts") as bar:
+        for first in range(0, len(requests), 16 * batch_size):
+            waiting = list(range(first, min(first + 16 * batch_size, len(requests))))
+            waiting.sort(key=lambda i: len(requests[i][1]))  # similar lengths: little padding
+            completions = {}
+            while waiting:
+                batch = next_batch(requests, waiting)
+                waiting = [i for i in waiting if i not in batch]
+                completions |= complete_batch({i: requests[i][1:] for i in batch})
                 bar.update(len(batch))
-            yield texts
+            yield completions
 
 
-def answer_batch(rows):
-    """{i: (ids, how many tokens may follow)} -> {i: Text}"""
-    prompts, lengths = zip(*rows.values())
-    texts, pad = dict(zip(rows, map(Text, prompts))), [max(map(len, prompts)) - len(ids) for ids in prompts]
-    idx = torch.tensor([[tokenizer.eos_id] * n + ids for n, ids in zip(pad, prompts)], device=device)
-    for tokens in model.stream(idx, max(lengths), seed=[seed + i for i in rows], stop=ends,
-                               pad=torch.tensor(pad), **how):
-        for (i, text), token in zip(texts.items(), tokens.tolist()):
-            if not text.finish_reason:
-                text.add(token)
-                if text.tokens == rows[i][1] and not text.finish_reason:
-                    text.add()
-        if all(text.finish_reason for text in texts.values()):
+def next_batch(requests, waiting):
+    """The longest of the requests in `waiting`, at most batch_size.
+
+    Where the context slides depends on a row's length, padding included, so a row may only be
+    padded if no row of the batch slides.
+    """
+    longest = len(requests[waiting[-1]][1])
+    most_tokens = max(requests[i][2] for i in waiting)
+    fits = longest + most_tokens <= window
+    return [i for i in waiting[-batch_size:] if fits or len(requests[i][1]) == longest]
+
+
+def complete_batch(rows):
+    """{i: (ids, how many tokens may follow)} -> {i: Completion}"""
+    longest = max(len(ids) for ids, _ in rows.values())
+    pad = torch.tensor([longest - len(ids) for ids, _ in rows.values()])  # (B,)
+    padded = [ids[:1] * (longest - len(ids)) + ids for ids, _ in rows.values()]
+    idx = torch.tensor(padded, device=device)  # (B, T)
+    completions = {i: Completion(ids) for i, (ids, _) in rows.items()}
+    max_tokens = max(limit for _, limit in rows.values())
+    seeds = [seed + i for i in rows]
+    for tokens in model.stream(idx, max_tokens, seed=seeds, stop=ends, pad=pad, **sampling):
+        for (i, completion), token in zip(completions.items(), tokens.tolist(), strict=True):
+            if completion.finish_reason:
+                continue
+            completion.add(token)
+            if completion.n_tokens == rows[i][1] and not completion.finish_reason:
+                completion.add()
+        if all(completion.finish_reason for completion in completions.values()):
             break
-    return texts
+    return completions
 
 
-HELP = """/reset              begin anew
-/system TEXT        what the assistant is told beforehand
+# -----------------------------------------------------------------------------
+# in the terminal
+
+HELP = """/reset              start again
+/system TEXT        the system message
 /temperature 0.7    0 is greedy
 /save FILE          append this conversation to FILE, as one line of JSON
 /quit               or Ctrl-D; Ctrl-C stops an answer"""
 
 
+class Conversation:
+    """The messages of a chat; without chat, one text that the model and the user write together."""
+
+    def __init__(self):
+        self.system, self.sampling = system, dict(sampling)
+        self.reset()
+
+    def reset(self):
+        self.messages, self.text = [], ""
+        self.ended = False  # the model ended the text; what the user writes next starts another
+        self.n_answers = 0
+
+    def command(self, line):
+        """Executes a line such as "/save FILE"."""
+        name, _, argument = line.partition(" ")
+        argument = argument.strip()
+        if name == "/help":
+            print(HELP)
+        elif name == "/reset":
+            self.reset()
+        elif name == "/system" and chatting:
+            self.system = argument
+        elif name == "/temperature" and re.fullmatch(r"\d*\.?\d+", argument):
+            self.sampling["temperature"] = setup.check("temperature", float(argument))
+        elif name == "/save" and argument:
+            self.save(argument)
+        else:
+            hint = "/help lists the commands; put a space before a text that begins with /"
+            raise UserError(f"{line[:60]}: no such command; {hint}")
+
+    def save(self, path):
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        record = {"messages": head + self.messages} if chatting else {"text": self.text}
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(record) + "\n")
+        print(f"appended to {path}")
+
+    def reply(self, line):
+        """Answers the user's message."""
+        messages = [*self.messages, {"role": "user", "content": line}]
+        prompt, max_tokens, dropped = encode_chat(messages, max_new_tokens, self.system)
+        if dropped:
+            note(f"(the context is full: the {dropped} oldest messages are dropped)")
+        answer = self.generate(prompt, max_tokens)
+        self.messages = [*messages[dropped:], {"role": "assistant", "content": answer.text}]
+
+    def extend(self, line):
+        """Appends the line to the text and lets the model continue it."""
+        text = "" if self.ended else self.text
+        if text and line:
+            text += "\n"
+        text += line
+        completion = self.generate(*encode_text(text, max_new_tokens))
+        self.text = text + completion.text
+        self.ended = completion.finish_reason == "stop"
+        if self.ended:
+            print("(the text ends here; what you write next starts another)")
+
+    def generate(self, prompt, max_tokens):
+        completion = Completion(prompt)
+        try:
+            pieces = completion.stream(prompt, max_tokens, seed + self.n_answers, self.sampling)
+            for piece in pieces:
+                show(piece)
+            print()
+        except KeyboardInterrupt:
+            print("  (stopped)")
+        self.n_answers += 1
+        return completion
+
+
 def converse():
-    """A chat; with a model of texts one text that both write, where Enter alone lets the model go on."""
-    try:
-        import readline  # noqa: F401  arrow keys: input() uses it once it is there
-    except ImportError:
-        pass
-    told, turns, text, ended, said = system, [], '', False, 0
-    print("/help lists the commands, Ctrl-D leaves" + ("" if chatting else ", Enter alone lets it write on"))
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  input() has arrow keys once it is imported
+    sys.stdin.reconfigure(errors="replace")
+    conversation = Conversation()
+    continue_hint = "" if chatting else ", Enter alone lets the model continue"
+    print(f"/help lists the commands, Ctrl-D leaves{continue_hint}")
     while True:
         try:
-            line = clean(input('> '))
+            line = without_surrogates(input("> "))
         except EOFError:
-            return print()
+            print()
+            return
         except KeyboardInterrupt:
             print("  (Ctrl-D leaves)")
             continue
-        command, _, rest = line.partition(' ')
-        rest = rest.strip()
+        if line.strip() == "/quit":
+            return
         try:
-            if command == '/quit':
-                return
-            elif command == '/help':
-                print(HELP)
-            elif command == '/reset':
-                turns, text, said = [], '', 0
-            elif command == '/system' and chatting:
-                told = rest
-            elif command == '/temperature' and re.fullmatch(r'\d*\.?\d+', rest):
-                check(temperature=float(rest))
-                how['temperature'] = float(rest)
-            elif command == '/save' and rest:
-                head = [dict(role='system', content=told)] if told else []
-                with open(rest, 'a', encoding='utf-8') as f:
-                    f.write(json.dumps(dict(messages=head + turns) if chatting else dict(text=text)) + '\n')
-                print(f"appended to {rest}")
-            elif command.startswith('/'):
-                raise UserError(f"{line[:60]}: no such command, or not written as in /help; a text with a space before it")
-            elif chatting and line.strip():
-                turns.append(dict(role='user', content=line))
-                try:
-                    prompt, length, dropped = encode_chat(turns, max_new_tokens, told)
-                except UserError:
-                    turns.pop()
-                    raise
-                if dropped:
-                    note(f"(the window is full: the {dropped} oldest messages are forgotten)")
-                answer = say(prompt, length, seed + said)
-                turns, said = turns[dropped:] + [dict(role='assistant', content=answer.text)], said + 1
+            if line.startswith("/"):
+                conversation.command(line)
             elif not chatting:
-                text = '' if ended else text + ('\n' if text and line else '')
-                more = say(*encode_text(text + line, max_new_tokens), seed + said)
-                text, said, ended = text + line + more.text, said + 1, more.finish_reason == 'stop'
-                if ended:
-                    print("(it ends here; what you write next begins another)")
-        except (UserError, OSError) as e:  # told in one line, and the conversation goes on
+                conversation.extend(line)
+            elif line.strip():
+                conversation.reply(line)
+        except (UserError, OSError) as e:  # reported, and the conversation continues
             print(e)
 
 
-def say(prompt, length, seed):
-    text = Text(prompt)
+# -----------------------------------------------------------------------------
+# a web page
+
+
+def generate_for_page(encode, prompt, settings):
+    """Yields the growing completion of a text or of messages; `settings` are the page's inputs."""
+    import gradio as gr
+
+    temperature, top_p, top_k, max_tokens, seed, *system = settings
     try:
-        for piece in text.stream(prompt, length, seed, how):
-            show(piece)
-        print()
-    except KeyboardInterrupt:
-        print("  (stopped)")
-    return text
+        chosen = {
+            "temperature": setup.check("temperature", float(temperature)),
+            "top_p": setup.check("top_p", float(top_p)),
+            "top_k": setup.check("top_k", int(top_k or 0)),
+        }
+        max_tokens = setup.check("max_new_tokens", int(max_tokens))
+        seed = setup.check("seed", int(seed or 0))
+        ids, max_tokens, *dropped = encode(prompt, max_tokens, *system)
+        if any(dropped):
+            gr.Info(f"The context is full: the {dropped[0]} oldest messages are dropped")
+        completion = Completion(ids)
+        for _ in completion.stream(ids, max_tokens, seed, sampling | chosen):
+            yield completion.text
+    except UserError as e:
+        raise gr.Error(str(e), print_exception=False) from None
 
 
-def serve():
-    """A page with Gradio: a chat where the model can, and a text to go on with."""
-    os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
-    try:
-        import gradio as gr
-        if int(gr.__version__.split('.')[0]) < 6:  # before it, messages had another form
-            raise ImportError
-    except ImportError:
-        raise UserError("web=True needs Gradio 6, which is not installed: pip install 'gradio>=6'") from None
+def page_chat(message, history, *settings):
+    messages = []
+    for m in history:  # since Gradio 6, the content of a message is a list of parts
+        content = "".join(part.get("text", "") for part in m["content"])
+        messages.append({"role": m["role"], "content": content})
+    messages.append({"role": "user", "content": message})
+    yield from generate_for_page(encode_chat, messages, settings)
 
-    def answer(encode, asked, temperature, top_p, top_k, length, seed, *told):
-        try:
-            sampling = dict(temperature=temperature, top_p=top_p, top_k=int(top_k or 0))
-            check(**sampling, max_new_tokens=int(length), seed=int(seed or 0))
-            prompt, length, *dropped = encode(asked, int(length), *told)
-            if any(dropped):
-                gr.Info(f"The window is full: the {dropped[0]} oldest messages are forgotten")
-            text = Text(prompt)
-            for _ in text.stream(prompt, length, int(seed or 0), how | sampling):
-                yield text.text
-        except UserError as e:
-            raise gr.Error(str(e), print_exception=False) from None
 
-    def reply(message, history, *chosen):
-        turns = [dict(role=m['role'], content=''.join(part.get('text', '') for part in m['content']))
-                 for m in history]  # Gradio 6 keeps a message as a list of parts
-        yield from answer(encode_chat, turns + [dict(role='user', content=message)], *chosen)
+def page_text(text, *settings):
+    for completion in generate_for_page(encode_text, text, settings):
+        yield text + completion
 
-    def go_on(start, *chosen):
-        for text in answer(encode_text, start, *chosen):
-            yield start + text
 
+def build_page(gr):
     name = os.path.basename(os.path.normpath(init_from))
     with gr.Blocks(title=f"{name} · nanosmol") as page:
-        gr.Markdown(f"## {name}\n{model.n_params() / 1e6:.1f}M parameters · {window:,} tokens of context")
+        size = f"{model.n_params() / 1e6:.1f}M parameters"
+        gr.Markdown(f"## {name}\n{size} · {window:,} tokens of context")
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
-                most = max(window, max_new_tokens)
-                chosen = [gr.Slider(0, 2, temperature, step=0.05, label="Temperature", info="0: greedy"),
-                          gr.Slider(0, 1, top_p, step=0.01, label="Top-p"),
-                          gr.Slider(0, 1000, top_k, step=1, label="Top-k", info="0: all"),
-                          gr.Slider(1, most, max_new_tokens, step=1, label="Length in tokens"),
-                          gr.Number(seed, label="Seed", precision=0)]
-                told = gr.Textbox(system, label="System message", visible=chatting)
+                longest = max(window, max_new_tokens)
+                settings = [
+                    gr.Slider(0, 2, temperature, step=0.05, label="Temperature", info="0: greedy"),
+                    gr.Slider(0, 1, top_p, step=0.01, label="Top-p"),
+                    gr.Slider(0, 1000, top_k, step=1, label="Top-k", info="0: all"),
+                    gr.Slider(1, longest, max_new_tokens, step=1, label="Length in tokens"),
+                    gr.Number(seed, label="Seed", precision=0),
+                ]
+                system_box = gr.Textbox(system, label="System message", visible=chatting)
             with gr.Column(scale=3):
                 if chatting:
                     with gr.Tab("Chat"):
                         box = gr.Chatbot(height=460, show_label=False, render_markdown=False)
-                        gr.ChatInterface(reply, chatbot=box, additional_inputs=[*chosen, told])
+                        inputs = [*settings, system_box]
+                        gr.ChatInterface(page_chat, chatbot=box, additional_inputs=inputs)
                 with gr.Tab("Text"):
-                    text = gr.Textbox(start, lines=18, show_label=False, elem_id='text')
+                    text = gr.Textbox(start, lines=18, show_label=False, elem_id="text")
                     with gr.Row():
-                        go, halt = gr.Button("Write on", variant='primary'), gr.Button("Stop")
-                    event = go.click(go_on, [text, *chosen], text)
-                    halt.click(None, cancels=event)
+                        write_on = gr.Button("Write on", variant="primary")
+                        stop_button = gr.Button("Stop")
+                    event = write_on.click(page_text, [text, *settings], text)
+                    stop_button.click(None, cancels=event)
+    return page
+
+
+def serve():
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
-        page.launch(server_name=host, server_port=port, show_error=True, footer_links=[], ssr_mode=False,
-                    theme=gr.themes.Default(font=['sans-serif'], font_mono=['monospace']))
+        import gradio as gr
+
+        if int(gr.__version__.split(".")[0]) < 6:  # messages had another format
+            raise ImportError
+    except ImportError:
+        hint = "pip install 'gradio>=6'"
+        raise UserError(f"web=True needs Gradio 6, which is not installed: {hint}") from None
+    page = build_page(gr)
+    theme = gr.themes.Default(font=["sans-serif"], font_mono=["monospace"])
+    options = {"show_error": True, "footer_links": [], "ssr_mode": False, "theme": theme}
+    try:
+        page.launch(server_name=host, server_port=port, **options)
     except OSError as e:
         raise UserError(f"host={host}, port={port}: {e}") from None
 
 
+# -----------------------------------------------------------------------------
+
 try:
-    converse() if interactive else answer_file() if prompts else serve() if web else write_samples()
+    if interactive:
+        converse()
+    elif prompts:
+        answer_prompts()
+    elif web:
+        serve()
+    else:
+        write_samples()
 except KeyboardInterrupt:
     sys.exit(130)
+except torch.OutOfMemoryError:
+    raise UserError("out of GPU memory: try a smaller --batch_size or --max_new_tokens") from None
