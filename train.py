@@ -280,7 +280,7 @@ else:
         def verify(question, completion, answer):
             return yes_probability(judge, *data.judge_prompt(question, completion))
 
-    grade = prepare.Grader(verify, say)
+    grade = prepare.Grader(verify, verifier_model or verifier, say)
 
     def complete(problems, copies, temperature, first_seed):
         def generate(prompts, seeds):
@@ -295,6 +295,8 @@ else:
         batch = data.rollouts(completions, group_advantages(rewards, scale_rewards).flatten())
         equal_groups = (rewards == rewards[:, :1]).all(dim=1).float().mean()
         batch.metrics |= {"reward/mean": rewards.mean(), "reward/equal_groups": equal_groups}
+        # a count so far on all processes, over which metrics are means
+        batch.metrics["reward/verifier_raised"] = grade.raised * world_size
         return batch
 
     def loss_of(batch):
@@ -322,7 +324,10 @@ def evaluate():
         with autocast():
             measured.append((domain, measure(batch)))
     model.train()
-    return prepare.means(measured, data.shares, over_processes)
+    row = prepare.means(measured, data.shares, over_processes)
+    if math.isnan(score_of(row)[0]):
+        log.warn_once("no target", f"{dataset}: no held-out token is a target: no val/loss, no best/")
+    return row
 
 
 def score_of(row):
@@ -510,7 +515,7 @@ while True:
             if master_process:
                 checkpoints.wait()
             barrier()
-            last = runs.last_checkpoint(out_dir, run, max_bad_steps, max_rollbacks)
+            last = runs.last_checkpoint(out_dir, run, why, max_bad_steps, max_rollbacks)
             before = types.SimpleNamespace(**vars(run))
             saved_model, saved_state = runs.load(last, say)
             model.load_state_dict(saved_model.state_dict())
