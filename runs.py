@@ -319,8 +319,9 @@ def claim(config, start, say):
     lock(out_dir)
     if start.start_over:
         for old in old_runs:
-            if os.path.realpath(os.getcwd()).startswith(os.path.realpath(old)):
-                raise UserError(f"out_dir={old!r} is the directory that you are in, so it can't be set aside; choose another")
+            for inside in (os.getcwd(), config["data_dir"], os.path.dirname(os.path.abspath(__file__))):
+                if os.path.commonpath([os.path.realpath(inside), os.path.realpath(old)]) == os.path.realpath(old):
+                    raise UserError(f"out_dir={old!r} holds {inside}, so it can't be set aside; choose another")
             say(f"the run in {old} is set aside as {set_aside(old)}")
         if not os.path.isdir(out_dir):
             os.makedirs(out_dir)

@@ -574,7 +574,7 @@ if finished:
     say(runs.summary(config, run, is_saved))
 else:
     say(runs.how_to_resume(stop.signal, run.step, max_iters, is_saved))
-checkpoints.finish(tries=4 if finished else 1, stop=stop)
+everything_is_sent = checkpoints.finish(tries=4 if finished else 1, stop=stop)
 if hub and finished:
     say(hub.report())
 log.close()
@@ -582,5 +582,5 @@ if pod and finished and not stop.signal:
     pod.end("terminate" if hub and hub.has_final else "stop", run.step)
 if not is_saved and run.step > 0:
     sys.exit(f"train.py: the last step is not in {out_dir}, its checkpoint could not be written")
-if hub and finished and not hub.has_final:
-    sys.exit(1)  # what was asked for is not there, which was said above
+if finished and not everything_is_sent:
+    sys.exit(1)  # the Hub or the backup lacks what was asked for, which was said above
