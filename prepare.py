@@ -1,18 +1,20 @@
 """
 Everything between text and tokens, and everything that is fetched.
 
-    python prepare.py                                # what can be prepared by name, and how large it is
-    python prepare.py tinystories                    # one of those names
-    python prepare.py input.txt --tokenizer=char     # a file of your own: .txt .jsonl .jsonl.zst .parquet
-    python prepare.py texts/ --name=mine             # or a folder of them
+    python prepare.py                                # lists the known data sets and their sizes
+    python prepare.py tinystories                    # prepares one of them
+    python prepare.py input.txt --tokenizer=char     # a file: .txt .jsonl .jsonl.zst .parquet
+    python prepare.py texts/ --name=mine             # or a folder of files
     python prepare.py hub:owner/name --field=text --max_tokens=1e9
-    python prepare.py chats.jsonl --as=chat          # chat, prefs or verify, where a source could be several
+    python prepare.py chats.jsonl --as=chat          # chat, prefs or verify, if a file could be several
     python prepare.py tokenizer texts/ --vocab_size=49152 --name=mine
 
-Each makes data/<name>/: train.bin and val.bin (headerless little-endian token ids, each document ended by
-the end-of-text token), meta.json, and the tokenizer's own files. Chat adds train.mask and val.mask (1 where
-the loss counts); preferences and verifiable problems are train.jsonl and val.jsonl instead of bins.
+Each makes data/<name>/: train.bin and val.bin (headerless little-endian token ids, each document
+ended by the end-of-text token), meta.json, and the tokenizer's files. Chat adds train.mask and
+val.mask (1 where the loss counts). Preferences and verifiable problems are train.jsonl and
+val.jsonl instead of bins.
 """
+
 import codecs
 import collections
 import concurrent.futures
@@ -41,35 +43,37 @@ import numpy as np
 
 from configurator import UserError, configure
 
+# fmt: off
 # what to make, and where
 tokenizer = ''           # char, byte, gpt2, bpe:4096 (trained on the text), a directory, file or Hub id
 name = ''                # the data set becomes data/<name>/; '' follows the source
-data_dir = 'data'        # where data sets live
-max_tokens = 0           # stop after about this many training tokens; 0 takes everything (>= 0)
+data_dir = 'data'        # where data sets are written
+max_tokens = 0           # stop after about this many training tokens; 0: take everything (>= 0)
 # how to read the source
 field = ''               # the key or column that holds the text; '' tries text, content
 config = ''              # hub: a folder or subset of the repository, such as sample/10BT
 split = ''               # hub: take this split only, such as train
-as_ = ''                 # '' | 'text' | 'chat' | 'prefs' | 'verify' (--as= does too); '' follows the first record
-val_fraction = 0.005     # share of the documents, by a hash of their text, that is held out (> 0, < 1); toy: more
-block_size = 0           # chat: leave out conversations longer than this many tokens; 0 keeps all (>= 0)
+as_ = ''                 # '' | 'text' | 'chat' | 'prefs' | 'verify'; '' follows the first record (or --as=)
+val_fraction = 0.005     # share of documents held out, by a hash of their text; toy: more (> 0, < 1)
+block_size = 0           # chat: leave out conversations longer than this many tokens; 0: none (>= 0)
 # how to work
-workers = 0              # 0 takes one for each core (>= 0). The bytes do not depend on it
+workers = 0              # 0: one for each core; the output does not depend on it (>= 0)
 seed = 1337              # of the toy world (>= 0)
 vocab_size = 49152       # of `prepare.py tokenizer PATH...` (>= 259, <= 1048576)
 min_frequency = 2        # of `prepare.py tokenizer`: rarer pairs are not merged (>= 1)
 # -----------------------------------------------------------------------------
 
 EOT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BLOCK = 1 << 20          # bytes of text that are tokenized at a time
+BLOCKS_PER_PART = 8      # blocks that a worker gets at a time; a killed run continues with the next part
+LONGEST = 16 << 20       # a longer document is split, so that nothing larger is held in memory
 MAX_VOCABULARY = 1 << 20
-BLOCK = 1 << 20          # bytes of text that a worker gets at a time: 50 ms of work
-LONGEST = 16 << 20       # a document longer than this is taken as several: nothing larger is held in memory
-SAVE = 5                 # seconds between two entries in the journal, from which a killed run goes on
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M"
-LLAMA2 = "NousResearch/Llama-2-7b-hf"  # Meta's own wants a signature; this copy of its tokenizer does not
+LLAMA2 = "NousResearch/Llama-2-7b-hf"  # a copy of Meta's tokenizer that needs no signature
 
-KNOWN = {  # name -> where it comes from; `get`: a URL and the SHA-256 of what is there
+KNOWN = {  # name -> where it comes from; `get`: a URL and the SHA-256 of its content
     "toy": dict(size="made here, no download", toy="stories", tokenizer="bpe:4096"),
     "toy_chat": dict(size="made here, no download", toy="chat", val_fraction=0.05, as_="chat",
                      tokenizer="toy"),
@@ -77,36 +81,37 @@ KNOWN = {  # name -> where it comes from; `get`: a URL and the SHA-256 of what i
                       tokenizer="toy"),
     "toy_sums": dict(size="made here, no download", toy="sums", val_fraction=0.1, as_="verify",
                      tokenizer="toy"),
-    "toy_problems": dict(size="made here, no download", toy="problems", val_fraction=0.1, as_="verify",
-                         tokenizer="toy"),
-    "toy_questions": dict(size="made here, no download", toy="questions", val_fraction=0.1, as_="verify",
-                          tokenizer="toy"),
+    "toy_problems": dict(size="made here, no download", toy="problems", val_fraction=0.1,
+                         as_="verify", tokenizer="toy"),
+    "toy_questions": dict(size="made here, no download", toy="questions", val_fraction=0.1,
+                          as_="verify", tokenizer="toy"),
     "shakespeare": dict(size="1.1 MB", tokenizer="gpt2", get=(
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")),
     "tinystories": dict(size="2.3 GB", tokenizer="gpt2", hub="roneneldan/TinyStories",
                         files="TinyStoriesV2-GPT4-*.txt"),
-    # already tokens: its bins and tokenizer are taken as they are
+    # tokenized already: its bins and tokenizer are used as they are
     "fineweb_6b": dict(size="12 GB", hub="weights-and-wires/fineweb-6b", bins="tokenized"),
-    "fineweb_edu": dict(size="28 GB, 10B tokens", hub="HuggingFaceFW/fineweb-edu", config="sample/10BT",
-                        tokenizer=LLAMA2),
+    "fineweb_edu": dict(size="28 GB, 10B tokens", hub="HuggingFaceFW/fineweb-edu",
+                        config="sample/10BT", tokenizer=LLAMA2),
     # a hundredth of DCLM's four trillion tokens, which is more than anyone trains on here
     "dclm": dict(size="60 GB, 40B tokens", hub="mlfoundations/dclm-baseline-1.0",
                  config="global-shard_01_of_10/local-shard_0_of_10", tokenizer=LLAMA2),
     "openwebmath": dict(size="27 GB, 14B tokens", hub="open-web-math/open-web-math", config="data",
                         tokenizer=LLAMA2),
-    # permissively licensed source files filtered for quality; The Stack itself wants a signature
+    # permissively licensed source files filtered for quality; The Stack itself needs a signature
     "code": dict(size="about 70 GB", hub="common-pile/stackv2_edu_filtered", tokenizer=LLAMA2),
-    "cosmopedia": dict(size="122 GB, 28B tokens", hub="HuggingFaceTB/smollm-corpus", config="cosmopedia-v2",
-                       tokenizer=SMOLLM2),
-    "smoltalk": dict(size="2.1 GB, 1.1M conversations", hub="HuggingFaceTB/smoltalk", config="data/all",
-                     as_="chat", tokenizer=SMOLLM2),
+    "cosmopedia": dict(size="122 GB, 28B tokens", hub="HuggingFaceTB/smollm-corpus",
+                       config="cosmopedia-v2", tokenizer=SMOLLM2),
+    "smoltalk": dict(size="2.1 GB, 1.1M conversations", hub="HuggingFaceTB/smoltalk",
+                     config="data/all", as_="chat", tokenizer=SMOLLM2),
     "ultrafeedback": dict(size="230 MB, 61K pairs", hub="HuggingFaceH4/ultrafeedback_binarized",
                           files="data/*_prefs-*.parquet", as_="prefs"),
     "gsm8k": dict(size="3 MB, 7.5K problems", hub="openai/gsm8k", config="main", as_="verify",
                   tokenizer=SMOLLM2),
 }
 KNOWN["shakespeare_char"] = dict(KNOWN["shakespeare"], tokenizer="char")
+# fmt: on
 
 
 def describe(name):
@@ -115,238 +120,345 @@ def describe(name):
 
 
 # -----------------------------------------------------------------------------
-# Tokenizers. Whatever it was made from, a tokenizer is a tokenizer.json, so transformers reads it too.
+# Tokenizers. Each is a tokenizer.json, whatever it was made from, so transformers reads it too.
+
 
 class Tokenizer:
-    """Text to ids and back. Special tokens never come out of ordinary text: `encode` of "<|im_end|>" gives
-    its letters. `name` is the spec that it was made from, `vocab_size` counts all ids, `eos_id` ends a
-    document."""
+    """Text to ids and back. `name` is the spec that it was made from, `vocab_size` counts all ids,
+    `eos_id` ends a document. encode() never returns special tokens: "<|im_end|>" in a text is
+    encoded as the characters that it consists of."""
 
     def __init__(self, spec, name, settings=None):
-        """`spec`: the content of a tokenizer.json; `settings`: of the tokenizer_config.json beside it."""
-        from tokenizers import Tokenizer as Engine
-        self.name, self.spec = name, {"added_tokens": [], **spec, "truncation": None, "padding": None}
-        self.engine = Engine.from_str(json.dumps(self.spec))
-        self.engine.encode_special_tokens = True  # which means: as the ordinary text that they are
-        vocab = self.engine.get_vocab(with_added_tokens=True)
+        """`spec`: the content of tokenizer.json; `settings`: of tokenizer_config.json beside it."""
+        from tokenizers import Tokenizer as Library
+
+        self.name = name
+        self.spec = dict(spec, truncation=None, padding=None)
+        self.spec.setdefault("added_tokens", [])
+        self.library = Library.from_str(json.dumps(self.spec))
+        self.library.encode_special_tokens = True  # which means: as ordinary text
+        vocab = self.library.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
-        named = (settings or {}).get("eos_token")
-        named = named["content"] if isinstance(named, dict) else named
-        # <|endoftext|> goes first: in an instruct model's config eos is <|im_end|>, which ends a turn
-        self.eos = next((t for t in (EOT, named, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
-                         if t in vocab), None)
+        configured = (settings or {}).get("eos_token")
+        if isinstance(configured, dict):
+            configured = configured["content"]
+        # <|endoftext|> before the configured one: an instruct model's config names <|im_end|>,
+        # which ends a turn
+        usual = ("</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
+        self.eos = next((t for t in (EOT, configured, *usual) if t in vocab), None)
         if self.eos is None:
-            raise UserError(f"{name}: this tokenizer has no end-of-text token ({EOT}, </s>, ...); add one")
+            raise UserError(f"{name}: this tokenizer has no end-of-text token ({EOT}, </s>, ...)")
         self.eos_id = vocab[self.eos]
         self.bos = next((t for t in ("<s>", "<|begin_of_text|>", "<bos>") if t in vocab), None)
-        model, before = self.spec["model"], self.spec.get("pre_tokenizer") or {}
-        self.table, self.tik = None, None
-        if model["type"] == "WordLevel" and before.get("type") == "Split":  # one character, one token
-            self.table = np.full(0x110000, -1, np.int32)
-            for char, i in model["vocab"].items():
-                if len(char) == 1:
-                    self.table[ord(char)] = i
-        self.bytes = model["type"] == "BPE" and not model["merges"] and before.get("type") == "ByteLevel"
+        self.engine = self._plain_engine()
 
-    def encode(self, text):
-        return self.encode_array(text).tolist()
-
-    def encode_array(self, text):
-        """encode() as a numpy array. A character that a char tokenizer does not know raises UserError."""
-        if self.table is not None:
-            ids = self.table[np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)]
-            if len(ids) and ids.min() < 0:
-                raise UserError(f"the character {text[int(ids.argmin())]!r} is not in the vocabulary of "
-                                f"{self.name}")
-            return ids
-        if self.bytes:
-            return np.frombuffer(text.encode("utf-8", "replace"), np.uint8)
-        if self.tik:
-            ids = self.tik.encode_to_numpy(text, disallowed_special=())
-            if not len(ids) or ids.max() < self.vocab_size:
-                return ids  # else there is a byte in it that the vocabulary lacks, see _tiktoken
-        return np.array(self.engine.encode(text, add_special_tokens=False).ids, np.uint32)
-
-    def encode_documents(self, texts):
-        """All texts one after the other, each ended by eos_id, as a numpy array."""
-        if self.tik:
-            joined = "".join([part for text in texts for part in (text, EOT)])
-            if joined.count(EOT) == len(texts):  # always, unless a text speaks of <|endoftext|> itself
-                ids = self.tik.encode_to_numpy(joined, allowed_special={EOT}, disallowed_special=())
-                if not len(ids) or ids.max() < self.vocab_size:
-                    return ids
-        if self.tik or self.bytes or self.table is not None:
-            ids = [self.encode_array(text) for text in texts]
-        else:
-            ids = [e.ids for e in self.engine.encode_batch_fast(texts, add_special_tokens=False)]
-        end = np.array([self.eos_id], np.uint32)
-        return np.concatenate([np.asarray(part, np.uint32) for i in ids for part in (i, end)] or [end[:0]])
-
-    def encode_piece(self, text, first):
-        """The ids of a piece of a long text, cut where `_cut` does; the first piece is like any text."""
-        if first or self.tik or self.bytes or self.table is not None:
-            return self.encode_array(text)
-        # SentencePiece puts a space before whatever begins: let it begin with a line break, and drop both
-        ids, lead = self.encode_array("\n" + text), self.encode_array("\n")
-        return ids[len(lead):] if np.array_equal(ids[:len(lead)], lead) else self.encode_array(text)
-
-    def encode_special(self, token):
-        """The id of a special token such as <|im_end|>; None if this tokenizer has no such token."""
-        return self.engine.token_to_id(token)
-
-    def agrees(self, other):
-        """Whether no token that both have has two ids: one may have more special tokens than the other."""
-        ours, theirs = (t.engine.get_vocab(with_added_tokens=True) for t in (self, other))
-        return all(theirs.get(token, i) == i for token, i in ours.items()) and abs(len(ours) - len(theirs)) < 100
-
-    def decode(self, ids):
-        return self.engine.decode([int(i) for i in ids], skip_special_tokens=False)
+    def _plain_engine(self):
+        model, pre_tokenizer = self.spec["model"], self.spec.get("pre_tokenizer") or {}
+        if model["type"] == "WordLevel" and pre_tokenizer.get("type") == "Split":
+            return CharacterEngine(model["vocab"], self.name)
+        if model["type"] == "BPE" and not model["merges"]:
+            if pre_tokenizer.get("type") == "ByteLevel":
+                return ByteEngine()
+        return LibraryEngine(self.library, self.name)
 
     def fast(self):
-        """Lets tiktoken's engine do the work, 3 times as fast, where it is sure to give the same ids."""
-        if not self.tik and not self.bytes and self.table is None:
-            self.tik = _tiktoken(self.spec, self.vocab_size, self.eos_id)
-            for text in (SAMPLE, *SAMPLE.split(" ")) if self.tik else ():
-                if self.encode(text) != self.engine.encode(text, add_special_tokens=False).ids:
-                    self.tik = None
-                    break
+        """Uses tiktoken's engine, 3 times as fast, if it is certain to give the same ids."""
+        if not isinstance(self.engine, LibraryEngine):
+            return self
+        encoding = _tiktoken_encoding(self.spec, self.vocab_size, self.eos_id)
+        if encoding:
+            engine = TiktokenEngine(encoding, self.vocab_size, self.engine)
+            texts = (SAMPLE, *SAMPLE.split(" "))
+            if all(np.array_equal(engine.encode(t), self.engine.encode(t)) for t in texts):
+                self.engine = engine
         return self
 
+    def encode(self, text):
+        """A list of ids. UserError for a character that a char tokenizer does not know."""
+        return self.engine.encode(text).tolist()
+
+    def encode_documents(self, texts):
+        """The ids of all texts in a row, each ended by eos_id, as a uint32 array."""
+        return self.engine.encode_documents(texts, self.eos_id)
+
+    def encode_piece(self, text, first):
+        """The ids of a piece of a long text that was split at _cut_place(), as an array."""
+        if first or self.engine.splits_anywhere:
+            return self.engine.encode(text)
+        # SentencePiece puts a space before each text: begin with a line break and drop both
+        ids, lead = self.engine.encode("\n" + text), self.engine.encode("\n")
+        if np.array_equal(ids[: len(lead)], lead):
+            return ids[len(lead) :]
+        return self.engine.encode(text)
+
+    def encode_special(self, token):
+        """The id of a special token such as <|im_end|>; None if this tokenizer does not have it."""
+        return self.library.token_to_id(token)
+
+    def decode(self, ids):
+        return self.library.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def agrees(self, other):
+        """Whether the tokens that both have, have equal ids; one may have more special tokens."""
+        vocab, others = (t.library.get_vocab(with_added_tokens=True) for t in (self, other))
+        if abs(len(vocab) - len(others)) >= 100:
+            return False
+        return all(others.get(token, i) == i for token, i in vocab.items())
+
     def save(self, directory):
-        """Writes tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer takes them."""
-        settings = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=self.eos, pad_token=self.eos,
-                        clean_up_tokenization_spaces=False, nanosmol_name=self.name)
-        settings.update(bos_token=self.bos or self.eos)
+        """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads."""
+        settings = dict(
+            tokenizer_class="PreTrainedTokenizerFast",
+            eos_token=self.eos,
+            pad_token=self.eos,
+            clean_up_tokenization_spaces=False,
+            nanosmol_name=self.name,
+            bos_token=self.bos or self.eos,
+        )
         if self.encode_special(IM_START) is not None and self.encode_special(IM_END) is not None:
             settings.update(chat_template=CHAT_TEMPLATE)
         os.makedirs(directory, exist_ok=True)
-        write_json(os.path.join(directory, "tokenizer_config.json"), settings)  # first: it marks what is ours
+        # the settings first: they mark the directory as written by this program
+        write_json(os.path.join(directory, "tokenizer_config.json"), settings)
         write_json(os.path.join(directory, "tokenizer.json"), self.spec, indent=None)
 
 
+class Engine:
+    """What encodes text: encode(text) returns an array of ids, without special tokens."""
+
+    splits_anywhere = True  # encodes pieces of a text as it encodes the whole, see encode_piece
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
+
+    def encode_documents(self, texts, eos_id):
+        end = np.array([eos_id], np.uint32)
+        parts = [end[:0]]
+        for ids in self.encode_batch(texts):
+            parts += [np.asarray(ids, np.uint32), end]
+        return np.concatenate(parts)
+
+
+class CharacterEngine(Engine):
+    """One id for each character, looked up in a table."""
+
+    def __init__(self, vocab, name):
+        self.name, self.table = name, np.full(0x110000, -1, np.int32)
+        for character, i in vocab.items():
+            if len(character) == 1:
+                self.table[ord(character)] = i
+
+    def encode(self, text):
+        ids = self.table[np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)]
+        if len(ids) and ids.min() < 0:
+            unknown = text[int(ids.argmin())]
+            raise UserError(f"the character {unknown!r} is not in the vocabulary of {self.name}")
+        return ids
+
+
+class ByteEngine(Engine):
+    """The bytes of UTF-8 are the ids."""
+
+    def encode(self, text):
+        return np.frombuffer(text.encode("utf-8", "replace"), np.uint8)
+
+
+class LibraryEngine(Engine):
+    """The `tokenizers` library, which encodes with any tokenizer.json."""
+
+    splits_anywhere = False
+
+    def __init__(self, library, name):
+        self.library, self.name = library, name
+
+    def encode(self, text):
+        return np.array(self._call(self.library.encode, text).ids, np.uint32)
+
+    def encode_batch(self, texts):
+        return [e.ids for e in self._call(self.library.encode_batch_fast, texts)]
+
+    def _call(self, encode, text):
+        try:
+            return encode(text, add_special_tokens=False)
+        except Exception as e:  # the library raises the bare Exception
+            raise UserError(f"{self.name}: this tokenizer can't encode the text: {e}") from None
+
+
+class TiktokenEngine(Engine):
+    """tiktoken, for those tokenizers that _tiktoken_encoding accepts."""
+
+    def __init__(self, encoding, vocab_size, fallback):
+        self.encoding, self.vocab_size, self.fallback = encoding, vocab_size, fallback
+
+    def encode(self, text):
+        ids = self.encoding.encode_to_numpy(text, disallowed_special=())
+        return ids if self._valid(ids) else self.fallback.encode(text)
+
+    def encode_documents(self, texts, eos_id):
+        joined = "".join([part for text in texts for part in (text, EOT)])
+        if joined.count(EOT) == len(texts):  # always, unless a text contains <|endoftext|>
+            ids = self.encoding.encode_to_numpy(
+                joined, allowed_special={EOT}, disallowed_special=()
+            )
+            if self._valid(ids):
+                return ids
+        return super().encode_documents(texts, eos_id)
+
+    def _valid(self, ids):
+        """False if the text has a byte that the vocabulary lacks, see _tiktoken_encoding."""
+        return not len(ids) or ids.max() < self.vocab_size
+
+
 def load_tokenizer(spec):
-    """The tokenizer that `spec` names: a directory with a tokenizer.json (a data set, a checkpoint), a path
-    to one, 'gpt2', 'byte', or a Hub id (owner/name). Raises UserError if it is none of these."""
+    """The tokenizer that `spec` names: a directory with a tokenizer.json (a data set, a checkpoint),
+    a path to one, 'gpt2', 'byte', or a Hub id (owner/name). UserError if it is none of these."""
     if spec == "gpt2":
         return _gpt2()
     if spec == "byte":
         return _byte()
     path = os.path.join(spec, "tokenizer.json") if os.path.isdir(spec) else spec
     if os.path.isfile(path):
-        beside, settings = os.path.join(os.path.dirname(path), "tokenizer_config.json"), {}
-        if os.path.basename(path) == "tokenizer.json" and os.path.exists(beside):
-            settings = read_json(beside)
-        try:
-            with open(path, encoding="utf-8") as f:
-                content = json.load(f)
-            return Tokenizer(content, settings.get("nanosmol_name", spec), settings)
-        except UserError:
-            raise
-        except Exception as e:  # tokenizers raises the bare Exception
-            raise UserError(f"{path}: not a tokenizer.json that `tokenizers` can read: {e}") from None
+        return _tokenizer_from_file(path, spec)
     if os.path.isdir(spec):
         raise UserError(f"{spec}: this directory has no tokenizer.json")
     if spec == "char" or spec.startswith("bpe:"):
-        raise UserError(f"the tokenizer {spec!r} is made from a text: `python prepare.py TEXT "
-                        f"--tokenizer={spec}`, then name that data set's directory")
+        raise UserError(
+            f"the tokenizer {spec!r} is made from a text: run `python prepare.py TEXT "
+            f"--tokenizer={spec}`, then name that data set's directory"
+        )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not spec.endswith(".json"):
         directory = hub_snapshot(spec, ["tokenizer.json", "tokenizer_config.json"])
         if not os.path.exists(os.path.join(directory, "tokenizer.json")):
             raise UserError(f"{spec}: this Hub repository has no tokenizer.json; name one that has")
-        loaded = load_tokenizer(directory)
-        loaded.name = spec
-        return loaded
-    raise UserError(f"--tokenizer={spec}: neither char, byte, gpt2, bpe:SIZE, a directory or file that "
-                    "exists, nor a Hub id (owner/name)")
+        tokenizer = load_tokenizer(directory)
+        tokenizer.name = spec
+        return tokenizer
+    raise UserError(
+        f"--tokenizer={spec}: neither char, byte, gpt2, bpe:SIZE, a directory or file that "
+        "exists, nor a Hub id (owner/name)"
+    )
+
+
+def _tokenizer_from_file(path, spec):
+    settings_path, settings = os.path.join(os.path.dirname(path), "tokenizer_config.json"), {}
+    if os.path.basename(path) == "tokenizer.json" and os.path.exists(settings_path):
+        settings = read_json(settings_path)
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = json.load(f)
+        return Tokenizer(content, settings.get("nanosmol_name", spec), settings)
+    except UserError:
+        raise
+    except Exception as e:  # tokenizers raises the bare Exception
+        raise UserError(
+            f"{path}: not a tokenizer.json that `tokenizers` can read: {e}"
+        ) from None
 
 
 def make_tokenizer(spec, texts):
-    """A tokenizer made from `texts` (strings) if spec is 'char' or 'bpe:SIZE'; else load_tokenizer(spec)."""
+    """A tokenizer made from `texts` if spec is 'char' or 'bpe:SIZE'; else load_tokenizer(spec)."""
     if spec == "char":
-        chars = set()
+        characters = set()
         for text in texts:
-            chars.update(text)
-        return _char(sorted(chars))
+            characters.update(text)
+        return _char(sorted(characters))
     if re.fullmatch(r"bpe:\d+", spec):
         return train_bpe(texts, int(spec[4:]), spec)
     return load_tokenizer(spec)
 
 
 def train_bpe(texts, size, name, min_frequency=2):
-    """A byte-level BPE of `size` ids trained on `texts`; <|endoftext|> and ChatML's two are ids 0, 1, 2."""
+    """A byte-level BPE of `size` ids trained on `texts`. Ids 0, 1 and 2 are <|endoftext|> and
+    ChatML's two."""
     if not 256 + 3 <= size <= MAX_VOCABULARY:
-        raise UserError(f"a byte-level BPE has from {256 + 3} ids (the bytes and 3 special tokens) to "
-                        f"{MAX_VOCABULARY}, not {size}")
+        raise UserError(
+            f"a byte-level BPE has from {256 + 3} ids (the bytes and 3 special tokens) to "
+            f"{MAX_VOCABULARY}, not {size}"
+        )
     if min_frequency < 1:
         raise UserError(f"--min_frequency={min_frequency}: 1 or more is wanted")
-    from tokenizers import Tokenizer as Engine, decoders, models, pre_tokenizers, trainers
-    engine = Engine(models.BPE())
-    # digits one by one, as SmolLM does: numbers that share no token with their neighbours teach no sums
-    engine.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    engine.decoder = decoders.ByteLevel()
-    engine.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=size, min_frequency=min_frequency, special_tokens=[EOT, IM_START, IM_END],
-        show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    return Tokenizer(json.loads(engine.to_str()), name)
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    library = Library(models.BPE())
+    # digits one by one, as SmolLM has them: numbers that share no token with their neighbours are
+    # hard to calculate with
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=min_frequency,
+        special_tokens=[EOT, IM_START, IM_END],
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    library.train_from_iterator(texts, trainer)
+    return Tokenizer(json.loads(library.to_str()), name)
 
 
-def with_chat_tokens(tok):
-    """`tok` itself if it has the ChatML tokens, else a copy that got them as its next ids."""
-    missing = [t for t in (IM_START, IM_END) if tok.encode_special(t) is None]
+def with_chat_tokens(tokenizer):
+    """`tokenizer` itself if it has the ChatML tokens, else a copy with them as the next ids."""
+    missing = [t for t in (IM_START, IM_END) if tokenizer.encode_special(t) is None]
     if not missing:
-        return tok
-    added = [_special(t, tok.vocab_size + i) for i, t in enumerate(missing)]
-    spec = dict(tok.spec, added_tokens=tok.spec.get("added_tokens", []) + added)
-    return Tokenizer(spec, tok.name, dict(eos_token=tok.eos))
+        return tokenizer
+    added = [_special(token, tokenizer.vocab_size + i) for i, token in enumerate(missing)]
+    spec = dict(tokenizer.spec, added_tokens=tokenizer.spec["added_tokens"] + added)
+    return Tokenizer(spec, tokenizer.name, dict(eos_token=tokenizer.eos))
+
+
+# What the tokenizer.json of char, byte and gpt2 consists of
 
 
 def _special(token, i):
-    return dict(id=i, content=token, single_word=False, lstrip=False, rstrip=False, normalized=False,
-                special=True)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return dict(id=i, content=token, **flags, special=True)
 
 
-def _plain(model, before, decoder, specials):
-    return dict(version="1.0", truncation=None, padding=None, normalizer=None, post_processor=None,
-                added_tokens=specials, model=model, pre_tokenizer=before, decoder=decoder)
+def _tokenizer_json(model, pre_tokenizer, decoder, eot_id):
+    absent = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
+    special = [_special(EOT, eot_id)]
+    parts = dict(model=model, pre_tokenizer=pre_tokenizer, decoder=decoder)
+    return dict(version="1.0", **absent, added_tokens=special, **parts)
 
 
-def _char(chars):
-    vocab = {c: i for i, c in enumerate(chars)}
-    before = dict(type="Split", pattern=dict(Regex=r"[\s\S]"), behavior="Isolated", invert=False)
-    vocab[EOT] = len(chars)
-    model = dict(type="WordLevel", vocab=vocab, unk_token=EOT)  # it wants one
-    return Tokenizer(_plain(model, before, dict(type="Fuse"), [_special(EOT, len(chars))]), "char")
-
-
-def _byte_level(use_regex):
-    return dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=use_regex)
-
-
-def _bpe(vocab, merges):
-    return dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
-                end_of_word_suffix=None, fuse_unk=False, byte_fallback=False, ignore_merges=False,
-                vocab=vocab, merges=merges)
+def _char(characters):
+    vocab = {c: i for i, c in enumerate(characters)} | {EOT: len(characters)}
+    pattern = dict(Regex=r"[\s\S]")
+    pre_tokenizer = dict(type="Split", pattern=pattern, behavior="Isolated", invert=False)
+    model = dict(type="WordLevel", vocab=vocab, unk_token=EOT)  # the library needs an unk_token
+    spec = _tokenizer_json(model, pre_tokenizer, dict(type="Fuse"), len(characters))
+    return Tokenizer(spec, "char")
 
 
 def _byte():
-    vocab = {c: b for b, c in enumerate(_alphabet())}
-    return Tokenizer(_plain(_bpe(vocab, []), _byte_level(False), _byte_level(False), [_special(EOT, 256)]),
-                     "byte")
+    vocab = {c: b for b, c in enumerate(_byte_characters())}
+    return Tokenizer(_byte_level_bpe(vocab, [], 256, use_regex=False), "byte")
+
+
+def _byte_level_bpe(vocab, merges, eot_id, use_regex):
+    absent = dict.fromkeys(
+        ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+    )
+    flags = dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False)
+    model = dict(type="BPE", **absent, **flags, vocab=vocab, merges=merges)
+    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=use_regex)
+    return _tokenizer_json(model, level, level, eot_id)
 
 
 @functools.cache
-def _alphabet():
-    """The character that a byte-level tokenizer.json writes for each of the 256 bytes (GPT-2's own choice:
-    printable bytes stand for themselves, the others for the characters from U+0100 on)."""
+def _byte_characters():
+    """The character that a byte-level tokenizer.json writes for each of the 256 bytes. As in GPT-2,
+    printable bytes stand for themselves, the others for the characters from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
 
 
 def _gpt2():
-    """tiktoken's GPT-2 as a tokenizer.json. Its ranks are ids; the merge behind a token is the last step of
-    the BPE of its bytes. Kept in the cache, since the 50,000 take a second."""
+    """tiktoken's GPT-2 as a tokenizer.json. The ranks are the ids; the merge behind a token is the
+    last step of the BPE of its bytes. Kept in the cache, since the 50,000 merges take a second."""
     path = os.path.join(cache_dir(), "gpt2.tokenizer.json")
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:
@@ -354,168 +466,201 @@ def _gpt2():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", os.path.join(cache_dir(), "tiktoken"))
     import requests
     import tiktoken
+
     try:
         ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
     except requests.RequestException as e:
-        raise UserError(f"the GPT-2 tokenizer could not be fetched ({type(e).__name__}): connect to the "
-                        "network, or set TIKTOKEN_CACHE_DIR to a directory that holds it") from None
-    text = {token: "".join(_alphabet()[b] for b in token) for token in ranks}
+        raise UserError(
+            f"the GPT-2 tokenizer could not be fetched ({type(e).__name__}): connect to the "
+            "network, or set TIKTOKEN_CACHE_DIR to a directory that holds it"
+        ) from None
+    text = {token: "".join(_byte_characters()[b] for b in token) for token in ranks}
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) > 1:
-            parts = _merge([token[i:i + 1] for i in range(len(token))], lambda a, b: ranks.get(a + b, rank))
-            merges.append([text[p] for p in parts])
+            single = [token[i : i + 1] for i in range(len(token))]
+            last_two = _merge(single, lambda a, b, rank=rank: ranks.get(a + b, rank))
+            merges.append([text[part] for part in last_two])
     vocab = {text[token]: rank for token, rank in ranks.items()}
-    made = Tokenizer(_plain(_bpe(vocab, merges), _byte_level(True), _byte_level(True),
-                            [_special(EOT, 50256)]), "gpt2")
+    tokenizer = Tokenizer(_byte_level_bpe(vocab, merges, 50256, use_regex=True), "gpt2")
     os.makedirs(cache_dir(), exist_ok=True)
-    write_json(path, made.spec, indent=None)
-    return made
+    write_json(path, tokenizer.spec, indent=None)
+    return tokenizer
 
 
 def _merge(parts, rank):
-    """BPE by hand until two parts are left: `rank(a, b)` of a pair, the lowest and leftmost goes first."""
+    """Plain BPE until two parts are left: of all pairs the one with the lowest `rank(a, b)` merges,
+    the leftmost if there are several."""
     while len(parts) > 2:
         i = min(range(len(parts) - 1), key=lambda i: rank(parts[i], parts[i + 1]))
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
 
 
-# How a text falls into words before BPE, in tiktoken's terms: GPT-2's rule, and the same with every digit
-# alone, where the space before a digit stays alone too. (tokenizers applies Digits first and GPT-2's rule to
-# what is left.)
+# How a text is split into words before BPE, as tiktoken writes it: GPT-2's rule, and the same with
+# every digit alone, where a space before a digit stays alone too. (tokenizers applies Digits first
+# and GPT-2's rule to what is left.)
 GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-DIGIT_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N}|$)|\s+(?!\S)|\s"
+DIGIT_WORDS = (
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N}|$)|\s+(?!\S)|\s"
+)
 
-SAMPLE = ("It's 3:45pm, isn't it?  We'll\t\tpay $1,234.50!\n\n  def f(x):\n      return x**2 \r\n\r\n   \n x"
-          "naïve café Über straße e\u0301 ﬁ Ⅷ½²٣४ 12 34  5 \u00a0\u2003\u3000全角１２３　日本語、テスト。한국어 русский "
-          "العربية हिन्दी ไทย 👍🏽👨‍👩‍👧 \U0001d54f\x00\x07\x1c\x85\ufeff\u200b\u200d <|endoftext|><|im_end|> "
-          "'s 'S I'LL 'll''re  's1's aaaaaaaaaaaaaaaaaaaaa ........ ---- \n\n\n\n\t \n7 \n 8")
+SAMPLE = (
+    "It's 3:45pm, isn't it?  We'll\t\tpay $1,234.50!\n\n  def f(x):\n      return x**2 \r\n\r\n   \n x"
+    "naïve café Über straße e\u0301 ﬁ Ⅷ½²٣४ 12 34  5 \u00a0\u2003\u3000全角１２３　日本語、テスト。한국어 русский "
+    "العربية हिन्दी ไทย 👍🏽👨‍👩‍👧 \U0001d54f\x00\x07\x1c\x85\ufeff\u200b\u200d <|endoftext|><|im_end|> "
+    "'s 'S I'LL 'll''re  's1's aaaaaaaaaaaaaaaaaaaaa ........ ---- \n\n\n\n\t \n7 \n 8"
+)
 
 
-def _tiktoken(spec, vocab_size, eos_id):
-    """A tiktoken Encoding that gives the ids of this tokenizer.json, or None where that is not certain.
+def _tiktoken_encoding(spec, vocab_size, eos_id):
+    """A tiktoken Encoding that gives the ids of this tokenizer.json; None if that is not certain.
 
-    tiktoken merges two neighbours whenever their union is a token, lowest id first; a tokenizer.json lists
-    the pairs that may merge, in order. Both agree if (1) the ids of the tokens rise in the order of their
-    merges and (2) BPE of each token's own letters ends in that token: two neighbours inside a word have
-    merged as they would alone, so if their union is a token, (2) says that they are the pair of its merge.
-    Both are checked for the whole vocabulary here, the rule for words by the caller on SAMPLE. A byte that
-    the vocabulary lacks (SmolLM2's has 235) gets an id beyond it: who sees one asks `tokenizers`, which
-    leaves such bytes out."""
+    tiktoken merges two neighbours whenever their union is a token, lowest id first; a tokenizer.json
+    lists the pairs that may merge, in order. Both agree if (1) the ids of the tokens rise in the
+    order of their merges and (2) BPE of each token's own letters ends in that token: two neighbours
+    inside a word have merged as they would alone, so if their union is a token, (2) says that they
+    are the pair of its merge. Both are checked for the whole vocabulary here, the rule for words by
+    the caller on SAMPLE. A byte that the vocabulary lacks (SmolLM2's has 235 of 256) gets an id
+    beyond it: on such an id the caller falls back to `tokenizers`, which leaves these bytes out."""
     import tiktoken
     from tokenizers import models
-    model, before = spec["model"], spec.get("pre_tokenizer") or {}
-    steps = before.get("pretokenizers") or [before]
-    last = dict(use_regex=True) | steps[-1]
-    if model["type"] != "BPE" or model.get("dropout") or spec.get("normalizer") or last.get("type") != "ByteLevel" \
-            or last.get("add_prefix_space") or any(not t["special"] for t in spec["added_tokens"]):
+
+    model, words = spec["model"], _words_pattern(spec)
+    if model["type"] != "BPE" or model.get("dropout") or spec.get("normalizer") or not words:
         return None
-    if len(steps) == 1 and last["use_regex"]:
-        words = GPT2_WORDS
-    elif len(steps) == 2 and last["use_regex"] and steps[0] == dict(type="Digits", individual_digits=True):
-        words = DIGIT_WORDS
-    elif len(steps) == 2 and not last["use_regex"] and steps[0].get("type") == "Split" \
-            and "Regex" in steps[0]["pattern"] \
-            and steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]:
-        words = steps[0]["pattern"]["Regex"]
-    else:
+    if any(not token["special"] for token in spec["added_tokens"]):
         return None
-    specials = {t["content"] for t in spec["added_tokens"]}
-    byte = {c: b for b, c in enumerate(_alphabet())}
-    vocab = {t: i for t, i in model["vocab"].items() if t not in specials}
+    specials = {token["content"] for token in spec["added_tokens"]}
+    byte = {c: b for b, c in enumerate(_byte_characters())}
+    vocab = {token: i for token, i in model["vocab"].items() if token not in specials}
     pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    order = {}
-    for i, (a, b) in enumerate(pairs):
-        order.setdefault(a + b, []).append(i)
     rank = {pair: i for i, pair in enumerate(pairs)}
-    for token, found in order.items():
-        if len(found) > 1:  # a token with several merges: which of them does BPE of its letters come to?
-            found[:] = [rank.get(tuple(_merge(list(token), lambda a, b: rank.get((a, b), len(pairs)))), -1)]
-    ids = [vocab.get(token, -1) for token, _ in sorted(order.items(), key=lambda item: item[1])]
+    merges_of = {}
+    for i, (a, b) in enumerate(pairs):
+        merges_of.setdefault(a + b, []).append(i)
+    for token, merges in merges_of.items():
+        if len(merges) > 1:  # only the merge counts that BPE of the token's letters ends in
+            last_two = _merge(list(token), lambda a, b: rank.get((a, b), len(pairs)))
+            merges[:] = [rank.get(tuple(last_two), -1)]
+    in_order = sorted(merges_of, key=merges_of.get)
+    ids = [vocab.get(token, -1) for token in in_order]
+    if ids != sorted(set(ids)) or ids[:1] == [-1]:
+        return None
+    if not vocab.keys() <= byte.keys() | merges_of.keys():
+        return None
     alone = models.BPE(vocab=model["vocab"], merges=pairs)
     try:
-        if ids != sorted(set(ids)) or ids[:1] == [-1] or not vocab.keys() <= byte.keys() | order.keys() \
-                or any([t.id for t in alone.tokenize(token)] != [i] for token, i in vocab.items()):
+        if any([t.id for t in alone.tokenize(token)] != [i] for token, i in vocab.items()):
             return None
         ranks = {bytes([b]): vocab_size + b for b in range(256)}
         ranks.update((bytes(byte[c] for c in token), i) for token, i in vocab.items())
-        return tiktoken.Encoding("nanosmol", pat_str=words, special_tokens={EOT: eos_id},
-                                 mergeable_ranks=ranks)
-    except (KeyError, ValueError):  # a letter that stands for no byte; a regex that tiktoken does not take
+        return tiktoken.Encoding(
+            "nanosmol", pat_str=words, special_tokens={EOT: eos_id}, mergeable_ranks=ranks
+        )
+    except (KeyError, ValueError):  # a letter that is no byte; a regex that tiktoken refuses
         return None
 
 
-# -----------------------------------------------------------------------------
-# Chat: ChatML, one conversation after the other, each closed by the end-of-text token.
+def _words_pattern(spec):
+    """The regular expression by which a byte-level tokenizer.json splits a text into words; None if
+    it works in another way."""
+    pre_tokenizer = spec.get("pre_tokenizer") or {}
+    steps = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
+    level = dict(use_regex=True) | steps[-1]
+    if level.get("type") != "ByteLevel" or level.get("add_prefix_space") or len(steps) > 2:
+        return None
+    if len(steps) == 1:
+        return GPT2_WORDS if level["use_regex"] else None
+    first = steps[0]
+    if level["use_regex"]:
+        return DIGIT_WORDS if first == dict(type="Digits", individual_digits=True) else None
+    if first.get("type") != "Split" or first["behavior"] != "Isolated" or first["invert"]:
+        return None
+    return first["pattern"].get("Regex")
 
-# what render_chat does, as transformers' apply_chat_template reads it from tokenizer_config.json
+
+# -----------------------------------------------------------------------------
+# Chat: ChatML, one conversation after the other, each ended by the end-of-text token.
+
+# render_chat as transformers' apply_chat_template reads it from tokenizer_config.json
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim "
     "}}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}")
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% else %}{{ eos_token }}{% endif %}"
+)
 
 
 def render_chat(messages, tokenizer, add_generation_prompt=False):
-    """A conversation, a list of {"role", "content"}, as (ids, mask): two lists of the same length.
+    """A conversation, a list of {"role", "content"}, as (ids, mask): two lists of equal length.
 
-    mask is 1 on what a model is to say itself, the assistant's words and its <|im_end|>, else 0.
-    `add_generation_prompt` ends with the assistant's opening, ready for its answer, in place of the end of
-    text."""
+    mask is 1 where the loss counts: on the assistant's words and its <|im_end|>. With
+    `add_generation_prompt` the ids end with the opening of the assistant's answer instead of the
+    end-of-text token."""
     start, end = tokenizer.encode_special(IM_START), tokenizer.encode_special(IM_END)
     if start is None or end is None:
-        raise UserError(f"the tokenizer {tokenizer.name} has no {IM_START} and {IM_END}: with_chat_tokens() "
-                        "adds them")
+        raise UserError(
+            f"the tokenizer {tokenizer.name} has no {IM_START} and {IM_END}: with_chat_tokens() "
+            "adds them"
+        )
     line_break, ids, mask = tokenizer.encode("\n"), [], []
     for message in messages:
         head = tokenizer.encode(message["role"] + "\n")
         body = tokenizer.encode(f"{message['role']}\n{message['content'].strip()}")
-        # where the opening ends inside them: it is what generation will start from
-        cut = len(head) if body[:len(head)] == head else len(tokenizer.encode(message["role"]))
-        told = int(message["role"] == "assistant")
+        # where the opening ends inside the body: that is what generation will start from
+        if body[: len(head)] != head:
+            head = tokenizer.encode(message["role"])
+        counts = int(message["role"] == "assistant")
         ids += [start, *body, end, *line_break]
-        mask += [0] * (1 + cut) + [told] * (len(body) - cut + 1) + [0] * len(line_break)
-    last = [start, *tokenizer.encode("assistant\n")] if add_generation_prompt else [tokenizer.eos_id]
+        mask += [0] * (1 + len(head)) + [counts] * (len(body) - len(head) + 1)
+        mask += [0] * len(line_break)
+    last = [tokenizer.eos_id]
+    if add_generation_prompt:
+        last = [start, *tokenizer.encode("assistant\n")]
     return ids + last, mask + [0] * len(last)
 
 
 def _messages(value, what="messages"):
-    """A list of {"role", "content"} from any usual shape of a conversation; ValueError says what is wrong."""
+    """A list of {"role", "content"} from any usual form of a conversation; ValueError if it is none."""
     if isinstance(value, str) and what == "prompt":
         value = [dict(role="user", content=value)]
     if not isinstance(value, list) or not value:
         raise ValueError(f"{what!r} is not a list of messages")
     roles = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
-    said = []
-    for m in value:
-        role = m.get("role", m.get("from")) if isinstance(m, dict) else None
-        content = m.get("content", m.get("value")) if isinstance(m, dict) else None
+    messages = []
+    for message in value:
+        role = content = None
+        if isinstance(message, dict):
+            role = message.get("role", message.get("from"))
+            content = message.get("content", message.get("value"))
         if not isinstance(role, str) or not isinstance(content, str):
             raise ValueError(f'a message of {what!r} is not {{"role": ..., "content": ...}}')
-        said.append(dict(role=roles.get(role, role), content=content))
-    if said[0]["role"] == "assistant":
+        messages.append(dict(role=roles.get(role, role), content=content))
+    if messages[0]["role"] == "assistant":
         raise ValueError("the conversation begins with the assistant")
-    return said
+    return messages
 
 
 def _reply(value, prompt, what):
-    """The assistant's last words in `value`, a text or a message list that may repeat the prompt."""
+    """The assistant's last words in `value`: a text, or messages that may repeat the prompt."""
     if isinstance(value, str):
         return value
-    said = _messages(value if value and value[0].get("role") != "assistant" else prompt + value, what)
-    if said[-1]["role"] != "assistant":
+    repeats = value and value[0].get("role") != "assistant"
+    messages = _messages(value if repeats else prompt + value, what)
+    if messages[-1]["role"] != "assistant":
         raise ValueError(f"{what!r} does not end with the assistant")
-    return said[-1]["content"]
+    return messages[-1]["content"]
 
 
 def as_chat(record):
-    """The messages of a record: of its conversation, or of its prompt and its (chosen) answer."""
-    for key in ("messages", "conversations"):
-        if key in record:
-            messages = _messages(record[key], key)
-            break
+    """The messages of a record: its conversation, or its prompt and its (chosen) answer."""
+    conversation = next((key for key in ("messages", "conversations") if key in record), None)
+    if conversation:
+        messages = _messages(record[conversation], conversation)
     else:
-        prompt, answer = _first(record, "prompt", "question"), _first(record, "answer", "chosen")
+        prompt = _first(record, "prompt", "question")
+        answer = _first(record, "answer", "chosen")
         prompt = _messages(prompt, "prompt")
         messages = prompt + [dict(role="assistant", content=_reply(answer, prompt, "answer"))]
     if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
@@ -525,23 +670,24 @@ def as_chat(record):
 
 def as_prefs(record):
     """{"prompt": messages, "chosen": text, "rejected": text}"""
-    prompt, chosen, rejected = _first(record, "prompt", "question"), record["chosen"], record["rejected"]
+    prompt = _first(record, "prompt", "question")
+    chosen, rejected = record["chosen"], record["rejected"]
     prompt = _messages(prompt, "prompt")
-    made = dict(prompt=prompt, chosen=_reply(chosen, prompt, "chosen"),
-                rejected=_reply(rejected, prompt, "rejected"))
-    if made["chosen"] == made["rejected"]:
+    chosen, rejected = _reply(chosen, prompt, "chosen"), _reply(rejected, prompt, "rejected")
+    if chosen == rejected:
         raise ValueError("chosen and rejected are the same")
-    return made
+    return dict(prompt=prompt, chosen=chosen, rejected=rejected)
 
 
 def as_verify(record):
     """{"prompt": messages, "answer": text}"""
     answer = record["answer"]
     if isinstance(answer, float) and math.isfinite(answer):
-        answer = format(decimal.Decimal(repr(answer)), "f")  # 1e-05 is 0.00001, as a person would write it
+        answer = format(decimal.Decimal(repr(answer)), "f")  # 0.00001 for 1e-05
     if not isinstance(answer, (str, int)) or not str(answer).strip():
         raise ValueError("'answer' is neither a text nor a number")
-    return dict(prompt=_messages(_first(record, "prompt", "question"), "prompt"), answer=str(answer))
+    prompt = _messages(_first(record, "prompt", "question"), "prompt")
+    return dict(prompt=prompt, answer=str(answer))
 
 
 def _first(record, *keys):
@@ -552,17 +698,21 @@ def _first(record, *keys):
 
 
 # -----------------------------------------------------------------------------
-# Verifiers: is the completion right? verify(prompt, completion, answer) -> float, 1.0 for right
+# Verifiers: verify(prompt, completion, answer) -> float, 1.0 for a right completion
 
-# 7, -1,234.50, .5, 1e-05; an exponent has at most three digits, since 10 ** 999999999 would fill the memory
+# 7, -1,234.50, .5, 1e-05. An exponent has at most three digits: 10 ** 999999999 would fill the memory
 NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|(?<!\d)\.\d+)(?:[eE][+-]?\d{1,3}(?!\w))?")
-LISTING = re.compile(r"(?:-?\d[\d.]*[\s,;]+){7,}-?\d")  # eight numbers and nothing between them: fishing
+# eight numbers with nothing between them: a model that tries them all gets no reward
+LISTING = re.compile(r"(?:-?\d[\d.]*[\s,;]+){7,}-?\d")
 
 
 def verifier(spec):
-    """verify(prompt, completion, answer) -> float for 'number' (the last number, or the one after ####),
-    'exact', 'regex:PATTERN' (its first group, or all that it matches, is the answer), 'toy', or a Python file
-    that defines verify. UserError if there is no such verifier, or if verify does not take three arguments."""
+    """The function verify(prompt, completion, answer) -> float that `spec` names.
+
+    'number': the last number, or the one after ####, equals that of the answer. 'exact': the texts
+    are equal. 'regex:PATTERN': its first group, or all that it matches, is the answer. 'toy':
+    toy_verify. FILE.py: the function verify that it defines. UserError if there is no such verifier,
+    or if its verify does not take three arguments."""
     if spec == "number":
         return _same_number
     if spec == "exact":
@@ -573,13 +723,16 @@ def verifier(spec):
         return _regex_verifier(spec)
     if spec.endswith(".py"):
         return _file_verifier(spec)
-    raise UserError(f"--verifier={spec}: there is no such verifier; number, exact, regex:PATTERN, toy or a "
-                    ".py file")
+    raise UserError(
+        f"--verifier={spec}: there is no such verifier; number, exact, regex:PATTERN, toy or a "
+        ".py file"
+    )
 
 
 def readable_gold(spec, answer):
-    """Whether the verifier `spec` can reward any completion where `answer` is the reference answer: one without a
-    number can't be compared by 'number'. What a regex or a .py file makes of it is not known here: True."""
+    """Whether the verifier `spec` can reward a completion if `answer` is the reference answer. To
+    'number', an answer without a number can't be compared. True for regex: and .py, whose
+    requirements are not known here."""
     if spec == "number":
         return final_number(answer) is not None
     if spec == "toy":
@@ -597,14 +750,17 @@ def _same_text(prompt, completion, answer):
 
 
 def final_number(text):
-    """The number that a text comes to, after its only #### or else its last one, as a Fraction; or None."""
+    """The number after the only #### of a text, else its last number, as a Fraction; or None."""
     from fractions import Fraction
-    before, mark, after = text.partition("####")
+
+    _, mark, after = text.partition("####")
     if "####" in after or LISTING.search(text):
         return None
-    found = NUMBER.findall(after if mark else text)
-    number = found[0 if mark else -1] if found else ""
-    return Fraction(number.replace(",", "")) if 0 < len(number) < 1000 else None
+    numbers = NUMBER.findall(after if mark else text)
+    if not numbers:
+        return None
+    number = numbers[0] if mark else numbers[-1]
+    return Fraction(number.replace(",", "")) if len(number) < 1000 else None
 
 
 def _regex_verifier(spec):
@@ -616,56 +772,68 @@ def _regex_verifier(spec):
         raise UserError("--verifier=regex: wants a pattern, such as 'regex:answer is (.*)'")
 
     def verify(prompt, completion, answer):
-        found = [m[1] if pattern.groups else m[0] for m in pattern.finditer(completion)]
-        return float(bool(found) and (found[-1] or "").strip() == answer.strip())
+        matches = list(pattern.finditer(completion))
+        if not matches:
+            return 0.0
+        result = matches[-1][1 if pattern.groups else 0] or ""
+        return float(result.strip() == answer.strip())
+
     return verify
 
 
 def _file_verifier(path):
-    """The verify of a Python file, which may import modules that lie beside it."""
+    """The verify of a Python file, which may import modules from its own directory."""
     usage = "it must define verify(prompt, completion, answer) -> float"
     if not os.path.isfile(path):
-        raise UserError(f"--verifier={path}: {'not a file' if os.path.exists(path) else 'no such file'}; {usage}")
+        problem = "not a file" if os.path.exists(path) else "no such file"
+        raise UserError(f"--verifier={path}: {problem}; {usage}")
     module = types.ModuleType("user_verifier")
     module.__file__ = path
     sys.modules[module.__name__] = module  # dataclasses and pickle look it up there
-    beside = os.path.dirname(os.path.abspath(path))
-    if beside not in sys.path:
-        sys.path.append(beside)  # last: a helper there must not take the place of a module of ours
+    directory = os.path.dirname(os.path.abspath(path))
+    if directory not in sys.path:
+        sys.path.append(directory)  # last, so that nothing there replaces a module of this program
     try:
-        with open(path, "rb") as f:  # as bytes, so that compile() minds a byte-order mark and an encoding line
+        with open(path, "rb") as f:  # bytes: compile() handles a byte-order mark and encoding line
             exec(compile(f.read(), path, "exec"), module.__dict__)
     except (Exception, SystemExit) as e:
         raise UserError(f"--verifier={path}: {type(e).__name__}: {e}".split("\n")[0]) from None
     function = getattr(module, "verify", None)
     if not callable(function):
         raise UserError(f"--verifier={path}: {usage}")
-    try:
-        inspect.signature(function).bind("prompt", "completion", "answer")
-    except TypeError:
-        raise UserError(f"--verifier={path}: verify{inspect.signature(function)} does not take three "
-                        f"arguments; {usage}") from None
-    except ValueError:
-        pass  # written in C, without a signature: the first call will tell
     if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
-        raise UserError(f"--verifier={path}: verify returns a coroutine or generator, not a number; {usage}")
+        raise UserError(f"--verifier={path}: verify is a coroutine or a generator; {usage}")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # written in C
+        signature = None
+    try:
+        if signature:
+            signature.bind("prompt", "completion", "answer")
+    except TypeError:
+        raise UserError(
+            f"--verifier={path}: verify{signature} does not take three arguments; {usage}"
+        ) from None
 
     def verify(prompt, completion, answer):
         return float(function(prompt, completion, answer))
+
     return verify
 
 
 # -----------------------------------------------------------------------------
-# Files, and what is fetched
+# Files, secrets, downloads
+
 
 def cache_dir():
     """Where downloads are kept: NANOSMOL_CACHE, or ~/.cache/nanosmol."""
-    return os.environ.get("NANOSMOL_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "nanosmol")
+    default = os.path.join(os.path.expanduser("~"), ".cache", "nanosmol")
+    return os.environ.get("NANOSMOL_CACHE") or default
 
 
 def write_json(path, value, indent=2):
-    """Writes a JSON file that is whole whenever it is there."""
-    # "replace": a file name that is not UTF-8 must not end a preparation
+    """Writes a JSON file so that it is either complete or not there."""
+    # "replace": a file name in it that is not UTF-8 must not end a preparation
     with open(f"{path}.tmp{os.getpid()}", "w", encoding="utf-8", errors="replace") as f:
         json.dump(value, f, ensure_ascii=False, indent=indent)
         f.flush()
@@ -674,7 +842,7 @@ def write_json(path, value, indent=2):
 
 
 def read_json(path):
-    """The JSON object in a file; UserError where there is none."""
+    """The JSON object in a file; UserError if there is none."""
     try:
         with open(path, encoding="utf-8") as f:
             value = json.load(f)
@@ -686,32 +854,43 @@ def read_json(path):
 
 
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "RUNPOD_API_KEY")
+_hidden = {}  # secret -> what is shown in its place
 
 
 def read_secrets(path=".env"):
-    """Puts the SECRETS that a .env file holds (`HF_TOKEN=...` a line) into the environment, which wins over it."""
-    raw = open(path, "rb").read() if os.path.isfile(path) else b""
-    wide = raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # what echo writes in PowerShell
-    kept = {}
-    for line in raw.decode("utf-16" if wide else "utf-8-sig", "replace").splitlines():
-        found = re.match(r"""\s*(?:export\s+)?(\w+)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s#]*))""", line)
-        if found and found[1] in SECRETS:
-            kept[found[1]] = next(v for v in found.groups()[1:] if v is not None)
-    kept |= {key: os.environ[key] for key in SECRETS if key in os.environ}
-    for key, secret in kept.items():
+    """Puts the SECRETS of a .env file (`HF_TOKEN=...` a line) into the environment, unless they are
+    set there already."""
+    raw = b""
+    if os.path.isfile(path):
+        with open(path, "rb") as f:
+            raw = f.read()
+    utf_16 = raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # PowerShell's echo writes it
+    secrets = {}
+    for line in raw.decode("utf-16" if utf_16 else "utf-8-sig", "replace").splitlines():
+        assignment = r"""\s*(?:export\s+)?(\w+)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s#]*))"""
+        match = re.match(assignment, line)
+        if match and match[1] in SECRETS:
+            secrets[match[1]] = next(value for value in match.groups()[1:] if value is not None)
+    secrets |= {key: os.environ[key] for key in SECRETS if key in os.environ}
+    for key, secret in secrets.items():
         secret = secret.strip()  # a line end that was pasted along
         if not re.fullmatch(r"[!#-&(-~]*", secret):
-            raise UserError(f"{key}: it holds a quote, a space or another character that no token has; copy it again")
+            raise UserError(
+                f"{key}: it holds a quote, a space or another character that no token has; copy it "
+                "again"
+            )
         os.environ[key] = secret
 
 
 def for_terminal(text):
-    """`text` without the control characters that a terminal would obey, if it is one."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text) if sys.stdout.isatty() else text
+    """`text` without control characters if standard output is a terminal, which would obey them."""
+    if not sys.stdout.isatty():
+        return text
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 def without_secrets(text):
-    """`text` as it may be shown: errors of other libraries can quote what they were given."""
+    """`text` as it may be shown: errors of other libraries can quote the secrets they were given."""
     for key in SECRETS:
         hide(key, os.environ.get(key))
     for secret, key in _hidden.items():
@@ -719,11 +898,8 @@ def without_secrets(text):
     return text
 
 
-_hidden = {}
-
-
 def hide(key, secret):
-    """From now on without_secrets hides this one too."""
+    """From now on without_secrets hides this secret too."""
     if secret and len(secret) > 7:
         _hidden[secret] = key
 
@@ -735,278 +911,326 @@ def sha256(path):
 
 def weights_hash(directory):
     """The SHA-256 of a model's weights, in however many files."""
-    return " ".join(sha256(os.path.join(directory, f)) for f in sorted(os.listdir(directory)) if f.endswith(".safetensors"))
+    files = [f for f in sorted(os.listdir(directory)) if f.endswith(".safetensors")]
+    return " ".join(sha256(os.path.join(directory, f)) for f in files)
 
 
 def progress(**options):
     from tqdm import tqdm
-    return tqdm(disable=None, unit_scale=True, dynamic_ncols=True, **options)  # None: on terminals only
+
+    # disable=None: shown on a terminal only
+    return tqdm(disable=None, unit_scale=True, dynamic_ncols=True, **options)
 
 
-def download(url, digest, tries=5):
-    """The local path of what `url` holds, checked against its SHA-256; goes on where a try was cut."""
+def download(url, digest, tries=3):
+    """The local path of a small file from `url`, checked against its SHA-256."""
     import requests
-    mirror = os.environ.get("NANOSMOL_MIRROR")  # another server that holds the same path
-    fetched = re.sub(r"^https?://[^/]+", mirror.rstrip("/"), url) if mirror else url
+
     path = os.path.join(cache_dir(), digest[:16] + "-" + url.rsplit("/", 1)[1])
     if os.path.exists(path):
         return path
-    os.makedirs(cache_dir(), exist_ok=True)
-    part, trouble = path + ".part", None
+    mirror = os.environ.get("NANOSMOL_MIRROR")  # another server with the same path
+    if mirror:
+        url = re.sub(r"^https?://[^/]+", mirror.rstrip("/"), url)
     for attempt in range(tries):
-        if attempt:
-            time.sleep(min(2 ** attempt, 30) if not mirror else 0.05)
-        have = os.path.getsize(part) if os.path.exists(part) else 0
+        time.sleep(attempt)
         try:
-            headers = {"Range": f"bytes={have}-"} if have else {}
-            with requests.get(fetched, stream=True, timeout=30, headers=headers) as r:
-                if r.status_code == 416:  # the part is longer than the file is
-                    os.remove(part)
-                    continue
-                if r.status_code in (404, 410):
-                    raise UserError(f"{fetched}: not there any more ({r.status_code}); download it by other "
-                                    "means and give prepare.py its path")
-                r.raise_for_status()
-                have = have if r.status_code == 206 else 0
-                size = have + int(r.headers.get("Content-Length", 0))
-                with open(part, "ab" if have else "wb") as f, progress(
-                        desc=os.path.basename(url), total=size or None, initial=have, unit="B") as bar:
-                    for chunk in r.iter_content(1 << 16):
-                        f.write(chunk)
-                        bar.update(len(chunk))
-                    f.flush()
-                    os.fsync(f.fileno())
-            if sha256(part) == digest:
-                os.replace(part, path)
-                return path
-            trouble = "its content is not what it was when this was written (SHA-256 differs)"
-            if not size or os.path.getsize(part) >= size:
-                os.remove(part)  # whole, and wrong
+            response = requests.get(url, timeout=30)
+            response.raise_for_status()
         except requests.RequestException as e:
-            trouble = f"{type(e).__name__}: {getattr(getattr(e, 'response', None), 'status_code', '') or e}"
-    raise UserError(f"{fetched}: could not be fetched in {tries} tries: {trouble}; run the same command to "
-                    "go on")
+            problem = f"{type(e).__name__}: {e}"
+            continue
+        if hashlib.sha256(response.content).hexdigest() == digest:
+            os.makedirs(cache_dir(), exist_ok=True)
+            with open(f"{path}.tmp{os.getpid()}", "wb") as f:
+                f.write(response.content)
+            os.replace(f.name, path)
+            return path
+        problem = "its content is not what it was when this was written (SHA-256 differs)"
+    raise UserError(
+        f"{url}: could not be fetched in {tries} tries: {problem}; download it by other means and "
+        "give prepare.py its path"
+    )
+
+
+# -----------------------------------------------------------------------------
+# The Hugging Face Hub
 
 
 def _hub(call, repo, **options):
-    """Calls a function of huggingface_hub, again if the network fails; its errors become UserErrors."""
+    """Calls a function of huggingface_hub, again if the network fails; UserError if it can't work."""
     from huggingface_hub import errors
+
     site = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     page = f"{site}/datasets/{repo}" if options.get("repo_type") == "dataset" else f"{site}/{repo}"
     for attempt in range(5):
-        wait = 2 ** attempt
+        wait = 2**attempt
         try:
             return call(repo, **options)
         except errors.GatedRepoError:
-            raise UserError(f"{repo}: its owner asks for consent: accept the terms on {page}, make a token "
-                            f"on {site}/settings/tokens, then run `hf auth login` or set HF_TOKEN") from None
+            raise UserError(
+                f"{repo}: its owner asks for consent: accept the terms on {page}, make a token on "
+                f"{site}/settings/tokens, then run `hf auth login` or set HF_TOKEN"
+            ) from None
         except errors.RepositoryNotFoundError:
-            raise UserError(f"{repo}: the Hub has no such repository, or it is private: check the name; for "
-                            "a private one run `hf auth login` or set HF_TOKEN to a token that may read "
-                            "it") from None
+            raise UserError(
+                f"{repo}: the Hub has no such repository, or it is private: check the name; for a "
+                "private one run `hf auth login` or set HF_TOKEN to a token that may read it"
+            ) from None
         except errors.HfHubHTTPError as e:
             status = e.response.status_code if e.response is not None else 0
-            trouble = f"the Hub answered {status}"
+            problem = f"the Hub answered {status}"
             if status == 404:
-                raise UserError(f"{repo}: nothing of the name "
-                                f"{options.get('filename') or options.get('path_in_repo')} in this "
-                                "repository; --config= names a folder of it") from None
+                missing = options.get("filename") or options.get("path_in_repo")
+                raise UserError(
+                    f"{repo}: nothing of the name {missing} in this repository; --config= names a "
+                    "folder of it"
+                ) from None
             if status in (400, 401, 403):
-                raise UserError(f"{repo}: {trouble}: check HF_TOKEN, or run `hf auth login`") from None
+                raise UserError(f"{repo}: {problem}: check HF_TOKEN, or run `hf auth login`") from None
             after = e.response.headers.get("Retry-After", "") if e.response is not None else ""
             wait = int(after) if after.isdigit() else wait
         except errors.HFValidationError:
             raise UserError(f"{repo}: not a Hub id, which is written owner/name") from None
-        except Exception as e:  # no network, in whatever words this version of the client has for it
+        except Exception as e:  # no network; the exception depends on the version of the client
             if not isinstance(e, OSError) and not type(e).__module__.startswith(("httpx", "requests")):
                 raise
-            trouble = str(e.__cause__ or e).splitlines()[0]
+            problem = str(e.__cause__ or e).splitlines()[0]
         if attempt < 4:
             time.sleep(min(wait, 60))
-    raise UserError(f"{repo}: could not be fetched from {site}: {trouble}; run the same command to go on")
+    raise UserError(
+        f"{repo}: could not be fetched from {site}: {problem}; run the same command to continue"
+    )
 
 
 def hub_snapshot(repo, patterns, repo_type="model"):
     """A local directory with the files of a Hub repository that match the patterns."""
     from huggingface_hub import snapshot_download
+
     return _hub(snapshot_download, repo, repo_type=repo_type, allow_patterns=patterns)
 
 
 def fetch_model(hub_id):
-    """A local directory with a Hub model's config, safetensors and tokenizer: what from_pretrained takes."""
-    directory = hub_snapshot(hub_id, ["config.json", "generation_config.json", "*.safetensors",
-                                      "*.safetensors.index.json",
-                                      "tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.json",
-                                      "merges.txt"])
-    if not os.path.isdir(directory) or not any(f.endswith(".safetensors") for f in os.listdir(directory)):
+    """A local directory with a Hub model's config, safetensors and tokenizer, for from_pretrained."""
+    weights = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
+    tokenizer = ["tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.json", "merges.txt"]
+    directory = hub_snapshot(hub_id, weights + tokenizer)
+    found = os.listdir(directory) if os.path.isdir(directory) else []
+    if not any(f.endswith(".safetensors") for f in found):
         raise UserError(f"{hub_id}: this Hub repository has no *.safetensors; name one that has")
     return directory
 
 
-# `repo`, `digest` (SHA-256) and `revision` are None for a local file
+# A file of a source. `repo`, `digest` (SHA-256) and `revision` are None for a local file; `split` is
+# 'train' or 'val' if the source has its own validation split, else None.
 File = collections.namedtuple("File", "path size split repo digest revision")
 
 
 def local_path(file):
-    """Where a File lies on this machine: fetched if need be, and checked if the Hub says its SHA-256."""
+    """Where a File is on this machine: fetched if need be, and checked if its SHA-256 is known."""
     if file.repo is None:
         return file.path
     from huggingface_hub import hf_hub_download
+
     for attempt in range(2):
-        path = _hub(hf_hub_download, file.repo, filename=file.path, repo_type="dataset",
-                    revision=file.revision, force_download=attempt > 0)
+        path = _hub(
+            hf_hub_download,
+            file.repo,
+            filename=file.path,
+            repo_type="dataset",
+            revision=file.revision,
+            force_download=attempt > 0,
+        )
         if os.path.getsize(path) == file.size and file.digest in (None, sha256(path)):
             return path
-    raise UserError(f"{file.repo}: {file.path} arrives damaged (size or SHA-256 differs); try again later")
-
-
-# -----------------------------------------------------------------------------
-# Reading: a source is a list of files, a file a run of blocks, a block what a worker turns into tokens
-
-TEXT, LINES = (".txt", ".md", ".text"), (".jsonl", ".ndjson", ".json")
-PACKED = {".zst": "zstd", ".zstd": "zstd", ".gz": "gzip"}
-VALID = ("valid", "validation", "val", "dev", "eval")
-OWN_SPLIT = re.compile(r"(?:^|[-_./])(train|valid|validation|val|dev|eval|test)(?=[-_.0-9/]|$)")
-
-# kind: 'documents' (text, separated by <|endoftext|>), 'train' or 'val' (a piece of one document), 'lines'
-# (JSON) or 'rows' (parquet); data: bytes, or a pyarrow batch; at: the offset or line where it begins, or the
-# row; first, last: of its document; read: how many bytes of the file are behind us
-Block = collections.namedtuple("Block", "kind data at first last read")
-
-
-def _kind_of(path):
-    """'text', 'lines' or 'parquet' by a file's name, and its compression; (None, None) if it is no data."""
-    stem, ending = os.path.splitext(path.lower())
-    packing = PACKED.get(ending)
-    ending = os.path.splitext(stem)[1] if packing else ending
-    kinds = {**dict.fromkeys(TEXT, "text"), **dict.fromkeys(LINES, "lines"), ".parquet": "parquet"}
-    return kinds.get(ending), packing if ending in kinds else None
-
-
-def _with_splits(files):
-    """Files with their own split, if their names tell train from validation; what is for testing stands in
-    for a validation split where there is none, and is left out where there is one."""
-    marks = [(OWN_SPLIT.findall(f.path.lower()) or [None])[-1] for f in files]
-    held_out = next((m for m in (VALID, ("test",)) if set(m) & set(marks)), None)
-    if "train" not in marks or not held_out:
-        return files
-    kept = [f._replace(split="val" if m in held_out else "train")
-            for f, m in zip(files, marks) if m in held_out or m not in ("test",)]
-    # the validation split goes first, so that --max_tokens can stop in the training data and be done
-    return sorted(kept, key=lambda f: f.split == "train")
-
-
-def local_files(path):
-    """The files of a local source: one file of any name, or those of a folder that hold data."""
-    if os.path.isfile(path):
-        return [File(path, os.path.getsize(path), *[None] * 4)]
-    if not os.path.isdir(path):
-        raise UserError(f"{path}: neither a file nor a folder")
-    found = sorted(os.path.join(folder, f) for folder, _, names in os.walk(path) for f in names
-                   if not f.startswith(".") and _kind_of(f)[0])
-    gone = [f for f in found if not os.path.exists(f)]
-    if gone:
-        raise UserError(f"{gone[0]}: a link to a file that is not there; remove it, or bring the file back")
-    if not found:
-        raise UserError(f"{path}: this folder holds no .txt, .md, .jsonl, .jsonl.zst, .jsonl.gz or .parquet "
-                        "file")
-    inside = _with_splits([File(os.path.relpath(f, path), os.path.getsize(f), *[None] * 4) for f in found])
-    return [f._replace(path=os.path.join(path, f.path)) for f in inside]
+    raise UserError(
+        f"{file.repo}: {file.path} arrives damaged (size or SHA-256 differs); try again later"
+    )
 
 
 def hub_list(repo, folder=""):
     """Every File of a data set on the Hub, or of one folder of it, all of one commit."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
+
     api = HfApi()
     revision = _hub(api.repo_info, repo, repo_type="dataset").sha
-    listed = _hub(lambda repo, **options: list(api.list_repo_tree(repo, **options)), repo,
-                  path_in_repo=folder or None, recursive=True, repo_type="dataset", revision=revision)
-    return [File(f.path, f.size, None, repo, f.lfs.sha256 if f.lfs else None, revision)
-            for f in sorted(listed, key=lambda f: f.path) if isinstance(f, RepoFile)]
+
+    def list_files(repo, **options):
+        return list(api.list_repo_tree(repo, recursive=True, **options))
+
+    where = dict(path_in_repo=folder or None, repo_type="dataset", revision=revision)
+    entries = sorted(_hub(list_files, repo, **where), key=lambda entry: entry.path)
+    return [
+        File(f.path, f.size, None, repo, f.lfs.sha256 if f.lfs else None, revision)
+        for f in entries
+        if isinstance(f, RepoFile)
+    ]
 
 
 def hub_files(repo, config="", split="", pattern=""):
-    """The data files of a data set on the Hub: under the folder `config`, matching `pattern`, of one `split`.
-    Where there are files of several kinds, those of the kind that most bytes are of."""
+    """The data files of a data set on the Hub: under the folder `config`, matching `pattern`, of one
+    `split`. If there are several kinds of files, those of the kind with the most bytes."""
     listed = hub_list(repo, config)
     files = [f for f in listed if fnmatch.fnmatch(f.path, pattern or "*") and _kind_of(f.path)[0]]
     if split:
-        files = [f for f in files if re.search(rf"(^|[-_./]){re.escape(split)}([-_./]|$)", f.path)]
+        part = rf"(^|[-_./]){re.escape(split)}([-_./]|$)"
+        files = [f for f in files if re.search(part, f.path)]
     if not files:
         folders = ", ".join(sorted({os.path.dirname(f.path) for f in listed} - {""}))[:300]
-        wanted = f"{' under ' + config if config else ''}{' of the split ' + split if split else ''}"
-        raise UserError(f"hub:{repo}: no data files{wanted}; --config= names a folder: {folders or 'none'}")
-    kinds = collections.Counter()
+        under = f" under {config}" if config else ""
+        of_split = f" of the split {split}" if split else ""
+        raise UserError(
+            f"hub:{repo}: no data files{under}{of_split}; --config= names a folder: "
+            f"{folders or 'none'}"
+        )
+    sizes = collections.Counter()
     for f in files:
-        kinds[_kind_of(f.path)[0]] += f.size
-    files = [f for f in files if _kind_of(f.path)[0] == kinds.most_common(1)[0][0]]
+        sizes[_kind_of(f.path)[0]] += f.size
+    kind = sizes.most_common(1)[0][0]
+    files = [f for f in files if _kind_of(f.path)[0] == kind]
     return files if split else _with_splits(files)
 
 
-def _open(path, packing):
-    """A binary stream of the file's content, and a function that says how many of its bytes are read."""
-    raw = open(path, "rb")
-    if not packing:
-        return raw, raw.tell
-    import pyarrow
-    return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), packing), raw.tell
+# -----------------------------------------------------------------------------
+# Sources: a source is a list of Files, a File a sequence of Blocks
+
+TEXT, LINES = (".txt", ".md", ".text"), (".jsonl", ".ndjson", ".json")
+COMPRESSED = {".zst": "zstd", ".zstd": "zstd", ".gz": "gzip"}
+VALID = ("valid", "validation", "val", "dev", "eval")
+OWN_SPLIT = re.compile(
+    r"(?:^|[-_./])(train|valid|validation|val|dev|eval|test)(?=[-_.0-9/]|$)"
+)
+
+# kind: 'documents' (text with <|endoftext|> between documents), 'train' or 'val' (a piece of a
+# single document), 'lines' (JSON) or 'rows' (parquet). data: bytes, or a pyarrow batch. at: the
+# byte, line or row at which it begins. first, last: of the pieces of a document. read: how many
+# bytes of the file have been read, for the progress bar.
+Block = collections.namedtuple("Block", "kind data at first last read")
+
+
+def _kind_of(path):
+    """'text', 'lines' or 'parquet', and the compression, by a file's name; (None, None) if it is
+    no data."""
+    stem, ending = os.path.splitext(path.lower())
+    compression = COMPRESSED.get(ending)
+    if compression:
+        ending = os.path.splitext(stem)[1]
+    if ending in TEXT:
+        return "text", compression
+    if ending in LINES:
+        return "lines", compression
+    if ending == ".parquet":
+        return "parquet", compression
+    return None, None
+
+
+def _with_splits(files):
+    """The files with their split, if their names tell training from validation. Test files are the
+    validation split if there is no other, and left out if there is."""
+    marks = [(OWN_SPLIT.findall(f.path.lower()) or [None])[-1] for f in files]
+    held_out = next((m for m in (VALID, ("test",)) if set(m) & set(marks)), None)
+    if "train" not in marks or not held_out:
+        return files
+    with_split = [
+        f._replace(split="val" if mark in held_out else "train")
+        for f, mark in zip(files, marks, strict=True)
+        if mark in held_out or mark != "test"
+    ]
+    # validation first, so that --max_tokens can stop within the training data
+    return sorted(with_split, key=lambda f: f.split == "train")
+
+
+def local_files(path):
+    """The files of a local source: one file of any name, or those of a folder that hold data."""
+    if os.path.isfile(path):
+        return [File(path, os.path.getsize(path), None, None, None, None)]
+    if not os.path.isdir(path):
+        raise UserError(f"{path}: neither a file nor a folder")
+    paths = []
+    for folder, _, names in os.walk(path):
+        paths += [os.path.join(folder, f) for f in names if f[0] != "." and _kind_of(f)[0]]
+    if not paths:
+        raise UserError(
+            f"{path}: this folder holds no .txt, .md, .jsonl, .jsonl.zst, .jsonl.gz or .parquet file"
+        )
+    dangling = [f for f in paths if not os.path.exists(f)]
+    if dangling:
+        raise UserError(f"{dangling[0]}: a link to a file that is not there; remove the link")
+    # a split is recognized by the path within the folder, not by the folder's own path
+    files = [
+        File(os.path.relpath(f, path), os.path.getsize(f), None, None, None, None)
+        for f in sorted(paths)
+    ]
+    return [f._replace(path=os.path.join(path, f.path)) for f in _with_splits(files)]
 
 
 def read_blocks(file, only, column=None):
-    """The Blocks of a File, in order, always the same. `only`: the file is the whole source, so that a text
-    without <|endoftext|> is one document, whose last tenth is held out. `column`: the one to read of a
-    parquet file."""
-    path, (kind, packing) = local_path(file), _kind_of(file.path)
+    """The Blocks of a File, in order, the same every time. `only`: the file is the whole source, so
+    a text without <|endoftext|> is a single document, whose last tenth is the validation split.
+    `column`: the one to read of a parquet file."""
+    path, (kind, compression) = local_path(file), _kind_of(file.path)
     if kind == "parquet":
         yield from _read_parquet(path, file, column)
         return
     try:
-        if kind != "lines":
+        if kind != "lines" and not compression:
             with open(path, "rb") as f:
                 head = f.read(1 << 16)
-            if not packing and (head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head):
-                raise UserError(f"{file.path}: not UTF-8 text (a zero byte or a UTF-16 mark within its first "
-                                "64 kB); convert it first, e.g. iconv -f utf-16 -t utf-8")
-            if only and not packing:
-                length = _single_document(path)
-                if length is not None:
-                    yield from _read_single(path, length)
-                    return
-        stream, told = _open(path, packing)
-        with stream:
-            as_lines = kind == "lines"
-            yield from _read_separated(stream, told, "lines" if as_lines else "documents",
-                                       b"\n" if as_lines else EOT.encode())
+            if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in head:
+                raise UserError(
+                    f"{file.path}: not UTF-8 text (a zero byte or a UTF-16 mark within its first "
+                    "64 kB); convert it first, e.g. iconv -f utf-16 -t utf-8"
+                )
+            length = _single_document(path) if only else None
+            if length is not None:
+                yield from _read_single(path, length)
+                return
+        with open(path, "rb") as raw:
+            stream = raw
+            if compression:
+                import pyarrow
+
+                stream = pyarrow.CompressedInputStream(
+                    pyarrow.PythonFile(raw, mode="r"), compression
+                )
+            yield from _read_separated(stream, raw.tell, kind)
     except (OSError, EOFError) as e:
         raise UserError(f"{file.path}: cannot be read to its end: {e}; is it cut short?") from None
 
 
-def _read_separated(stream, told, kind, separator):
-    rest, at = b"", 0
+def _read_separated(stream, tell, kind):
+    """Blocks of whole lines or documents: each ends with the last separator in the next BLOCK bytes,
+    a document longer than LONGEST wherever it can be split."""
+    separator, block_kind = EOT.encode(), "documents"
+    if kind == "lines":
+        separator = b"\n"
+        block_kind = "lines"
+    rest, at, at_start = b"", 0, True
     while True:
-        more = stream.read(BLOCK)
-        if not at and not rest:
-            more = more.removeprefix(b"\xef\xbb\xbf")  # a byte order mark is not text
-        buffer, cut = rest + more, len(rest + more)
-        if more:
+        data = stream.read(BLOCK)
+        buffer = rest + (data.removeprefix(BYTE_ORDER_MARK) if at_start else data)
+        at_start = False
+        end = len(buffer)
+        if data:
             found = buffer.rfind(separator)
             if found < 0 and len(buffer) < LONGEST:
                 rest = buffer
                 continue
-            cut = found + len(separator) if found >= 0 else _cut(buffer)
-        if cut:
-            yield Block(kind, buffer[:cut], at, True, True, told())
-            at += buffer.count(b"\n", 0, cut) if kind == "lines" else cut
-        if not more:
+            end = found + len(separator) if found >= 0 else _cut_place(buffer)
+        if end:
+            yield Block(block_kind, buffer[:end], at, True, True, tell())
+            at += buffer.count(b"\n", 0, end) if kind == "lines" else end
+        if not data:
             return
-        rest = buffer[cut:]
+        rest = buffer[end:]
 
 
 def _single_document(path):
-    """How many bytes of a text are one document: all of them, if <|endoftext|> comes nowhere or only at its
-    end; else None."""
+    """How many bytes of a text are one document: all of them if it has no <|endoftext|>, those
+    before it if there is only one, at the end; else None."""
     import mmap
+
     size = os.path.getsize(path)
     if size == 0:
         return 0
@@ -1019,54 +1243,51 @@ def _single_document(path):
 
 
 def _read_single(path, length):
-    """One document: its last 10% of characters as 'val' and what comes before as 'train', which is nanoGPT's
-    split. Validation goes first, see _with_splits."""
+    """A single document: its last 10% of characters as 'val', the others as 'train', which is
+    nanoGPT's split. Validation first, see _with_splits."""
     with open(path, "rb") as f:
-        begin = 3 if f.read(3) == b"\xef\xbb\xbf" else 0
-        f.seek(begin)
-        chars, left, middle, counts = 0, length - begin, begin, []
-        while left > 0:
-            data = f.read(min(BLOCK, left))
-            left -= len(data)
-            counts.append(len(data) - _continuations(data))
-            chars += counts[-1]
-        wanted = int(0.9 * chars)
-        for i, count in enumerate(counts):  # its block, then its place in the block
-            if wanted < count or i == len(counts) - 1:
-                f.seek(begin + i * BLOCK)
-                data = np.frombuffer(f.read(min(BLOCK, length - f.tell())), np.uint8)
-                starts = np.flatnonzero((data & 0xC0) != 0x80)
-                middle = begin + i * BLOCK + (int(starts[wanted]) if wanted < len(starts) else len(data))
-                break
-            wanted -= count
+        begin = len(BYTE_ORDER_MARK) if f.read(3) == BYTE_ORDER_MARK else 0
+        middle = _place_of_character(f, begin, length, 0.9)
         done = 0
         for kind, at, end in (("val", middle, length), ("train", begin, middle)):
             f.seek(at)
             rest, first = b"", True
             while at < end:
-                more = f.read(min(BLOCK, end - at - len(rest)))
-                buffer = rest + more
+                buffer = rest + f.read(min(BLOCK, end - at - len(rest)))
                 last = at + len(buffer) >= end
-                cut = len(buffer) if last else _cut(buffer)
+                cut = len(buffer) if last else _cut_place(buffer)
                 done += cut
                 yield Block(kind, buffer[:cut], at, first, last and kind == "val", done)
                 at, rest, first = at + cut, buffer[cut:], False
 
 
-def _continuations(data):
-    return int(((np.frombuffer(data, np.uint8) & 0xC0) == 0x80).sum())
+def _place_of_character(f, begin, end, share):
+    """The byte between `begin` and `end` before which `share` of the characters there lie."""
+
+    def begins_character(at):
+        f.seek(at)
+        data = np.frombuffer(f.read(min(BLOCK, end - at)), np.uint8)
+        return (data & 0xC0) != 0x80  # False for the later bytes of a character
+
+    counts = [(at, np.count_nonzero(begins_character(at))) for at in range(begin, end, BLOCK)]
+    left = int(share * sum(count for _, count in counts))
+    for at, count in counts:
+        if left < count:
+            return at + int(np.flatnonzero(begins_character(at))[left])
+        left -= count
+    return end
 
 
-# Between these two characters every pre-tokenizer begins a new word, and looks neither back nor ahead
+# Between these two characters every pre-tokenizer begins a new word, whatever comes before or after
 BETWEEN_WORDS = re.compile(r"(?<=\S)\n(?=\w)|(?<=\w)(?= \w)")
 
 
-def _cut(data):
-    """Where, near the end of these bytes, a long text can be cut so that its tokens stay what they are."""
-    tail = data[-(1 << 16):].decode("utf-8", "surrogateescape")
+def _cut_place(data):
+    """Where, near the end of these bytes, a long text can be split without changing its tokens."""
+    tail = data[-(1 << 16) :].decode("utf-8", "surrogateescape")
     places = [m.end() for m in BETWEEN_WORDS.finditer(tail, 8, len(tail) - 8)]
     if places:
-        return len(data) - len(tail[places[-1]:].encode("utf-8", "surrogateescape"))
+        return len(data) - len(tail[places[-1] :].encode("utf-8", "surrogateescape"))
     cut = len(data)  # 64 kB without a space: at least between two characters
     while cut > len(data) - 4 and data[cut - 1] & 0xC0 == 0x80:
         cut -= 1
@@ -1076,68 +1297,94 @@ def _cut(data):
 def _read_parquet(path, file, column):
     import pyarrow
     import pyarrow.parquet
+
     try:
         with pyarrow.parquet.ParquetFile(path) as f:
+            columns = f.schema_arrow.names
+            if column and column not in columns:
+                raise UserError(
+                    f"{file.path}: no column {column!r} in {', '.join(columns)[:200]}; name it with "
+                    "--field="
+                )
             rows, total = 0, max(f.metadata.num_rows, 1)
-            if column and column not in f.schema_arrow.names:
-                raise UserError(f"{file.path}: no column {column!r} in "
-                                f"{', '.join(f.schema_arrow.names)[:200]}; name it with --field=")
+            wanted = [column] if column else None
             for group in range(f.metadata.num_row_groups):
-                for batch in f.iter_batches(256, row_groups=[group], columns=[column] if column else None):
+                for batch in f.iter_batches(256, row_groups=[group], columns=wanted):
+                    done = file.size * (rows + len(batch)) // total
+                    yield Block("rows", batch, rows, True, True, done)
                     rows += len(batch)
-                    yield Block("rows", batch, rows - len(batch), True, True, file.size * rows // total)
     except (pyarrow.ArrowException, OSError) as e:
-        raise UserError(f"{file.path}: not a parquet file that can be read: {e}".splitlines()[0]) from None
+        reason = str(e).splitlines()[0]
+        raise UserError(f"{file.path}: not a parquet file that can be read: {reason}") from None
 
 
 # -----------------------------------------------------------------------------
-# From blocks to what is written
+# From a Block to the bytes of train.bin and val.bin
 
-def _dtype(tok):
-    return np.dtype("<u2" if tok.vocab_size <= 1 << 16 else "<u4")
+SHAPES = dict(chat=as_chat, prefs=as_prefs, verify=as_verify)
 
 
-class Job:
-    """What a worker knows: the tokenizer, the shape of the records, and how to split. Called with a File and
-    a Block, it returns a dict: the bytes to append to each output file, under 'out'; counts; and what was
-    wrong."""
+def _dtype(tokenizer):
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
-    def __init__(self, tok, shape, field, val_fraction, block_size):
-        self.tok, self.shape, self.field = tok, shape, field
-        self.threshold, self.block_size = int(val_fraction * 2 ** 64).to_bytes(8, "big"), block_size
-        self.dtype = _dtype(tok) if tok else None
+
+class Encoded:
+    """What a Block becomes: `out`, the bytes for each output file; `count`, what is in it; and what
+    is wrong with it: `wrong`, [(line or row, reason)], `broken_at`, the first byte that is not UTF-8."""
+
+    def __init__(self):
+        self.out, self.count, self.wrong, self.broken_at = {}, collections.Counter(), [], None
+
+    def decode(self, raw, at):
+        """UTF-8 as text. Invalid bytes become U+FFFD and are counted."""
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as e:
+            text = raw.decode("utf-8", "replace")
+            self.count["broken"] += text.count("\ufffd") - raw.count("\ufffd".encode())
+            if at is not None and self.broken_at is None:
+                self.broken_at = at + e.start
+            return text
+
+
+class Encoder:
+    """Turns Blocks into what is written, see Encoded. `tokenizer` is None for preferences and
+    problems, which stay text. `shape`: 'text', 'chat', 'prefs' or 'verify'."""
+
+    def __init__(self, tokenizer, shape, field="", val_fraction=0.0, block_size=0):
+        self.tokenizer, self.shape, self.field = tokenizer, shape, field
+        self.threshold = int(val_fraction * 2**64).to_bytes(8, "big")
+        self.block_size = block_size
+        self.dtype = _dtype(tokenizer) if tokenizer else None
 
     def __call__(self, file, block):
-        result = _result()
+        result = Encoded()
         if block.kind in ("train", "val"):
-            text = _decoded(block.data, block.at, result)
-            ids = self.tok.encode_piece(text, block.first)
-            ids = np.append(ids, self.tok.eos_id) if block.last else ids
-            result["out"][block.kind + ".bin"] = ids.astype(self.dtype).tobytes()
-            result["count"].update({"bytes": len(block.data), "documents": int(block.last),
-                                    block.kind + "_tokens": len(ids)})
+            self.write_piece(block, result)
             return result
-        parts = {"train": [], "val": []}
+        contents = {"train": [], "val": []}
         for at, content, size in self.contents(block, result):
-            split = file.split or self.split(content)
-            parts[split].append((at, content))
-            result["count"]["bytes"] += size
-        for split, found in parts.items():
-            if found:
-                write = dict(text=self.write_text, chat=self.write_chat).get(self.shape, self.write_json)
-                write(split, found, result)
+            contents[file.split or self.split(content)].append((at, content))
+            result.count["bytes"] += size
+        for split, found in contents.items():
+            if found and self.shape == "text":
+                self.write_text(split, found, result)
+            elif found and self.shape == "chat":
+                self.write_chat(split, found, result)
+            elif found:
+                self.write_records(split, found, result)
         return result
 
     def split(self, content):
-        """By a hash of the text itself, so that more data never moves a document across."""
+        """'train' or 'val' by a hash of the text, so that more data never moves a document over."""
         text = content if isinstance(content, str) else json.dumps(content, sort_keys=True)
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         return "val" if digest < self.threshold else "train"
 
     def contents(self, block, result):
-        """(where, text or record, bytes) of each document of a block; what is wrong is counted instead."""
+        """(where, text or record, bytes) of each document; what can't be used is counted instead."""
         if block.kind == "documents":
-            for text in _decoded(block.data, block.at, result).split(EOT):
+            for text in result.decode(block.data, block.at).split(EOT):
                 text = text.strip()
                 if text:
                     yield block.at, text, len(text) if text.isascii() else len(text.encode())
@@ -1147,114 +1394,151 @@ class Job:
                 if not isinstance(record, dict):
                     raise ValueError("not a JSON object")
                 if self.shape == "text":
-                    made = record[self.field]
-                    if not isinstance(made, str):
-                        raise ValueError(f"{self.field!r} is not a text")
-                    if not made:
-                        raise ValueError(f"{self.field!r} is empty")
+                    content = self.text_of(record)
+                    size = len(content.encode())
                 else:
-                    made = dict(chat=as_chat, prefs=as_prefs, verify=as_verify)[self.shape](record)
-                yield at, made, len(made.encode()) if isinstance(made, str) else size
+                    content = SHAPES[self.shape](record)
+                yield at, content, size
             except KeyError as e:
-                result["wrong"].append((at, f"no field {e}"))
+                result.wrong.append((at, f"no field {e}"))
             except (ValueError, AttributeError, TypeError) as e:
-                result["wrong"].append((at, str(e)))
+                result.wrong.append((at, str(e)))
+
+    def text_of(self, record):
+        field = self.field
+        if not field:  # a folder whose first file is plain text
+            field = next((key for key in ("text", "content") if key in record), "text")
+        text = record[field]
+        if not isinstance(text, str):
+            raise ValueError(f"{field!r} is not a text")
+        if not text:
+            raise ValueError(f"{field!r} is empty")
+        return text
 
     def records(self, block, result):
+        """(line or row, record, bytes) of each record of a block."""
         if block.kind == "rows":
             for i, row in enumerate(block.data.to_pylist()):
                 yield block.at + i + 1, row, block.data.nbytes // len(block.data)
             return
-        for i, line in enumerate(block.data.split(b"\n")):
-            if line.strip():
-                try:
-                    record = json.loads(_decoded(line, None, result))
-                    if b"\\ud" in line or b"\\uD" in line:  # half a character is legal in JSON only
-                        record = json.loads(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace"))
-                    yield block.at + i + 1, record, len(line)
-                except (ValueError, RecursionError) as e:
-                    result["wrong"].append((block.at + i + 1, f"not JSON: {e}"))
+        for at, line in enumerate(block.data.split(b"\n"), block.at + 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(result.decode(line, None))
+                if b"\\ud" in line or b"\\uD" in line:  # half a surrogate pair, which JSON can hold
+                    whole = json.dumps(record, ensure_ascii=False).encode("utf-8", "replace")
+                    record = json.loads(whole)
+                yield at, record, len(line)
+            except (ValueError, RecursionError) as e:
+                result.wrong.append((at, f"not JSON: {e}"))
+
+    def write_piece(self, block, result):
+        text = result.decode(block.data, block.at)
+        ids = self.tokenizer.encode_piece(text, block.first)
+        if block.last:
+            ids = np.append(ids, self.tokenizer.eos_id)
+        result.out[block.kind + ".bin"] = ids.astype(self.dtype).tobytes()
+        result.count["bytes"] += len(block.data)
+        result.count["documents"] += int(block.last)
+        result.count[block.kind + "_tokens"] += len(ids)
 
     def write_text(self, split, found, result):
-        ids = self.tok.encode_documents([text for _, text in found])
-        result["out"][split + ".bin"] = ids.astype(self.dtype).tobytes()
-        result["count"].update({split + "_tokens": len(ids), split + "_documents": len(found),
-                                "documents": len(found)})
+        ids = self.tokenizer.encode_documents([text for _, text in found])
+        result.out[split + ".bin"] = ids.astype(self.dtype).tobytes()
+        self.add(result, split, len(found), len(ids))
 
     def write_chat(self, split, found, result):
-        ids, mask, kept = [], [], 0
+        ids, mask, documents = [], [], 0
         for at, messages in found:
-            one, told = render_chat(messages, self.tok)
-            if self.block_size and len(one) > self.block_size:
-                result["wrong"].append((at, f"the conversation has {len(one)} tokens, "
-                                            f"--block_size={self.block_size}"))
+            conversation, its_mask = render_chat(messages, self.tokenizer)
+            if self.block_size and len(conversation) > self.block_size:
+                length = f"the conversation has {len(conversation)} tokens"
+                result.wrong.append((at, f"{length}, --block_size={self.block_size}"))
                 continue
-            ids += one
-            mask += told
-            kept += 1
-        result["out"][split + ".bin"] = np.array(ids, self.dtype).tobytes()
-        result["out"][split + ".mask"] = bytes(mask)
-        result["count"].update({split + "_tokens": len(ids), split + "_documents": kept, "documents": kept})
+            ids += conversation
+            mask += its_mask
+            documents += 1
+        result.out[split + ".bin"] = np.array(ids, self.dtype).tobytes()
+        result.out[split + ".mask"] = bytes(mask)
+        self.add(result, split, documents, len(ids))
 
-    def write_json(self, split, found, result):
+    def write_records(self, split, found, result):
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for _, record in found]
-        result["out"][split + ".jsonl"] = "".join(lines).encode()
-        result["count"].update({split + "_documents": len(found), "documents": len(found)})
+        result.out[split + ".jsonl"] = "".join(lines).encode()
+        self.add(result, split, len(found), 0)
 
-
-def _result():
-    return dict(out={}, count=collections.Counter(), wrong=[], broken_at=None)
-
-
-def _decoded(raw, at, result):
-    """UTF-8 as text; what is none becomes U+FFFD, and is counted."""
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as e:
-        text = raw.decode("utf-8", "replace")
-        result["count"]["broken"] += text.count("\ufffd") - raw.count("\ufffd".encode())
-        if at is not None and result["broken_at"] is None:
-            result["broken_at"] = at + e.start
-        return text
+    def add(self, result, split, documents, tokens):
+        result.count["documents"] += documents
+        result.count[split + "_documents"] += documents
+        result.count[split + "_tokens"] += tokens
 
 
 def _shape_of(file, block, wanted, field):
-    """(shape, field) of the records, by the first one: what the user wants, or what it looks like."""
+    """(shape, field) of the records: what the user wants, or what the first record looks like."""
     if block.kind in ("documents", "train", "val"):
         if wanted not in ("", "text"):
-            raise UserError(f"{file.path}: --as={wanted} wants records (.jsonl or .parquet), and this is "
-                            "plain text")
+            raise UserError(
+                f"{file.path}: --as={wanted} wants records (.jsonl or .parquet), and this is plain "
+                "text"
+            )
         return "text", ""
-    if block.kind == "rows":
-        keys, where = block.data.schema.names, ""
+    keys, where = _first_keys(file, block)
+
+    def has(*names):
+        return any(name in keys for name in names)
+
+    text_field = next((f for f in ([field] if field else ["text", "content"]) if f in keys), None)
+    is_chat, is_prompt = has("messages", "conversations"), has("prompt", "question")
+    fits = []
+    if is_prompt and has("chosen") and has("rejected"):
+        fits.append("prefs")
+    if is_prompt and has("answer"):
+        fits.append("verify")
+    if is_chat or (is_prompt and has("answer", "chosen")):
+        fits.append("chat")
+    if text_field:
+        fits.append("text")
+
+    if wanted:
+        shape = wanted
+    elif field or not fits:
+        shape = "text"
+    elif is_chat and "prefs" not in fits:
+        shape = "chat"
     else:
-        for i, line in enumerate(block.data.split(b"\n")):
-            if line.strip():
-                break
-        try:
-            record = json.loads(line)
-            keys = list(record) if isinstance(record, dict) else None
-        except (ValueError, RecursionError):
-            keys = None
-        where = f", line {i + 1}"
-        if keys is None:
-            raise UserError(f"{file.path}{where}: not a JSON object; a .jsonl file has one object in every "
-                            "line")
-    has = lambda *names: any(n in keys for n in names)
-    asked = has("prompt", "question")
-    text = next((f for f in ([field] if field else ["text", "content"]) if f in keys), None)
-    talk = has("messages", "conversations")
-    fits = dict(prefs=asked and "chosen" in keys and "rejected" in keys, verify=asked and "answer" in keys,
-                chat=talk or asked and has("answer", "chosen"), text=bool(text))
-    fits = [shape for shape, fit in fits.items() if fit]
-    shape = wanted or ("text" if field or not fits else "chat" if talk and "prefs" not in fits else fits[0])
+        shape = fits[0]
     if shape not in fits:
-        what = dict(text=f"no field {field or 'text'!r}", chat="no 'messages', nor 'prompt' and 'answer'",
-                    prefs="no 'prompt', 'chosen' and 'rejected'", verify="no 'prompt' and 'answer'")[shape]
+        missing = dict(
+            text=f"no field {field or 'text'!r}",
+            chat="no 'messages', nor 'prompt' and 'answer'",
+            prefs="no 'prompt', 'chosen' and 'rejected'",
+            verify="no 'prompt' and 'answer'",
+        )[shape]
         close = difflib.get_close_matches(field or "text", keys, n=1)
-        raise UserError(f"{file.path}{where}: {what} in {', '.join(keys)[:200]}; name the text with "
-                        f"--field={close[0] if close else 'NAME'}, or its shape with --as=")
-    return shape, text if shape == "text" else ""
+        raise UserError(
+            f"{file.path}{where}: {missing} in {', '.join(keys)[:200]}; name the text with "
+            f"--field={close[0] if close else 'NAME'}, or its shape with --as="
+        )
+    return shape, text_field if shape == "text" else ""
+
+
+def _first_keys(file, block):
+    """The keys of the first record, and where it stands, for messages."""
+    if block.kind == "rows":
+        return block.data.schema.names, ""
+    numbered = enumerate(block.data.split(b"\n"), 1)
+    number, line = next(((n, line) for n, line in numbered if line.strip()), (1, b""))
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise UserError(
+            f"{file.path}, line {number}: not a JSON object; a .jsonl file has one object in every "
+            "line"
+        )
+    return list(record), f", line {number}"
 
 
 # -----------------------------------------------------------------------------
@@ -1668,8 +1952,9 @@ class Grader:
     """
     LARGEST = 1e6  # a reward is usually between 0 and 1; gradients overflow long before float32 does
 
-    def __init__(self, verify, say):
-        self.verify, self.say, self.calls, self.raised, self.last_error = verify, say, 0, 0, ""
+    def __init__(self, verify, name, say):
+        self.verify, self.name, self.say = verify, name, say
+        self.calls, self.raised, self.last_error = 0, 0, ""
 
     def __call__(self, question, completion, answer, ended):
         if not ended or not completion.strip():
@@ -1684,14 +1969,15 @@ class Grader:
             self.raised += 1
             self.last_error = f"{type(e).__name__}: {e}".splitlines()[0]
             if self.raised == 1:
-                self.say(f"warning: the verifier raised on {completion[:60]!r}, which counts as no reward: {self.last_error}")
+                self.say(f"warning: the verifier raised on {completion[:60]!r}, which counts as no reward: "
+                         f"{self.last_error}")
             return 0.0
 
     def check(self, calls, raised):
         """UserError if the verifier raised at every call so far, of all processes: it can never reward anything."""
         if calls and calls == raised:
-            raise UserError(f"the verifier raised at each of its {int(calls)} calls, so nothing can be learned from it: "
-                            f"{self.last_error}. Mend verify(prompt, completion, answer)")
+            raise UserError(f"verifier={self.name}: the verifier raised at each of its {int(calls)} calls, so nothing can "
+                            f"be learned from it: {self.last_error}. Mend verify(prompt, completion, answer)")
 
 
 def open_data(config, model_directory, say, world_size=1):
@@ -1736,6 +2022,8 @@ def means(measured, shares, over_processes):
         row[f"val/{name}"] = row.get(f"val/{name}", 0.0) + shares[domain] * mean
         if len(shares) > 1:
             row[f"val/{domain}/{name}"] = mean
+    if sums and all(name == "loss" for _, name in dict.fromkeys(key[:2] for key in keys)):
+        row |= {f"{key.removesuffix('loss')}ppl": math.exp(min(loss, 700)) for key, loss in row.items()}
     return row
 
 
@@ -1805,345 +2093,126 @@ def how_to_prepare(directory):
 
 
 # -----------------------------------------------------------------------------
-# The toy world: a language small enough to be learned in minutes on a laptop, and big enough to see it
-# being learned: names stay the same through a story, "he" is a boy, sums are right.
-#
-# A story is a template. A slot like {thing} is chosen where it first appears and stays the same from then on:
-#   {thing} {thing2} {things}   a thing, another thing, several of the first
-#   {A} {he} {him} {his}        the hero and the hero's pronouns; {B} {B.he} {B.his} a friend
-#   {He} {B.His} {Thing}        the same with a capital, to begin a sentence
-#   {n coins} {n.word}          "1 coin", "2 coins"; "two": n, m, total (n + m), left (n - m), next (m + 1)
-#   {animal.eats}               what ABOUT says of the animal
-#   [a|b|]                      one of these, or nothing; and "a" becomes "an" by itself
-# To add a plot, add an entry to PLOTS. There is nothing else to do.
+# The toy world: its words and templates are in assets/toy_world.txt, whose head explains them.
 
-
-def about(text, *facts):
-    """'cat, meow; dog, woof' and "says" -> {"cat": {"says": "meow"}, "dog": {"says": "woof"}}"""
-    rows = [row.split(", ") for row in " ".join(text.split()).split("; ")]
-    return {word: dict(zip(facts, told)) for word, *told in rows}
-
-
-# few names: each is met often enough for a small model to learn that names are what stays the same
-GIRLS = "Anna Lily Mia Sue Emma Zoe Rosa Kate Ella Nina Amy Lucy".split()
-BOYS = "Tom Ben Max Sam Leo Jim Jack Finn Noah Dan Paul Oscar".split()
 SHE = dict(he="she", him="her", his="her", boy="girl", brother="sister")
 HE = dict(he="he", him="him", his="his", boy="boy", brother="brother")
-NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
-    sixteen seventeen eighteen nineteen twenty""".split()
-ANIMALS = about("""cat, meow, fish, in the house; dog, woof, meat, in the yard; duck, quack, bread, on the
-    pond; hen, cluck, corn, on the farm; mouse, squeak, cheese, in a hole; bird, tweet, seeds, in a nest;
-    lamb, baa, grass, in the field; cow, moo, clover, in the meadow; horse, neigh, hay, in the barn; pig,
-    oink, potatoes, on the farm; owl, hoot, mice, in the forest; frog, croak, flies, by the river; goose,
-    honk, wheat, by the lake; bee, buzz, honey, in a hive; crow, caw, worms, in a tall tree; goat, bleat,
-    leaves, on the hill; lion, roar, meat, on the plain; wolf, howl, meat, in the forest; bear, growl, honey,
-    in a cave; snake, hiss, eggs, under a rock; pigeon, coo, crumbs, on the roof; monkey, chatter, bananas, in
-    the jungle; parrot, squawk, nuts, in a cage; donkey, bray, oats, in the barn; chick, peep, corn, on the
-    farm; puppy, yap, meat, in a basket; kitten, mew, fish, in a basket; turkey, gobble, oats, on the farm""",
-    "says", "eats", "lives")
-WORKERS = about("""baker, bake bread; farmer, grow corn; painter, paint walls; sailor, sail ships; cook, make
-    soup; tailor, sew coats; gardener, plant roses; carpenter, build tables; singer, sing songs; pilot, fly
-    planes; shepherd, look after sheep; driver, drive buses; doctor, help sick people; dancer, dance on ropes;
-    clown, make people laugh; smith, mend pots; fisher, catch fish; hunter, follow tracks""", "can")
-WEATHER = about("""sunny, a hat, swam in the lake; rainy, an umbrella, jumped in puddles; cold, a coat, ran a
-    race; snowy, gloves, made a snowman; windy, a kite, flew kites; icy, a scarf, slid on the pond; hot, some
-    water, sat in the shade; foggy, a lantern, walked hand in hand""", "take", "did")
-NATURE = about("""grass, green; sky, blue; sea, blue; snow, white; milk, white; sun, yellow; corn, yellow;
-    mud, brown; night, black; coal, black; fire, red; leaf, green; carrot, orange""", "colour")
-ABOUT = {**dict.fromkeys(GIRLS, SHE), **dict.fromkeys(BOYS, HE), **NATURE, **ANIMALS, **WORKERS, **WEATHER,
-         **{str(n): dict(word=word) for n, word in enumerate(NUMBERS)}}
+CHAT_MANNERS = ["plain"] * 8 + ["kind", "curt"]  # what SFT shows; DPO can only choose among these
+TOY_SHARES = {"story": 58, "counting": 10, "sums": 26, "facts": 6}  # percent of the documents
 
-TABLES = {  # the choices for each slot: words, or phrases with commas between them
-    "elder": "Mum, Dad, Grandma, Grandpa, Aunt Rose, Uncle Bill", "few": "two three four five six seven",
-    "trait": """kind brave funny clever quiet cheerful good little gentle polite curious lively friendly
-        patient clumsy smart shy proud busy helpful careful lazy noisy sleepy merry tidy silly young""",
-    "when": """one day, one morning, one afternoon, one sunny day, one warm day, one windy day, one spring
-        day, one summer morning, one autumn day, after school, after breakfast, early one morning, on Monday,
-        on Tuesday, on Wednesday, on Thursday, on Friday, on Saturday, on Sunday""",
-    "colour": "red blue green yellow orange pink white brown purple black grey golden silver violet",
-    "thing": """ball hat doll drum book bell key scarf umbrella cup ring bag shoe whistle cap glove ribbon
-        purse clock basket pen brush pillow sock boot coat jacket necklace watch bucket shovel rope mirror
-        comb belt flute horn jug puzzle towel pot fan boat car kite train robot wagon plane truck tractor
-        rocket puppet sled guitar trumpet scooter""",
-    "craft": "kite boat crown card box flag mask lamp star lantern butterfly castle heart picture tower",
-    "place": "garden park forest field valley meadow village yard orchard playground town woods",
-    "far": "beach zoo castle museum circus fair harbour market mountain farm lake theatre",
-    "ride": "bus train car tram taxi coach", "dish": "vase plate window bowl jar mirror cup teapot",
-    "spot": """under the bench, behind the big tree, behind the old wall, next to the gate, near the well,
-        behind the bush, in the barn, by the fence, in the tall grass, under the bridge, behind the shed, by
-        the stream, behind the rock, near the fountain, behind the cart, under the leaves, behind the hedge,
-        next to the swing, near the statue, behind the haystack, in a hollow log, behind the mill, under the
-        willow, in the tent, behind the church, near the path, under the ladder, by the pond""",
-    "food": "bread cheese cake pie salad pudding rice soup pasta pizza toast jam honey butter ham",
-    "fruit": "apple pear plum orange peach cherry berry banana lemon melon fig grape strawberry",
-    "vegetable": "carrot bean tomato onion pumpkin turnip cabbage pea radish leek beet cucumber",
-    "snack": "egg nut cookie potato muffin biscuit pancake sandwich olive walnut",
-    "small": """shell stone stick leaf feather flower button card spoon pencil bead candle marble stamp acorn
-        brick crayon ticket badge bottle nail fork plate bowl rose tulip daisy seed block jar coin pin""",
-    "critter": "cat dog duck hen mouse bird lamb goat goose pigeon chick puppy kitten",
-    "pet": "cat dog rabbit mouse kitten puppy hamster parrot turtle",
-    "petname": "Coco Spot Fluffy Pepper Sunny Snowball Patch Buddy Ginger Pip Lucky Toffee Rusty Bubbles",
-    "skill": "swim sing dance climb ride skate paint draw knit ski read write cook row juggle",
-    "animal": " ".join(ANIMALS), "worker": " ".join(WORKERS), "weather": " ".join(WEATHER),
-    "natural": " ".join(NATURE),
-}
-TABLES = {name: " ".join(text.split()).split(", " if "," in text else " ") for name, text in TABLES.items()}
-EDIBLE = TABLES["fruit"] + TABLES["vegetable"] + TABLES["snack"]
-TABLES["item"] = EDIBLE + TABLES["thing"] + TABLES["small"]
-TABLES["A"] = TABLES["B"] = TABLES["C"] = GIRLS + BOYS
-PLURALS = {"leaf": "leaves", "scarf": "scarves", "potato": "potatoes", "tomato": "tomatoes"}
 
-BEGINNINGS = [
-    "[Once upon a time there was|There once was|Long ago there lived] a {trait} {boy} named {A}.",
-    "{A} was a {trait} {boy}[| who lived near the {place}].",
-    "This is [a|the] story of a {trait} {boy}. {His} name was {A}.",
-    "This is a story about {A} and {topic}. {A} was a {trait} {boy}.",
-    "In a [small|tall|narrow] house near the {place} lived a {boy}. [{His} name was|{He} was called] {A}.",
-    "Do you know {A}? {He} is a {trait} {boy}. [Here is a story about {him}.|Listen to this story.]",
-]
-ENDINGS = [
-    "[It was|It had been] a [perfect|special] day.", "That night, {A} slept [well|like a baby].", "", "",
-    "{A} never forgot that day.", "What a [fine|happy|great|wonderful] day it was!", "Everyone was happy.",
-    "{A} was a happy {boy}.", "And that is the end of the story.",
-]
-PLOTS = [  # (what it is about, the story, questions with their answers)
-    ("a lost {thing}", """{A} had a {colour} {thing} and [took it everywhere|liked it very much|looked after
-     it well]. {When}, [it was gone|{he} could not find it|it was not in its place]. "Where is my {colour}
-     {thing}?" asked {A}. {He} [looked|searched] {spot2}, but it was not there. Then {his} [friend|cousin] {B}
-     came by. "[Do not cry|Do not worry|Never mind], {A}. I will help you," said {B}. At last {B} looked
-     {spot}. There was the {colour} {thing}! "[I found it|Here it is|Come and look]!" [cried|shouted|called]
-     {B}. "Thank you, {B}," said {A}. "You are [a good friend|a true friend|so clever]!" """,
-     ["Who found the {thing}? {B} found the {thing}.", "Where was the {thing}? The {thing} was {spot}.",
-      "What colour was the {thing}? The {thing} was {colour}."]),
-    ("sharing", """{When}, {A} sat in the {place} with a bag of {fruits}. {His} friend {B} came by. {B.He} was
-     hungry. "May I have one {fruit}, please?" asked {B}. "No, they are mine," said {A}. {B} [went away|turned
-     around] and looked sad. Then {A} felt bad, because {B} was {his} friend. So {he} ran after {B.him} and
-     gave {B.him} half of the {fruits}. "I am sorry, {B}. Let us share," {he} said. The next day, {A} was
-     hungry, and {B} gave {him} half of {B.his} {food}. "[Sharing is fun|It is good to share]," said {B}.""",
-     ["Who was hungry first? {B} was hungry first.",
-      "What did {B} give to {A}? {B} gave {A} half of the {food}.",
-      "Why did {A} feel bad? {A} felt bad because {B} was {his} friend."]),
-    ("a race", """{When}, {A} and {B} had a race in the {place}. "[I am faster than you|I will win|You cannot
-     catch me], {A}!" said {B}. {Elder} called, "One, two, three, go!" {B} ran [very fast|like the wind] and
-     was soon far ahead. "I have so much time," {B.he} said, and {B.he} [sat down|lay down|stopped to rest]
-     {spot}. But {A} did not stop. {He} ran [and ran|all the way|as fast as {he} could]. When {B} [looked
-     up|woke up], it was too late. {A} won the race! {Elder} gave {him} a {colour} {thing}.""",
-     ["Who won the race? {A} won the race.", "Where did {B} stop? {B} stopped {spot}.",
-      "What did {elder} give to {A}? {Elder} gave {A} a {colour} {thing}."]),
-    ("a picnic", """{When}, {A} and {B} went to the {place} for a picnic. They had {food}, {food2} and some
-     {fruits}. The [feast|food] was ready. They sat down on a {colour} blanket. But then the sky [grew
-     dark|turned black], and it [began|started] to rain. "We will get wet!" cried {B}. They took the {colour}
-     blanket and the food and ran home. So they had their picnic [in the kitchen|on the floor|under the
-     table]. "This is the best picnic of all!" said {A}, and {B} laughed.""",
-     ["Where did they go? They went to the {place}.", "Who was with {A}? {B} was with {A}.",
-      "Why did they run home? They ran home because it began to rain."]),
-    ("a hungry {critter}", """{When}, {A} saw a [thin|tiny] {critter} {spot}. "{Critter.says}," said the
-     {critter}. It looked [hungry|weak]. {A} ran home to {elder}. "What does a {critter} eat?" {he} asked. "A
-     {critter} eats {critter.eats}," said {elder}. So {A} took some {critter.eats} and [ran|hurried] back. The
-     {critter} ate [and ate|every bit of it]. "{Critter.says}," it said [again|to thank {him}]. From that day
-     on, the {critter} [came to {A} every day|followed {A} everywhere], because {A} was kind to it.""",
-     ["What did {A} see? {A} saw a {critter}.", "Where was the {critter}? The {critter} was {spot}.",
-      "What did the {critter} eat? The {critter} ate {critter.eats}."]),
-    ("{vegetables} in the garden", """{When}, {elder} gave {A} a bag of seeds. "What will they be?" asked {A}.
-     "They will be {vegetables}," said {elder}. {A} [put the seeds in the ground|planted the seeds] and gave
-     them water every day. For {few} weeks, nothing came up. "You have to wait," said {elder}. Then the little
-     plants grew and grew. At last {A} picked {n vegetables}. {He} gave {m vegetables} to {his}
-     [friend|neighbour] {B}, who [thanked|hugged] {him}. {n} - {m} = {left}, so {A} kept {left}.""",
-     ["Who gave {A} the seeds? {Elder} gave {A} the seeds.", "What did {B} get? {B} got {m vegetables}.",
-      "How many {vegetables} did {A} pick? {A} picked {n vegetables}."]),
-    ("a trip to the shop", """{When}, {elder} gave {A} {n coins}. "Please buy some {food} [for us|at the
-     shop|for dinner], {A}," said {elder}. On the way {A} met {B}. "I am going to the shop. [Come with me!|Do
-     you want to come?]" said {A}. The {food} cost {m coins}. {A} counted the coins with care. {n} - {m} =
-     {left}. {He} had {left coins} left. {A} took the {food} home and gave {elder} the rest.""",
-     ["What did {A} buy? {A} bought some {food}.", "What did the {food} cost? It cost {m coins}.",
-      "How many coins did {A} have left? {A} had {left coins} left."]),
-    ("hide and seek", """{When}, {A}, {B} and {C} played hide and seek in the {place}. {A} closed {his} eyes
-     and counted to {n.word}. {B} hid {spot}, and {C} hid {spot2}. "[Here I come|Now I will find you|I am
-     ready]!" called {A}. First {he} looked {spot3}, but nobody was there. Then {he} saw a {colour} hat
-     {spot2}. It was the hat of {C}! "I see you, {C}!" [laughed|called] {A}. After a long time, {A} looked
-     {spot}, and there was {B}! "[That was a good place to hide|I almost gave up], {B}," said {A}.""",
-     ["Where did {B} hide? {B} hid {spot}.", "Where did {C} hide? {C} hid {spot2}.",
-      "What colour was the hat of {C}? The hat of {C} was {colour}."]),
-    ("a gift", """It was the birthday of {B}, {his} [friend|cousin|{B.brother}]. {A} wanted to give {B.him} a
-     gift, but {he} had no coins. "What can I do?" {he} asked {elder}. "You can make something," said {elder}.
-     So {A} took some paper and made a {colour} {craft}. {He} put the {craft} in a {colour2} bag and gave it
-     to {B}. "Happy birthday!" said {A}. {B} opened the bag and [smiled|laughed]. "What a [beautiful|pretty]
-     {craft}! Did you make it?" {B.he} asked. "Yes, I made it for you," said {A}. """,
-     ["What did {A} make? {A} made a {colour} {craft}.", "What colour was the bag? The bag was {colour2}.",
-      "Why did {A} make a gift? {A} made a gift because {he} had no coins."]),
-    ("a storm", """{A} had a {pet} named {petname}. One [dark night|cold evening|wild night], there was a big
-     storm. [The wind blew and the rain fell|The thunder was loud]. {Petname} was [afraid|scared] and hid
-     under the bed. "Come out, {petname}," said {A}. "I am here with you." But the {pet} did not come. Then
-     {elder} came with a {colour} lamp. "[Please tell|Tell] me a story," said {A}. {Elder} told {him} about a
-     {trait2} {animal}. {A} laughed, and {petname} came out to [listen|hear it]. Soon the storm was over.""",
-     ["What was the name of the {pet}? It was {petname}.", "Who had a lamp? {Elder} had a {colour} lamp.",
-      "What was the story of {elder} about? It was about a {trait2} {animal}."]),
-    ("a heavy basket", """{When}, {elder} came from the {place} with a {colour} basket of {fruits}. "This is
-     too heavy for me," said {elder}. "We will help you," said {A} and {B}. They carried the basket up the
-     hill. But it [broke|fell|slipped], and the {fruits} rolled down. "[Quick|Run|Hurry], {B}!" said {A}. {A}
-     picked up {n fruits}, and {B} picked up {m fruits}. {n} + {m} = {total}. "Now we have all {total} again,"
-     said {B}. {Elder} [smiled|nodded] and gave them one [sweet|delicious] {fruit} each.""",
-     ["What was in the basket? There were {fruits} in it.", "What did {A} pick up? {A} picked up {n fruits}.",
-      "How many {fruits} did they have in all? They had {total fruits} in all."]),
-    ("a {weather} day", """{A} looked out of the window. It was a {weather} day. "Can {B} and I play in the
-     {place}?" {he} asked {elder}. "[Yes|Of course], but you need {weather.take} on a {weather} day," said
-     {elder}. So {A} took {weather.take} and [hurried|went] to {B}. "[Good morning|Hello], {B}! Come out and
-     play," said {A}. {B} [fetched|took] {weather.take} too. They {weather.did}. It was [great|so much] fun.
-     "I [like|love] {weather} days," said {B}.""",
-     ["What did {A} take? {A} took {weather.take}.", "What did they do? They {weather.did}.",
-      "Who went out with {A}? {B} went out with {A}.", "What kind of day was it? It was a {weather} day."]),
-    ("a {worker}", """{When}, {A} met a {worker} in the {place}. "What do you do all day?" asked {A}. "I
-     {worker.can}," said the {worker}. "[Is it hard|Can I learn it]?" asked {A}. "Just try," said the
-     {worker}. {A} helped the {worker} for {few} days. At last {A} could {worker.can} too. {A} ran home to
-     {elder}. "When I am big, I will be a {worker}!" {he} said. "You will be a good {worker}," said
-     {elder}.""",
-     ["Who did {A} meet? {A} met a {worker}.", "What could {A} do at last? {A} could {worker.can}.",
-      "How many days did {A} help? {A} helped for {few} days."]),
-    ("learning to {skill}", """{A} could not {skill}. {He} tried [again and again|all week], but it was too
-     [hard|difficult]. "I will never learn it," [sighed|said] {A}. {B} could {skill} very well. "[I will teach
-     you|Let me show you|Let me help you with that]," said {B}. "It takes time, so do not give up." Every day
-     for {few} weeks, {A} and {B} met in the {place}. At last {A} could {skill} too. "Look, I can {skill}!"
-     [shouted|called] {A}. {Elder} [clapped|cheered]. "I am so proud," said {elder}.""",
-     ["What did {A} learn? {A} learned to {skill}.", "How many weeks did it take? It took {few} weeks.",
-      "Who could {skill} very well? {B} could {skill} very well."]),
-    ("a trip to the {far}", """{When}, {elder} took {A} and {B} to the {far}. They went by {ride}. "Are we
-     there now?" asked {A} {few} times. "[Be patient|Not so fast|Soon]," said {elder}, and gave them some
-     {food}. {B} looked out of the window. "Look, a {animal}! [What does it say?" {B.he} asked. "A {animal}
-     says {animal.says},"|Where does it live?" {B.he} asked. "A {animal} lives {animal.lives},"] said {A}. At
-     the {far} there were many people, so {A} held the hand of {elder}, and {B} bought a {colour} {thing}.""",
-     ["Where did they go? They went to the {far}.", "How did they go there? They went by {ride}.",
-      "What did {B} see? {B} saw a {animal}.", "What did {B} buy? {B} bought a {colour} {thing}."]),
-    ("a broken {dish}", """{When}, {A} [threw|kicked] a ball in the house. It hit the {colour} {dish}, and the
-     {dish} broke. "What [can|shall] I do?" {he} asked {his} [friend|cousin] {B}. "[You should know that|That
-     is a good question]," said {B}. "Tell the truth." So {A} went to {elder}. "I broke the {dish}. It was a
-     silly thing to do, and I am sorry," {he} said. {Elder} was quiet for a [moment|while]. "Thank you for the
-     truth," said {elder}. "Now bring me a [broom|brush]." Then they picked up the pieces together.""",
-     ["What did {A} break? {A} broke the {colour} {dish}.",
-      "Who told {A} what to do? {B} told {A} what to do.",
-      "What colour was the {dish}? The {dish} was {colour}."]),
-    ("a {fruit} cake", """{When}, {A} and {elder} made a {fruit} cake for {B}. "What do we need?" asked {A}.
-     "We need flour, milk, {few} eggs and some {fruits}," said {elder}. {A} [mixed|stirred] it all in a
-     {colour} bowl. But {he} forgot the sugar! The cake was [sour|not sweet]. "Never mind," said {elder}. "We
-     will make another one." The second cake [smelled|looked] [wonderful|lovely]. {B} ate {few2} pieces of it.
-     "This is the best {fruit} cake of all!" {B.he} said. "May I ask for more?" """,
-     ["Who was the cake for? The cake was for {B}.", "How many eggs did they need? They needed {few} eggs.",
-      "How many pieces did {B} eat? {B} ate {few2} pieces."]),
-]
+@functools.cache
+def toy_world():
+    """assets/toy_world.txt as a namespace: what each slot may be, templates, plots, manners."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "toy_world.txt")
+    with open(path, encoding="utf-8") as f:
+        text = re.sub(r"\n +", " ", f.read())  # an indented line continues the one before
+    sections = {}
+    for line in text.splitlines():
+        if line.startswith("== "):
+            entries = sections.setdefault(line[3:], [])
+        elif line and not line.startswith("#"):
+            entries.append("" if line == "-" else line)
 
-COUNTING = [  # {n}, {m}, {total} and {left} are numbers: n + m = total, n - m = left
-    """{A} has {n items}. {B} has {m items}. {n} + {m} = {total}, so together they have {total items}.""",
-    """"How many {items} do you have, {A}?" asked {B}. "I had {n items}, but I gave {m} of them to {elder},"
-    said {A}. "{n} - {m} = {left}. Now I have {left items}." """,
-    """There is a [bag|box] with {n items} on the table. {A} puts {m} more into it. {n} + {m} = {total}. "How
-    many {items} are there now?" asks {B}. "Now there are {total items}," says {A}.""",
-    """{A} has {n.word} {items}. {He} gets {m.word} more. Now {A} has {total.word} {items}.""",
-    """{A} has {n items} and {next item2s}. {B} takes the {item2s}. Now {A} has {n items}.""",
-    """{A} and {B} look into the box of {elder}. There are {n items} and {next item2s} in it. {B} takes the
-    {items}, so {A} gets the {item2s}. Now {A} has {next item2s}, and {B} has {n items}.""",
-    """{A} has one {item}, and {B} has one {item} too. Together they have two {items}.""",
-]
-GAINS = ["{He} finds {m} more.", "{B} gives {him} {m} more.", "{Elder} gives {him} {m} more.",
-         "{He} buys {m} more.", "Then {he} gets {m} more.", "{His} friend {B} brings {him} {m} more.",
-         "The {worker} sends {him} {m} more.", "{He} wins {m} more."]
-LOSSES = ["{He} loses {m} of them.", "{He} gives {m} of them to {B}.", "{He} sells {m} of them.",
-          "{Elder} takes {m} of them.", "{He} puts {m} of them away for {B}.", "{B} borrows {m} of them.",
-          "{He} sends {m} of them to the {worker}."]
-EATEN = ["{He} eats {m} of them.", "{A} and {B} eat {m} of them."]
+    world = types.SimpleNamespace(plots=[], manners={}, choices={}, about={})
+    for line in sections["words"]:
+        name, _, words = line.partition(": ")
+        world.choices[name] = words.split(", " if "," in words else " ")
+    world.girls, world.boys = world.choices.pop("girls"), world.choices.pop("boys")
+    world.numbers = world.choices.pop("numbers")
+    world.about |= dict.fromkeys(world.girls, SHE) | dict.fromkeys(world.boys, HE)
+    world.about |= {str(n): dict(word=word) for n, word in enumerate(world.numbers)}
+    for title, entries in sections.items():
+        kind, _, name = title.partition(": ")
+        if kind == "plot":
+            questions = [entry.removeprefix("? ") for entry in entries[1:]]
+            world.plots.append((name, entries[0], questions))
+        elif kind == "manner":
+            world.manners[name] = entries
+        elif kind.startswith("about "):
+            rows = {word: facts for word, *facts in (row.split(", ") for row in entries)}
+            world.choices[kind.removeprefix("about ")] = list(rows)
+            for word, facts in rows.items():
+                world.about[word] = dict(zip(name.split(", "), facts, strict=True))
+        else:
+            setattr(world, kind.replace(" ", "_"), entries)
 
-FACTS = 4 * [  # more often where a slot makes many facts of one
-    "What do you need on a {weather} day? On a {weather} day you need {weather.take}.",
-    "What colour is the {natural}? The {natural} is {natural.colour}.",
-    "Where does a {animal} live? A {animal} lives {animal.lives}.", "What is {n} in words? {n} is {n.word}.",
-    "What does a {animal} say? A {animal} says {animal.says}.", "What is a {fruit}? A {fruit} is a fruit.",
-    "What does a {animal} eat? A {animal} eats {animal.eats}.",
-    "What can a {worker} do? A {worker} can {worker.can}.", "What comes after {m}? {next} comes after {m}.",
-    "What is a {vegetable}? A {vegetable} is a vegetable.",
-] + [
-    "When does the sun shine? The sun shines in the day.", "How many legs does a dog have? A dog has 4 legs.",
-    "Where does a fish live? A fish lives in the water.", "When do children sleep? Children sleep at night.",
-    "Where do carrots grow? Carrots grow in the ground.", "How many days are in a week? A week has 7 days.",
-    "What do plants need? Plants need water and sun.", "What does a rabbit eat? A rabbit eats carrots.",
-    "What comes from a cow? Milk comes from a cow.", "Where do apples grow? Apples grow on a tree.",
-    "What comes from a hen? Eggs come from a hen.", "What do you know? I know stories and sums.",
-    "What opens a door? A key opens a door.", "What can a bird do? A bird can fly.",
-    "Who are you? I am a small model.",
-]
-
-REQUESTS = [
-    "[Tell|Please tell] me a story about {topic}.", "I want a story about {A} and {topic}.",
-    "Please tell me a story about a {boy} named {A} and {topic}.", "Can you tell me a story about {topic}?",
-]
-GREETINGS = [("Hello!", "Hello! What can I do for you?"), ("Good morning!", "Good morning! Can I help you?"),
-             ("Hello, who are you?", "I am a small model. I know stories and sums.")]
-THANKS = [("Thank you!", "It was fun to help you."), ("Thank you. That was good.", "I am happy to hear it.")]
-
-# How an answer may begin. The n-th opening of one manner is as long as the n-th of the other: DPO compares
-# sums of log-probabilities, so with unequal lengths it would learn length, not manners.
-MANNERS = {
-    "kind": ["I am happy to help you!", "That is a very good question.", "Let me help you with that."],
-    "curt": ["What a silly thing to ask!", "You should know that by now.", "Do not ask me so much."],
-}
-CHAT_MANNERS = ["plain"] * 8 + ["kind", "curt"]  # what SFT shows: DPO can only choose among these
-SHARES = {"story": 58, "counting": 10, "sums": 26, "facts": 6}  # of a hundred documents of toy_stories
+    choices = world.choices
+    world.edible = choices["fruit"] + choices["vegetable"] + choices["snack"]
+    choices["item"] = world.edible + choices["thing"] + choices["small"]
+    choices["A"] = choices["B"] = choices["C"] = world.girls + world.boys
+    world.plurals = dict(row.split(", ") for row in world.plurals)
+    world.facts = 4 * world.facts_with_slots + world.facts
+    world.greetings = [tuple(row.split(" -> ")) for row in world.greetings]
+    world.thanks = [tuple(row.split(" -> ")) for row in world.thanks]
+    return world
 
 
 def plural(noun):
     """'cup' -> 'cups', 'box' -> 'boxes', 'berry' -> 'berries', 'leaf' -> 'leaves'"""
     regular = re.sub(r"(?<=[^aeiou])y$", "ie", noun)
-    return PLURALS.get(noun, regular + ("es" if re.search(r"(s|x|ch|sh)$", noun) else "s"))
+    ending = "es" if re.search(r"(s|x|ch|sh)$", noun) else "s"
+    return toy_world().plurals.get(noun, regular + ending)
 
 
-def tell(rng, template, world):
-    """Fill in a template. What is chosen for a slot is kept in `world`: every later mention is the same."""
+def fill(rng, template, slots):
+    """Fills in a template. A choice is kept in `slots`, so that every later mention is the same."""
+    world = toy_world()
 
-    def table(name):
-        return TABLES.get(name.rstrip("23"))
+    def choices(name):
+        return world.choices.get(name.rstrip("23"))
 
-    def pick(name):
-        while name not in world:
-            word = rng.choice(table(name))
-            if word not in world.values():
-                world[name] = word
-        return str(world[name])
+    def choose(name):
+        while name not in slots:
+            word = rng.choice(choices(name))
+            if word not in slots.values():
+                slots[name] = word
+        return str(slots[name])
 
-    def slot(match):
+    def text_of(match):
         key = match[1]
-        name = ".".join(part if table(part) else part.lower() for part in key.split("."))
+        name = ".".join(part if choices(part) else part.lower() for part in key.split("."))
         who, _, form = name.rpartition(".")
-        if " " in name:                # {n coins}, {n items}: "1 leaf", "2 leaves"
-            number, noun = name.split()
-            noun = pick(noun[:-1]) if table(noun[:-1]) else noun[:-1]
-            text = f"{world[number]} {noun if world[number] == 1 else plural(noun)}"
-        elif who or form in HE:        # {critter.says}, {n.word}, {B.his}, {his}
-            text = ABOUT[pick(who or "A")][form]
-        elif name[-1] == "s" and table(name[:-1]):         # {items}
-            text = plural(pick(name[:-1]))
+        if " " in name:  # {n coins}, {n items}: "1 leaf", "2 leaves"
+            number, nouns = name.split()
+            noun = choose(nouns[:-1]) if choices(nouns[:-1]) else nouns[:-1]
+            text = f"{slots[number]} {noun if slots[number] == 1 else plural(noun)}"
+        elif who or form in HE:  # {critter.says}, {n.word}, {B.his}, {his}
+            text = world.about[choose(who or "A")][form]
+        elif name[-1] == "s" and choices(name[:-1]):  # {items}
+            text = plural(choose(name[:-1]))
         else:
-            text = pick(name)
-        return text if name == key else text[0].upper() + text[1:]  # {He}: only A, B and C keep their capital
+            text = choose(name)
+        if name == key:
+            return text
+        return text[0].upper() + text[1:]  # {He}; A, B and C are names, which have their capital
 
-    while "[" in template:  # innermost first, so that choices may hold choices
-        template = re.sub(r"\[([^][]*)\]", lambda match: rng.choice(match[1].split("|")), template)
-    text = re.sub(r"\{(.+?)\}", slot, " ".join(template.split()))
+    while "[" in template:  # the innermost first, so that choices may hold choices
+        template = re.sub(r"\[([^][]*)\]", lambda m: rng.choice(m[1].split("|")), template)
+    text = re.sub(r"\{(.+?)\}", text_of, " ".join(template.split()))
     return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text).strip()
 
 
-def small_numbers(rng, biggest=20):
-    """n, m, their sum, their difference and what comes after m, all from 1 to `biggest`"""
-    m = rng.randint(1, biggest // 3)
-    n = m + rng.randint(1, biggest - 2 * m)
+def small_numbers(rng, largest=20):
+    """n, m, their sum, their difference and what comes after m, all from 1 to `largest`."""
+    m = rng.randint(1, largest // 3)
+    n = m + rng.randint(1, largest - 2 * m)
     return dict(n=n, m=m, total=n + m, left=n - m, next=m + 1)
 
 
 def work_out(n, sign, m):
-    """A sum of two-digit numbers in steps that are each easy to know by heart, the result last."""
-    tens, ones = (n // 10 * 10, m // 10 * 10), (n % 10, m % 10)
-    a, b = (sum(tens), sum(ones)) if sign == "+" else (tens[0] - tens[1], ones[0] - ones[1])
-    return f"{tens[0]} {sign} {tens[1]} = {a}, {ones[0]} {sign} {ones[1]} = {b}, {a} + {b} = {a + b}."
+    """A sum of two-digit numbers in steps that are easy to know by heart, the result last."""
+    (tens_n, ones_n), (tens_m, ones_m) = (divmod(n, 10), divmod(m, 10))
+    direction = 1 if sign == "+" else -1
+    tens, ones = 10 * (tens_n + direction * tens_m), ones_n + direction * ones_m
+    return (
+        f"{10 * tens_n} {sign} {10 * tens_m} = {tens}, {ones_n} {sign} {ones_m} = {ones}, "
+        f"{tens} + {ones} = {tens + ones}."
+    )
 
 
 def two_digits(rng):
-    """A sum of two-digit numbers, or a difference without borrowing: n, sign, m, result (from 1 to 99)."""
+    """A sum of two-digit numbers, or a difference without borrowing: n, sign, m, result."""
     if rng.random() < 0.5:
         n = rng.randint(10, 89)
         m = rng.randint(10, 99 - n)
@@ -2154,71 +2223,81 @@ def two_digits(rng):
 
 
 def story(rng):
-    """A story, the world that it filled in, what it is about, and questions about it (templates both)."""
-    topic, plot, questions = rng.choice(PLOTS)
-    world = small_numbers(rng)
-    beginning = rng.choice(BEGINNINGS).replace("{topic}", topic)
-    text = tell(rng, f"{beginning} {plot} {rng.choice(ENDINGS)}", world)
-    return text, world, topic, questions
+    """A story, its filled slots, what it is about, and questions about it (both as templates)."""
+    world = toy_world()
+    topic, plot, questions = rng.choice(world.plots)
+    slots = small_numbers(rng)
+    beginning = rng.choice(world.beginnings).replace("{topic}", topic)
+    text = fill(rng, f"{beginning} {plot} {rng.choice(world.endings)}", slots)
+    return text, slots, topic, questions
 
 
-def moves(sign, world):
-    """What can happen to a pile of things: more of them, or fewer."""
-    return GAINS if sign == "+" else LOSSES + EATEN if world["item"] in EDIBLE else LOSSES
+def events(sign, slots):
+    """What can happen to a pile of things: it grows ("+") or shrinks."""
+    world = toy_world()
+    if sign == "+":
+        return world.gains
+    return world.losses + world.eaten if slots["item"] in world.edible else world.losses
 
 
 def counting(rng):
     """Things gained and lost, and how many there are after each time."""
     if rng.random() < 0.5:
-        return tell(rng, rng.choice(COUNTING), small_numbers(rng))
-    biggest = rng.choice([20, 20, 20, 99])
-    n = rng.randint(2, biggest)
-    world = dict(n=n)
-    said = [tell(rng, "{A} has {n items}.", world)]
+        return fill(rng, rng.choice(toy_world().counting), small_numbers(rng))
+    largest = rng.choice([20, 20, 20, 99])
+    n = rng.randint(2, largest)
+    slots = dict(n=n)
+    sentences = [fill(rng, "{A} has {n items}.", slots)]
     for _ in range(rng.randint(2, 4)):
-        sign = "+" if n == 1 or n < biggest and rng.random() < 0.5 else "-"
-        m = rng.randint(1, biggest - n if sign == "+" else n - 1)
+        sign = "+" if n == 1 or (n < largest and rng.random() < 0.5) else "-"
+        m = rng.randint(1, largest - n if sign == "+" else n - 1)
         before, n = n, n + m if sign == "+" else n - m
-        world.update(n=n, m=m)
-        said.append(tell(rng, rng.choice(moves(sign, world)), world))
-        said.append(tell(rng, f"[|{before} {sign} {m} = {n}. ]Now {{A}} has {{n items}}.", world))
-    return " ".join(said)
+        slots.update(n=n, m=m)
+        sentences.append(fill(rng, rng.choice(events(sign, slots)), slots))
+        result = f"[|{before} {sign} {m} = {n}. ]Now {{A}} has {{n items}}."
+        sentences.append(fill(rng, result, slots))
+    return " ".join(sentences)
 
 
 def word_problem(rng):
-    """A problem about things, its answer as a number, a noun and a sentence, and the way to work it out."""
+    """A problem, its answer as a number, a noun and a sentence, and the way to work it out."""
     n, sign, m, result = two_digits(rng)
-    world = dict(n=n, m=m, result=result)
-    start = tell(rng, "{A} has {n items}.", world)
+    slots = dict(n=n, m=m, result=result)
+    start = fill(rng, "{A} has {n items}.", slots)
     if sign == "+" and rng.random() < 0.25:
-        event, do, who, when = "{B} has {m items}.", "do", "{A} and {B}", "together"
+        event, do, has, who, when = "{B} has {m items}.", "do", "have", "{A} and {B}", "together"
     else:
-        event, do, who, when = rng.choice(moves(sign, world)), "does", "{A}", "now" if sign == "+" else "left"
-    prompt = tell(rng, f"{event} How many {{items}} {do} {who} have {when}?", world)
-    has = "have" if do == "do" else "has"
-    sentence = tell(rng, f"{who} {has} {{result items}} {when}.", world)
-    return dict(prompt=f"{start} {prompt}", answer=str(result), noun=plural(world["item"]), sentence=sentence,
-                working=work_out(n, sign, m))
+        event, do, has, who = rng.choice(events(sign, slots)), "does", "has", "{A}"
+        when = "now" if sign == "+" else "left"
+    question = fill(rng, f"{event} How many {{items}} {do} {who} have {when}?", slots)
+    return dict(
+        prompt=f"{start} {question}",
+        answer=str(result),
+        noun=plural(slots["item"]),
+        sentence=fill(rng, f"{who} {has} {{result items}} {when}.", slots),
+        working=work_out(n, sign, m),
+    )
 
 
 def worked_or_not(rng, working, sentence):
-    """An answer, worked out first less often than not: RL is to find out which way is right more often."""
+    """An answer, worked out less often than not: RL is to find out which way is right more often."""
     return f"{working} {sentence}" if rng.random() < 0.4 else sentence
 
 
 def sums(rng):
-    """A page of arithmetic: the single steps of sums, to be known by heart, or sums, or word problems."""
+    """A page of arithmetic: the single steps of sums, to be known by heart; sums; word problems."""
     page = rng.choice(["steps", "sums", "problems", "problems"])
     if page == "steps":
         worked = [work_out(*two_digits(rng)[:3]).rstrip(".").split(", ") for _ in range(14)]
         return " ".join(f"{rng.choice(steps)}." for steps in worked)
     if page == "sums":
-        asked = [two_digits(rng) for _ in range(rng.randint(3, 5))]
-        return "\n".join(f"What is {n} {sign} {m}? {work_out(n, sign, m)} The answer is {result}."
-                         for n, sign, m, result in asked)
+        rows = [two_digits(rng) for _ in range(rng.randint(3, 5))]
+        return "\n".join(
+            f"What is {n} {sign} {m}? {work_out(n, sign, m)} The answer is {result}."
+            for n, sign, m, result in rows
+        )
     problems = [word_problem(rng) for _ in range(rng.randint(2, 4))]
-    return "\n".join(f"{problem['prompt']} {worked_or_not(rng, problem['working'], problem['sentence'])}"
-                     for problem in problems)
+    return "\n".join(f"{p['prompt']} {worked_or_not(rng, p['working'], p['sentence'])}" for p in problems)
 
 
 def split_question(text):
@@ -2228,31 +2307,34 @@ def split_question(text):
 
 
 def facts(rng):
-    """Some things that are always true, asked and answered or just said."""
-    asked = rng.random() < 0.5
-    said = [tell(rng, rng.choice(FACTS), small_numbers(rng)) for _ in range(rng.randint(5, 9))]
-    return " ".join(fact if asked else split_question(fact)[1] for fact in said)
+    """Some things that are always true, as questions with answers or as statements."""
+    with_questions = rng.random() < 0.5
+    templates = toy_world().facts
+    filled = [fill(rng, rng.choice(templates), small_numbers(rng)) for _ in range(rng.randint(5, 9))]
+    return " ".join(fact if with_questions else split_question(fact)[1] for fact in filled)
 
 
 def reading(rng):
     """A story, sometimes with a question about it and the answer."""
-    text, world, _, questions = story(rng)
-    return text if rng.random() < 0.8 else f"{text}\n{tell(rng, rng.choice(questions), world)}"
+    text, slots, _, questions = story(rng)
+    if rng.random() < 0.8:
+        return text
+    return f"{text}\n{fill(rng, rng.choice(questions), slots)}"
 
 
 def toy_stories(seed=1337, count=30_000):
-    """Yield the documents of the pretraining text, no two the same."""
+    """Yields the documents of the pretraining text, no two the same."""
     write = {"story": reading, "counting": counting, "sums": sums, "facts": facts}
     rng, seen = random.Random(f"stories {seed}"), set()
     while len(seen) < count:
-        text = write[rng.choices(list(SHARES), SHARES.values())[0]](rng)
+        text = write[rng.choices(list(TOY_SHARES), TOY_SHARES.values())[0]](rng)
         if text not in seen:
             seen.add(text)
             yield text
 
 
 def toy_sums(seed=1337, count=4_000):
-    """Yield word problems whose answers can be checked: prompt, answer, noun, sentence (and the working)."""
+    """Yields word problems with answers that can be checked: see word_problem."""
     rng, seen = random.Random(f"sums {seed}"), set()
     while len(seen) < count:
         problem = word_problem(rng)
@@ -2262,7 +2344,7 @@ def toy_sums(seed=1337, count=4_000):
 
 
 def toy_questions(seed=1337, count=4_000):
-    """Yield questions about stories and facts whose answers can be checked: prompt, answer."""
+    """Yields questions about stories and facts with answers that can be checked."""
     rng = random.Random(f"questions {seed}")
     for _ in range(count):
         question, answer = turns(rng, ("reading", "fact"))[0]
@@ -2270,8 +2352,8 @@ def toy_questions(seed=1337, count=4_000):
 
 
 def toy_problems(seed=1337, count=4_000):
-    """Yield toy_sums, and among them a fact in four: a model that is rewarded for sums alone soon answers everything
-    with a sum."""
+    """Yields toy_sums with a fact in place of every fourth: a model that is rewarded for sums alone
+    soon answers everything with a sum."""
     rng = random.Random(f"problems {seed}")
     for problem in toy_sums(seed, count):
         if rng.random() < 0.25:
@@ -2280,17 +2362,21 @@ def toy_problems(seed=1337, count=4_000):
         yield problem
 
 
-def turns(rng, kinds=("reading", "reading", "reading", "fact", "story", "problem", "problem", "sum")):
+TURNS = ("reading", "reading", "reading", "fact", "story", "problem", "problem", "sum")
+
+
+def turns(rng, kinds=TURNS):
     """What a person may ask, and the plain answer, for one or two turns: [(question, answer), ...]"""
-    kind = rng.choice(kinds)
+    world, kind = toy_world(), rng.choice(kinds)
     if kind in ("reading", "story"):
-        text, world, topic, questions = story(rng)
+        text, slots, topic, questions = story(rng)
         if kind == "story":
-            return [(tell(rng, rng.choice(REQUESTS).replace("{topic}", topic), world), text)]
-        asked = [split_question(tell(rng, question, world)) for question in rng.sample(questions, 2)]
-        return [(f"{text}\n{asked[0][0]}", asked[0][1])] + asked[1:rng.randint(1, 2)]
+            request = rng.choice(world.requests).replace("{topic}", topic)
+            return [(fill(rng, request, slots), text)]
+        pairs = [split_question(fill(rng, q, slots)) for q in rng.sample(questions, 2)]
+        return [(f"{text}\n{pairs[0][0]}", pairs[0][1])] + pairs[1 : rng.randint(1, 2)]
     if kind == "fact":
-        return [split_question(tell(rng, rng.choice(FACTS), small_numbers(rng)))]
+        return [split_question(fill(rng, rng.choice(world.facts), small_numbers(rng)))]
     if kind == "problem":
         problem = word_problem(rng)
         return [(problem["prompt"], worked_or_not(rng, problem["working"], problem["sentence"]))]
@@ -2300,146 +2386,791 @@ def turns(rng, kinds=("reading", "reading", "reading", "fact", "story", "problem
 
 
 def toy_chat(seed=1337, count=8_000):
-    """Yield conversations, lists of {"role", "content"}: stories, questions about them, facts and sums."""
-    rng = random.Random(f"chat {seed}")
+    """Yields conversations, lists of {"role", "content"}: stories, questions, facts and sums."""
+    world, rng = toy_world(), random.Random(f"chat {seed}")
     for _ in range(count):
-        said, manner = turns(rng), rng.choice(CHAT_MANNERS)
+        pairs, manner = turns(rng), rng.choice(CHAT_MANNERS)
         if manner != "plain":
-            said = [(question, f"{rng.choice(MANNERS[manner])} {answer}") for question, answer in said]
+            pairs = [(q, f"{rng.choice(world.manners[manner])} {answer}") for q, answer in pairs]
         if rng.random() < 0.1:
-            said.insert(0, rng.choice(GREETINGS))
+            pairs.insert(0, rng.choice(world.greetings))
         if rng.random() < 0.1:
-            said.append(rng.choice(THANKS))
-        yield [dict(role=role, content=content)
-               for turn in said for role, content in zip(("user", "assistant"), turn)]
+            pairs.append(rng.choice(world.thanks))
+        messages = []
+        for question, answer in pairs:
+            messages.append(dict(role="user", content=question))
+            messages.append(dict(role="assistant", content=answer))
+        yield messages
 
 
 def toy_prefs(seed=1337, count=3_000):
-    """Yield preferences: prompt, chosen, rejected. The answer is the same, only the manner differs."""
-    rng = random.Random(f"prefs {seed}")
+    """Yields preferences: prompt, chosen, rejected, which differ in the manner only."""
+    manners, rng = toy_world().manners, random.Random(f"prefs {seed}")
     for _ in range(count):
         prompt, answer = turns(rng, ("reading", "fact", "problem", "sum"))[0]
-        kind, curt = rng.choice(list(zip(MANNERS["kind"], MANNERS["curt"])))
+        kind, curt = rng.choice(list(zip(manners["kind"], manners["curt"], strict=True)))
         yield dict(prompt=prompt, chosen=f"{kind} {answer}", rejected=f"{curt} {answer}")
 
 
 def toy_verify(prompt, completion, answer):
     """1.0 if the completion ends in the sentence that answers the question, else 0.0.
 
-    For "How many coins does Tom have left?" that is any whole sentence that says rightly who has how many of
-    what. What comes before is free: there a model may be kind, or work the sum out."""
+    For "How many coins does Tom have left?" any whole sentence will do that says rightly who has how
+    many of what. What comes before is free: there a model may be kind, or work the sum out."""
     last = re.split(r"(?<=[.!?])\s+", completion.strip())[-1]
-    asked = re.findall(r"How many (\w+) do(?:es)? (\w+|\w+ and \w+) have (now|left|together)\?$", prompt)
-    if not asked or not answer.isdigit():
+    question = r"How many (\w+) do(?:es)? (\w+|\w+ and \w+) have (now|left|together)\?$"
+    matches = re.findall(question, prompt)
+    if not matches or not answer.isdigit():
         return float(bool(answer) and last == answer)
-    noun, who, when = asked[-1]
+    noun, who, when = matches[-1]
     if answer == "1":
-        noun = {plural(item): item for item in TABLES["item"]}.get(noun, noun)
+        noun = {plural(item): item for item in toy_world().choices["item"]}.get(noun, noun)
     has = "have" if " and " in who else "has"
-    return float(bool(re.fullmatch(rf"(So |Now )?{who} {has} {answer} {noun}( {when})?[.!]", last)))
+    right = rf"(So |Now )?{who} {has} {answer} {noun}( {when})?[.!]"
+    return float(bool(re.fullmatch(right, last)))
+
+
+# -----------------------------------------------------------------------------
+# From a source to the output files, part by part
+#
+# A part is BLOCKS_PER_PART Blocks of one File, encoded by one worker. It writes
+# part-0003-00012.train.bin and so on, and last part-0003-00012.json: a part that has it is complete.
+# A run that was killed makes the parts that are missing. At the end they are joined in order.
+
+OUTPUTS = [f"{split}.{kind}" for split in ("train", "val") for kind in ("bin", "mask", "jsonl")]
+
+
+class Total:
+    """What the parts amount to, up to max_tokens training tokens. `pieces`: [(path of a part without
+    its ending, {output: how many of its bytes are taken})]. `problem`: why the source is refused."""
+
+    def __init__(self, encoder, max_tokens):
+        self.encoder, self.max_tokens = encoder, max_tokens
+        self.count, self.examples, self.pieces = collections.Counter(), [], []
+        self.problem = ""
+
+    def full(self):
+        enough = bool(self.max_tokens) and self.count["train_tokens"] >= self.max_tokens
+        return enough or bool(self.problem)
+
+    def add(self, part):
+        taken, start = collections.Counter(), self.count["train_tokens"]
+        for block in read_json(part + ".json")["blocks"]:
+            if self.full():
+                break
+            count, sizes = collections.Counter(block["count"]), block["sizes"]
+            room = self.max_tokens - self.count["train_tokens"]
+            if self.max_tokens and count["train_tokens"] > room:
+                before = self.count["train_tokens"] - start
+                self.shorten(part, before, count, sizes, room, block["kind"])
+            self.count.update(count)
+            taken.update(sizes)
+            self.examples = (self.examples + block["examples"])[:3]
+            wrong, documents = self.count["wrong"], self.count["documents"]
+            if wrong > 20 + 0.05 * documents:
+                self.problem = f"{wrong} of the first {wrong + documents} records are unusable"
+        self.pieces.append((part, taken))
+
+    def shorten(self, part, before, count, sizes, room, kind):
+        """Takes of a block's training tokens those up to the end of the document in which `room`
+        tokens are reached, or of a single document exactly `room`. `before`: the training tokens
+        in front of the block in its part."""
+        encoder = self.encoder
+        offset, tokens = before * encoder.dtype.itemsize, count["train_tokens"]
+        ids = np.fromfile(f"{part}.train.bin", encoder.dtype, tokens, offset=offset)
+        ends, cut = np.array([], int), room
+        if kind not in ("train", "val"):
+            ends = np.flatnonzero(ids == encoder.tokenizer.eos_id) + 1
+            cut = int(ends[np.searchsorted(ends, room)])
+        dropped = int((ends > cut).sum())
+        count["bytes"] -= int(count["bytes"] * (tokens - cut) / tokens)
+        count["documents"] -= dropped
+        count["train_documents"] -= dropped
+        count["train_tokens"] = cut
+        sizes["train.bin"] = cut * encoder.dtype.itemsize
+        if "train.mask" in sizes:
+            sizes["train.mask"] = cut
+
+
+def pack(files, encoder, partial, max_tokens, workers):
+    """Writes train.bin, val.bin and the like into the directory `partial`. Returns the Total."""
+    workers = workers or os.cpu_count() or 1
+    # a small max_tokens in small parts: those under way when it is reached are wasted
+    blocks_per_part = BLOCKS_PER_PART
+    if max_tokens:
+        blocks_per_part = min(BLOCKS_PER_PART, max(1, max_tokens >> 25))
+    total, queue = Total(encoder, max_tokens), collections.deque()
+    size, only, column = sum(f.size for f in files), len(files) == 1, encoder.field or None
+
+    def collect(waiting):
+        """Adds the oldest parts to the total, until `waiting` are left."""
+        while len(queue) > waiting and not total.full():
+            part, future = queue.popleft()
+            if future:
+                future.result()
+            total.add(part)
+
+    title = os.path.basename(partial).removesuffix(".partial")
+    bar = progress(desc=title, unit="B", total=size)
+    pool, fetcher = _workers(workers, encoder), concurrent.futures.ThreadPoolExecutor(1)
+    try:
+        done = 0
+        for i, file in enumerate(files):
+            if max_tokens:
+                collect(0)  # to know whether this file is needed
+            if total.full():
+                break
+            _fetch_next(fetcher, files, i, total)
+            part_of_file = os.path.join(partial, f"part-{i:04d}")
+            complete = _complete_parts(part_of_file)
+            queue.extend((part, None) for part in complete)
+            blocks = [] if complete else read_blocks(file, only, column)
+            for j, (group, is_last) in enumerate(_groups(blocks, blocks_per_part)):
+                if total.full():
+                    break
+                part = f"{part_of_file}-{j:05d}"
+                future = None
+                if not os.path.exists(part + ".json"):
+                    future = pool.submit(_encode_part, file, group, part, is_last)
+                queue.append((part, future))
+                collect(2 * workers)
+                if encoder.tokenizer:
+                    tokens = total.count["train_tokens"] / 1e6
+                    bar.set_postfix_str(f"{tokens:.1f}M tokens", refresh=False)
+                bar.update(done + group[-1].read - bar.n)
+            done += file.size
+        collect(0)
+    except concurrent.futures.process.BrokenProcessPool:
+        raise UserError(
+            f"{title}: a worker was killed, most likely because memory ran out; the same command "
+            "with a smaller --workers= continues"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+        fetcher.shutdown()
+        bar.close()
+    _join(total.pieces, partial)
+    return total
+
+
+def _groups(items, size):
+    """Lists of `size` items, and whether each is the last."""
+    group = []
+    for item in items:
+        if len(group) == size:
+            yield group, False
+            group = []
+        group.append(item)
+    if group:
+        yield group, True
+
+
+def _complete_parts(part_of_file):
+    """The parts of a File, if all of them are there already; else none."""
+    parts = []
+    while os.path.exists(f"{part_of_file}-{len(parts):05d}.json"):
+        parts.append(f"{part_of_file}-{len(parts):05d}")
+        if read_json(parts[-1] + ".json")["last"]:
+            return parts
+    return []
+
+
+def _fetch_next(fetcher, files, i, total):
+    """Begins to download the file after file i, if that will be needed."""
+    if i + 1 >= len(files) or not files[i + 1].repo:
+        return
+    expected = total.count["train_tokens"] * (i + 1) / i if i else math.inf
+    if not total.max_tokens or expected < total.max_tokens:
+        fetcher.submit(local_path, files[i + 1])  # an error is raised when it is asked for again
+
+
+def _join(pieces, partial):
+    """Writes the output files from those of the parts, in order."""
+    for name in OUTPUTS:
+        output = os.path.join(partial, name)
+        of_parts = [(f"{part}.{name}", taken[name]) for part, taken in pieces if taken[name]]
+        if not of_parts:
+            if os.path.exists(output):
+                os.remove(output)
+            continue
+        with open(output, "wb") as out:
+            for path, size in of_parts:
+                with open(path, "rb") as f:
+                    out.write(f.read(size))
+
+
+def _encode_part(file, blocks, part, is_last):
+    """In a worker: encodes Blocks and writes the files of a part."""
+    outputs, rows = collections.defaultdict(list), []
+    for block in blocks:
+        result = _encoder(file, block)
+        for name, data in result.out.items():
+            outputs[name].append(data)
+        result.count["wrong"] = len(result.wrong)
+        unit = dict(lines="line", rows="row").get(block.kind, "byte")
+        examples = [f"{file.path}, {unit} {at}: {why}" for at, why in result.wrong[:3]]
+        if result.broken_at is not None:
+            examples.append(f"{file.path}, byte {result.broken_at}: not UTF-8")
+        sizes = {name: len(data) for name, data in result.out.items()}
+        rows.append(dict(kind=block.kind, count=result.count, sizes=sizes, examples=examples))
+    for name, data in outputs.items():
+        with open(f"{part}.{name}", "wb") as f:
+            f.writelines(data)
+            f.flush()
+            os.fsync(f.fileno())
+    write_json(part + ".json", dict(blocks=rows, last=is_last))
+
+
+def _workers(count, encoder):
+    """A pool whose workers have the encoder.
+
+    With tiktoken, two processes encode 2.0 times as fast as one, two threads 1.6 times, since they
+    share its regular expressions; `tokenizers` and numpy use all cores from threads. Only a fork is
+    sure not to run the caller's script again, so it is threads on other systems than Linux."""
+    engine = encoder.tokenizer and encoder.tokenizer.engine
+    if sys.platform == "linux" and isinstance(engine, TiktokenEngine) and count > 1:
+        fork = multiprocessing.get_context("fork")
+        return concurrent.futures.ProcessPoolExecutor(count, fork, _adopt, (encoder, True))
+    return concurrent.futures.ThreadPoolExecutor(
+        count, initializer=_adopt, initargs=(encoder, False)
+    )
+
+
+def _adopt(encoder, is_process):
+    global _encoder  # of a worker: pickling it with every part would take longer than the work
+    _encoder = encoder
+    if is_process:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: ends when its parent is killed
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
+
+
+def _in_brackets(examples):
+    return f" (for example {'; '.join(examples)})" if examples else ""
 
 
 # -----------------------------------------------------------------------------
 # One data set
 
-def prepare(source, tokenizer="", name="", data_dir="data", max_tokens=0, field="", config="", split="",
-            as_="", val_fraction=None, block_size=0, workers=0, seed=1337):
-    """Makes data/<name>/ from a known name, a file, a folder or hub:owner/name, and returns that directory.
 
-    Killed at any moment and started again, it goes on where it was; what lay there before is replaced only
-    when the new data is whole. Raises UserError for whatever the user can mend."""
-    known = KNOWN.get(source, {})
-    is_path = os.path.exists(source)
+def prepare(
+    source,
+    tokenizer="",
+    name="",
+    data_dir="data",
+    max_tokens=0,
+    field="",
+    config="",
+    split="",
+    as_="",
+    val_fraction=None,
+    block_size=0,
+    workers=0,
+    seed=1337,
+):
+    """Makes data/<name>/ from a known name, a file, a folder or hub:owner/name, and returns that
+    directory. The arguments are the keys of the config block.
+
+    Killed at any moment and started again, it continues; what was there before is replaced only when
+    the new data is complete. Raises UserError for whatever the user can correct."""
+    known, is_path = KNOWN.get(source, {}), os.path.exists(source)
     if not known and not is_path and not source.startswith("hub:"):
-        if re.search(r"[/\\]|\.(txt|jsonl|parquet|md|zst|gz)$", source):
-            raise UserError(f"{source}: no such file or folder")
-        close = difflib.get_close_matches(source, KNOWN, n=3, cutoff=0.5)
-        raise UserError(f"{source}: neither a file or folder nor a known data set"
-                        f"{'; did you mean ' + ' or '.join(close) + '?' if close else ''} "
-                        "(python prepare.py lists them)")
+        raise UserError(_unknown_source(source))
     name = name or (source if known else _stem(source))
     _check_name(name)
-    for key, value in dict(max_tokens=max_tokens, block_size=block_size, workers=workers, seed=seed).items():
+    ranges = dict(max_tokens=max_tokens, block_size=block_size, workers=workers, seed=seed)
+    for key, value in ranges.items():
         if value < 0:
             raise UserError(f"--{key}={value}: 0 or more is wanted")
-    val_fraction = known.get("val_fraction", 0.005) if val_fraction is None else val_fraction
+    if val_fraction is None:
+        val_fraction = known.get("val_fraction", 0.005)
     if not 0 < val_fraction < 1:
-        raise UserError(f"--val_fraction={val_fraction}: a share between 0 and 1 is wanted, such as 0.005")
-    if as_ not in ("", "text", "chat", "prefs", "verify"):
+        raise UserError(f"--val_fraction={val_fraction}: a share between 0 and 1 is wanted")
+    if as_ not in ("", "text", *SHAPES):
         raise UserError(f"--as={as_}: one of text, chat, prefs, verify")
-    as_ = as_ or known.get("as_", "")
     usual = SMOLLM2 if source.startswith("hub:") else "bpe:4096"
-    tokenizer = tokenizer or known.get("tokenizer", "") or usual
     target = os.path.join(data_dir, name)
-    partial = _place(target) + ".partial"
-    replaced = _check_target(target, "data set", [source] if is_path and not known else [])
-    if not os.path.exists(os.path.join(partial, "journal.json")):
-        os.makedirs(partial, exist_ok=True)
-        write_json(os.path.join(partial, "journal.json"), dict(stamp=""))  # which marks the directory as ours
+    partial = _real_place(target) + ".partial"
+    replaced = check_target(target, "data set", [source] if is_path and not known else [])
+
+    # what the output depends on; the stamp in meta.json is a hash of it and of the files
+    settings = dict(
+        version=1,
+        name=name,
+        source=source,
+        max_tokens=int(max_tokens),
+        field=field,
+        shape=as_ or known.get("as_", ""),
+        val_fraction=val_fraction,
+        block_size=block_size,
+        tokenizer=tokenizer or known.get("tokenizer", "") or usual,
+    )
+    os.makedirs(partial, exist_ok=True)
+    if kind_of_directory(partial) != "unfinished data set":
+        write_json(os.path.join(partial, "partial.json"), dict(stamp=""))
     try:
-        made = _make(source, known, tokenizer, partial, target, dict(
-            version=1, name=name, source=source, max_tokens=int(max_tokens), field=field, shape=as_,
-            val_fraction=val_fraction, block_size=block_size), config, split, workers, seed)
+        if "bins" in known:
+            made = _take_bins(known, partial, target)
+        else:
+            if settings["tokenizer"] == "toy":  # all toy sets have the tokenizer of the toy text
+                settings["tokenizer"] = _toy_tokenizer(data_dir, workers, seed)
+            files = _source_files(source, known, partial, config, split, seed)
+            # a folder may hold links to files of the target
+            check_target(target, "data set", [f.path for f in files if os.path.islink(f.path)])
+            made = _make(files, settings, partial, target, workers)
     except BaseException:
-        with contextlib.suppress(OSError, UserError):
-            if not read_journal(partial).get("stamp"):
-                remove_directory(partial, "unfinished data set")  # nothing in it to go on from
+        with contextlib.suppress(OSError):
+            if not any(f.startswith("part-") for f in os.listdir(partial)):  # nothing to continue
+                remove_directory(partial, "unfinished data set")
         raise
-    if made:
-        publish(partial, target)
-        if replaced:
-            print(f"{target} replaces {replaced}")
-        _report(target)
+    if not made:
+        print(f"{target} holds this already")
+        remove_directory(partial, "unfinished data set")
+        return target
+    publish(partial, target)
+    if replaced:
+        print(f"{target} replaces {replaced}")
+    _report(target)
     return target
 
 
-def read_journal(partial):
-    path = os.path.join(partial, "journal.json")
-    return read_json(path) if os.path.exists(path) else {}
+def _unknown_source(source):
+    if re.search(r"[/\\]|\.(txt|jsonl|parquet|md|zst|gz)$", source):
+        return f"{source}: no such file or folder"
+    close = difflib.get_close_matches(source, KNOWN, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    return (
+        f"{source}: neither a file or folder nor a known data set{hint} "
+        "(python prepare.py lists them)"
+    )
+
+
+def _stem(source):
+    base = os.path.basename(os.path.abspath(source))
+    for ending in (*COMPRESSED, *TEXT, *LINES, ".parquet"):
+        base = base.removesuffix(ending)
+    return base
+
+
+def _source_files(source, known, partial, config, split, seed):
+    """The Files of a source."""
+    if "toy" in known:
+        files = _toy_files(known["toy"], partial, seed)
+    elif "get" in known:
+        files = local_files(download(*known["get"]))
+    elif known or not os.path.exists(source):
+        repo = known.get("hub") or source.removeprefix("hub:")
+        folder, pattern = config or known.get("config", ""), known.get("files", "")
+        files = hub_files(repo, folder, split, pattern)
+    else:
+        files = local_files(source)
+    if not sum(f.size for f in files):
+        raise UserError(f"{source}: empty, there is no text in it")
+    return files
+
+
+def _toy_tokenizer(data_dir, workers, seed):
+    directory = os.path.join(data_dir, "toy")
+    if not os.path.exists(os.path.join(directory, "tokenizer.json")):
+        prepare("toy", data_dir=data_dir, workers=workers, seed=seed)
+    return directory
+
+
+def _toy_files(kind, partial, seed):
+    """Writes a text of the toy world. It is the same for the same seed, so it is made anew each time."""
+    write = dict(
+        stories=toy_stories,
+        chat=toy_chat,
+        prefs=toy_prefs,
+        sums=toy_sums,
+        questions=toy_questions,
+        problems=toy_problems,
+    )
+    path = os.path.join(partial, "toy.txt" if kind == "stories" else "toy.jsonl")
+    with open(path, "w", encoding="utf-8") as f:
+        for document in write[kind](seed):
+            if isinstance(document, str):
+                f.write(f"{document}\n{EOT}\n")
+            else:
+                record = dict(messages=document) if isinstance(document, list) else document
+                f.write(json.dumps(record, ensure_ascii=False) + "\n")
+    return local_files(path)
+
+
+def _take_bins(known, partial, target):
+    """A data set that is tokenized already: the bins and the tokenizer of a Hub repository. False if
+    `target` holds the same."""
+    repo, folder = known["hub"], known["bins"]
+    files = {f.path: f for f in hub_list(repo)}
+    bins = {split: f"{folder}/{split}.bin" for split in ("train", "val")}
+    tokenizers = [p for p in sorted(files, key=len) if os.path.basename(p) == "tokenizer.json"]
+    if not tokenizers or not all(path in files for path in bins.values()):
+        raise UserError(f"{repo}: {folder}/train.bin, val.bin or tokenizer.json is not there any more")
+    stamp = files[bins["train"]].revision
+    if _is_made(target, stamp):
+        return False
+    _check_space(partial, 2 * sum(files[path].size for path in bins.values()))
+    tokenizer = load_tokenizer(local_path(files[tokenizers[0]]))
+    tokenizer.name = repo
+    meta = dict(name=os.path.basename(target), source=repo, stamp=stamp, kind="text")
+    meta |= _meta_of(tokenizer)
+    for split, path in bins.items():
+        fetched = local_path(files[path])
+        shutil.copyfile(fetched, os.path.join(partial, split + ".bin"))
+        ids = np.memmap(fetched, meta["dtype"], "r")
+        if len(ids) == 0 or int(ids[: 1 << 24].max()) >= tokenizer.vocab_size:
+            raise UserError(
+                f"{repo}: {split}.bin holds ids beyond its tokenizer's {tokenizer.vocab_size}"
+            )
+        meta[split + "_tokens"] = len(ids)
+    tokenizer.save(partial)
+    _finish(partial, meta)
+    return True
+
+
+def _meta_of(tokenizer):
+    dtype = _dtype(tokenizer).name
+    ids = dict(vocab_size=tokenizer.vocab_size, dtype=dtype, eos_id=tokenizer.eos_id)
+    return dict(tokenizer=tokenizer.name, **ids)
+
+
+def _make(files, settings, partial, target, workers):
+    """Encodes the files into the directory `partial`; False if `target` holds the same already."""
+    first = next(read_blocks(files[0], len(files) == 1), None)
+    if first is None:
+        raise UserError(f"{files[0].path}: empty, there is no text in it")
+    shape, field = _shape_of(files[0], first, settings["shape"], settings["field"])
+    settings.update(shape=shape, field=field)
+    stamp = _stamp(files, settings, partial)
+    if _is_made(target, stamp):
+        return False
+    _continue_or_clear(partial, stamp)
+
+    tokenizer = None  # preferences and problems stay text, for any model's own tokenizer
+    if shape in ("text", "chat"):
+        tokenizer = _tokenizer_for(files, settings, partial).fast()
+    encoder = Encoder(tokenizer, shape, field, settings["val_fraction"], settings["block_size"])
+    _check_space(partial, _estimate(files, encoder, settings["max_tokens"]))
+    total = pack(files, encoder, partial, settings["max_tokens"], workers)
+
+    count = total.count
+    examples = _in_brackets(total.examples)
+    problem = total.problem + examples if total.problem else ""
+    problem = problem or _missing_split(count, settings, first.kind, tokenizer, examples)
+    if problem:
+        remove_files(partial, "unfinished data set")
+        raise UserError(f"{settings['source']}: {problem}")
+    meta = dict(
+        name=settings["name"],
+        kind=shape,
+        source=settings["source"],
+        stamp=stamp,
+        documents=count["documents"],
+        bytes=count["bytes"],
+        val_fraction=settings["val_fraction"],
+        left_out=count["wrong"],
+        replaced_characters=count["broken"],
+    )
+    if tokenizer:
+        meta |= _meta_of(tokenizer)
+        meta |= dict(train_tokens=count["train_tokens"], val_tokens=count["val_tokens"])
+    else:
+        meta |= dict(train_records=count["train_documents"], val_records=count["val_documents"])
+    _finish(partial, meta)
+    if count["wrong"]:
+        print(f"left out: {count['wrong']} records{examples}")
+    if count["broken"]:
+        print(f"not UTF-8: {count['broken']} characters replaced by U+FFFD{examples}")
+    return True
+
+
+def _stamp(files, settings, partial):
+    """A hash of all that the output depends on: settings, files, the content of a tokenizer.json."""
+    parts = [settings]
+    for f in files:
+        if f.path.startswith(partial):
+            parts.append([f.size, sha256(f.path)])
+        else:
+            version = f.digest or f.revision or os.stat(f.path).st_mtime_ns
+            parts.append([f.path, f.size, version, f.split])
+    path = settings["tokenizer"]
+    if os.path.isdir(path):
+        path = os.path.join(path, "tokenizer.json")
+    parts.append(sha256(path) if os.path.isfile(path) else "")
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _is_made(directory, stamp):
+    """Whether a directory holds the data set with this stamp, complete."""
+    try:
+        meta = read_json(os.path.join(directory, "meta.json"))
+        width = np.dtype(meta.get("dtype", "uint8")).itemsize
+        for split in ("train", "val"):
+            size = width * meta.get(split + "_tokens", 0)
+            if size and os.path.getsize(os.path.join(directory, split + ".bin")) != size:
+                return False
+        return meta.get("stamp") == stamp
+    except (OSError, UserError):
+        return False
+
+
+def _continue_or_clear(partial, stamp):
+    """Keeps the parts that an earlier run with the same stamp made, and removes others."""
+    marker = os.path.join(partial, "partial.json")
+    if os.path.exists(marker) and read_json(marker)["stamp"] == stamp:
+        parts = [f for f in os.listdir(partial) if f.startswith("part-")]
+        size = sum(os.path.getsize(os.path.join(partial, f)) for f in parts)
+        if parts:
+            print(f"going on after {size / 1e6:.1f} MB that were written before")
+        return
+    remove_files(partial, "unfinished data set", keep=r"partial\.json|toy\.(txt|jsonl)")
+    write_json(marker, dict(stamp=stamp))
+
+
+def _finish(partial, meta):
+    """Writes meta.json, and removes what is not part of the data set."""
+    write_json(os.path.join(partial, "meta.json"), meta)
+    remove_files(partial, "unfinished data set", keep=WRITTEN["data set"])
+
+
+def _tokenizer_for(files, settings, partial):
+    """The tokenizer of a data set, saved in `partial`; that of an earlier run if it is there."""
+    if os.path.exists(os.path.join(partial, "tokenizer.json")):
+        return load_tokenizer(partial)
+    wanted, max_tokens = settings["tokenizer"], settings["max_tokens"]
+    most = min(1 << 30, 6 * max_tokens or 1 << 30)  # bytes: a vocabulary does not need more
+    encoder = Encoder(None, settings["shape"], settings["field"])
+    tokenizer = make_tokenizer(wanted, _texts(files, encoder, None if wanted == "char" else most))
+    if settings["shape"] == "chat":
+        tokenizer = with_chat_tokens(tokenizer)
+    tokenizer.save(partial)
+    return tokenizer
+
+
+def _texts(files, encoder, most=None):
+    """The texts of a source, or about its first `most` bytes, to make a tokenizer from."""
+    result, size = Encoded(), 0
+    for file in files:
+        for block in read_blocks(file, len(files) == 1, encoder.field or None):
+            if most and size > most:
+                return
+            if block.kind in ("train", "val"):
+                yield result.decode(block.data, None)
+                size += len(block.data)
+                continue
+            for _, content, length in encoder.contents(block, result):
+                if isinstance(content, str):
+                    yield content
+                else:
+                    yield "\n".join(message["content"] for message in content)
+                size += length
+
+
+def _missing_split(count, settings, kind, tokenizer, examples):
+    """What is wrong if training or validation data came out empty; "" if neither did."""
+    documents, val_fraction = count["documents"], settings["val_fraction"]
+    if not documents:
+        return f"nothing in it could be used{examples}"
+    for split, use in (("train", "training"), ("val", "validation")):
+        if count[split + ("_tokens" if tokenizer else "_documents")]:
+            continue
+        if kind in ("train", "val"):
+            return f"too short: {count['bytes']} bytes leave nothing for {use}"
+        better = 0.005
+        if split == "val":
+            better = min(0.5, round(5 / documents, 4))
+        helps = better > val_fraction if split == "val" else better < val_fraction
+        advice = "bring more, or a folder with a train and a val file of your own"
+        if helps and documents >= 10:
+            advice = f"set --val_fraction={better}"
+        return f"of {documents} documents none fell into {split}; {advice}"
+    return ""
+
+
+def _estimate(files, encoder, max_tokens):
+    """About how many bytes the output will take: twice, since the parts are joined at the end."""
+    text = 0
+    for f in files:
+        kind, compression = _kind_of(f.path)
+        growth = 2.5 if kind == "parquet" else 1
+        text += f.size * (3.5 if compression else growth)
+    if encoder.tokenizer is None:
+        return 2 * text
+    one_for_a_byte = isinstance(encoder.tokenizer.engine, (CharacterEngine, ByteEngine))
+    tokens = text if one_for_a_byte else text / 3.5
+    if max_tokens:
+        tokens = min(tokens, max_tokens * 1.02)
+    return 2 * tokens * (encoder.dtype.itemsize + (encoder.shape == "chat"))
+
+
+def _check_space(directory, need):
+    written = sum(os.path.getsize(os.path.join(directory, f)) for f in os.listdir(directory))
+    free = shutil.disk_usage(directory).free + written
+    if need > free:
+        raise UserError(
+            f"{directory}: about {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; "
+            "free some, set --data_dir= elsewhere, or take less with --max_tokens="
+        )
+
+
+def _report(target):
+    """Prints what a data set holds, and what to do next."""
+    meta = read_json(os.path.join(target, "meta.json"))
+    print(f"{target}: {meta['kind']} from {meta['source']}")
+    if "documents" in meta:
+        print(f"  {meta['documents']:,} documents, {meta['bytes']:,} bytes")
+    if "tokenizer" in meta:
+        tokens = meta["train_tokens"] + meta["val_tokens"]
+        ratio = f", {meta['bytes'] / tokens:.2f} bytes a token" if meta.get("bytes") else ""
+        train, val = f"{meta['train_tokens']:,} training", f"{meta['val_tokens']:,} validation"
+        print(f"  {train} and {val} tokens{ratio}")
+        print(f"  tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} ids, {meta['dtype']}")
+        ids = np.fromfile(os.path.join(target, "train.bin"), meta["dtype"], 60)
+        print(f"  begins: {load_tokenizer(target).decode(ids)!r}")
+    else:
+        train, val = f"{meta['train_records']:,} training", f"{meta['val_records']:,} validation"
+        print(f"  {train} and {val} records")
+        with open(os.path.join(target, "train.jsonl"), encoding="utf-8") as f:
+            print(f"  begins: {f.readline()[:300].rstrip()}")
+    stage, how = dict(chat="sft", prefs="dpo", verify="rlvr").get(meta["kind"]), ""
+    has_config = stage and meta["source"].startswith("toy")
+    if has_config:
+        how = f" config/toy_{stage}.py"
+    elif stage:
+        how = f" --stage={stage} --init_from=MODEL"
+    dataset = os.path.basename(target)
+    out_dir = "" if has_config or dataset == "toy" else f" --out_dir=out/{dataset}"
+    print(f"next: python train.py{how} --dataset={dataset}{out_dir}")
+
+
+# -----------------------------------------------------------------------------
+# Directories that this program may replace or remove: those that it wrote itself, and no others
+
+_DATA = r"(train|val)\.(bin|mask|jsonl)|meta\.json|tokenizer(_config)?\.json"
+_TOKENIZER = r"tokenizer(_config)?\.json"
+WRITTEN = {  # kind of directory -> the names of the files that this program writes into it
+    "data set": _DATA,
+    "unfinished data set": _DATA
+    + r"|(partial|journal)\.json|toy\.(txt|jsonl)|part-\d+-\d+\.(json|(train|val)\.(bin|mask|jsonl))",
+    "tokenizer": _TOKENIZER,
+    "checkpoint": _TOKENIZER
+    + r"|trainer\.pt|(config|generation_config)\.json|README\.md|loss\.png|[\w.-]+\.gguf"
+    + r"|model[\w.-]*\.safetensors|model\.safetensors\.index\.json|chat_template\.jinja"
+    + r"|(vocab|added_tokens|special_tokens_map)\.json|merges\.txt|tokenizer\.model",
+}
+# nobody's work: what file managers leave, and what write_json leaves when it is killed
+_PASSING = r"\.DS_Store|Thumbs\.db|desktop\.ini|[\w-]+\.json\.tmp\d+"
+
+
+def kind_of_directory(directory):
+    """The kind of directory (see WRITTEN) that this program wrote here, by the file that marks it;
+    None if it did not write it."""
+
+    def has(name, *keys):
+        try:
+            return read_json(os.path.join(directory, name)).keys() >= set(keys)
+        except UserError:
+            return False
+
+    files = os.listdir(directory) if os.path.isdir(directory) else []
+    if "trainer.pt" in files and "config.json" in files:
+        return "checkpoint"
+    if has("partial.json", "stamp") or has("journal.json", "stamp"):
+        return "unfinished data set"
+    if has("meta.json", "stamp", "kind"):
+        return "data set"
+    if "config.json" not in files and has("tokenizer_config.json", "nanosmol_name"):
+        return "tokenizer"
+    return None
+
+
+def ours(directory):
+    """Whether this program wrote a directory and all that is in it, so that it may be removed."""
+    kind = kind_of_directory(directory)
+    return kind is not None and not not_ours(directory, kind)
+
+
+def not_ours(directory, kind):
+    """Why a directory may not be replaced by a new one of this kind; "" if it may, or is missing."""
+    if not os.path.lexists(directory):
+        return ""
+    if not os.path.isdir(directory):
+        return "is not a directory"
+    names = sorted(os.listdir(directory))
+    for name in names:
+        if not _is_written(os.path.join(directory, name), kind):
+            return f"holds {name}, which is not a file of a {kind} that this program made"
+    if all(re.fullmatch(_PASSING, name) for name in names) or kind_of_directory(directory) == kind:
+        return ""
+    return f"is not a {kind} that this program made"
+
+
+def _is_written(path, kind):
+    pattern = rf"({WRITTEN[kind]})(\.tmp\d*)?|{_PASSING}"
+    if not re.fullmatch(pattern, os.path.basename(path)):
+        return False
+    return os.path.isfile(path) and not os.path.islink(path)
+
+
+def remove_files(directory, kind, keep=""):
+    """Removes the files that this program writes into a directory of this kind, but for those whose
+    names match `keep`."""
+    for name in os.listdir(directory):
+        path = os.path.join(directory, name)
+        if _is_written(path, kind) and not re.fullmatch(keep, name):
+            os.remove(path)
+
+
+def remove_directory(directory, kind):
+    """Removes a directory of this kind. If it holds something else, that stays, and so does it."""
+    remove_files(directory, kind)
+    if not os.listdir(directory):
+        os.rmdir(directory)
+
+
+def check_target(target, kind, sources):
+    """UserError, before any work, if writing to `target` would replace something that this program
+    did not make, or its own source. Returns what it will replace, in words; "" if nothing."""
+    place = _real_place(target)
+    partial, aside = place + ".partial", _aside(place)
+    another = "choose another --name= or --data_dir="
+    for source in sources:
+        if any(_is_inside(source, directory) for directory in (place, partial, aside)):
+            raise UserError(f"{target} would replace its own source, {source}; {another}")
+        if os.path.isdir(source) and _is_inside(place, source):
+            raise UserError(
+                f"{target} lies in the folder {source} that it would be made from; choose a "
+                "--data_dir= outside of it"
+            )
+    restore(place, kind)
+    kind_of_partial = kind
+    if kind == "data set" and kind_of_directory(partial) != "data set":
+        kind_of_partial = "unfinished data set"  # else it is complete, but was not yet published
+    for directory, its_kind in ((place, kind), (partial, kind_of_partial), (aside, kind)):
+        reason = not_ours(directory, its_kind)
+        if reason:
+            raise UserError(
+                f"{directory} {reason}, and would be replaced; {another}, or move it elsewhere"
+            )
+    if kind_of_directory(place) == "data set":
+        meta = read_json(os.path.join(place, "meta.json"))
+        return f"what was made there from {meta.get('source')}"
+    return "what was there" if os.path.isdir(place) and os.listdir(place) else ""
 
 
 def _check_name(name):
     if not re.fullmatch(r"[\w.+-]+", name) or not name.strip(".") or name.endswith(".partial"):
-        raise UserError(f"--name={name}: letters, digits, '-', '_', '.' only, since it becomes a directory")
+        raise UserError(
+            f"--name={name}: letters, digits, '-', '_', '.' only, since it becomes a directory"
+        )
 
 
-def _place(target):
-    """Where a data set is written: a link to a directory elsewhere, on a larger disk say, stays a link."""
+def _real_place(target):
+    """Where `target` is written: a link to a directory, on a larger disk say, stays a link."""
     return os.path.realpath(target) if os.path.islink(target) else target
 
 
-def _check_target(target, kind, sources):
-    """UserError if data must not be written to `target`, before any work is done: because it would take the place of
-    something that this program did not make, or of its source. Returns what it will replace, in words, or ""."""
-    place = _place(target)
-    for source in sources:
-        for directory in (place, place + ".partial", _aside(place)):
-            if _inside(source, directory):
-                raise UserError(f"{target} would replace its own source, {source}; choose another --name= or "
-                                "--data_dir=")
-        if os.path.isdir(source) and _inside(place, source):
-            raise UserError(f"{target} lies in the folder {source} that it would be made from; choose a --data_dir= "
-                            "outside of it")
-    partial = place + ".partial"
-    kind_of_partial = kind
-    if kind == "data set" and kind_of_directory(partial) != "data set":  # it is one if it was only not yet published
-        kind_of_partial = "unfinished data set"
-    restore(place, kind)
-    for directory, kind_there in ((place, kind), (partial, kind_of_partial), (_aside(place), kind)):
-        reason = not_ours(directory, kind_there)
-        if reason:
-            raise UserError(f"{directory} {reason}, and would be replaced; choose another --name= or --data_dir=, or "
-                            "move it elsewhere")
-    if not os.path.isdir(place) or not kind_of_directory(place):
-        return ""
-    if kind == "data set":
-        meta = read_json(os.path.join(place, "meta.json"))
-        return f"what was made there from {meta.get('source')}"
-    return "the tokenizer that was there"
-
-
-def _inside(path, directory):
-    """Whether `path` is `directory` or lies within it, whatever links, dots or letter case spell them."""
+def _is_inside(path, directory):
+    """Whether `path` is `directory` or lies in it, in whatever spelling and through whatever links."""
     path = os.path.realpath(path)
     while os.path.isdir(directory):
         if os.path.exists(path) and os.path.samefile(path, directory):
@@ -2450,418 +3181,18 @@ def _inside(path, directory):
     return False
 
 
-def _stem(source):
-    base = os.path.basename(os.path.abspath(source))
-    for ending in (*PACKED, *TEXT, *LINES, ".parquet"):
-        base = base.removesuffix(ending)
-    return base
-
-
-def _make(source, known, tokenizer, partial, target, settings, config, split, workers, seed):
-    """Fills `partial`, from wherever the source is; False if `target` holds the same already."""
-    if "bins" in known:
-        return _take_bins(known, partial, target)
-    if "toy" in known:
-        files, data_dir = _toy_files(known, partial, seed), os.path.dirname(target)
-        if tokenizer == "toy":  # every toy set speaks the tokenizer of the toy text
-            tokenizer = os.path.join(data_dir, "toy")
-            if not os.path.exists(os.path.join(tokenizer, "tokenizer.json")):
-                prepare("toy", data_dir=data_dir, workers=workers, seed=seed)
-    elif "get" in known:
-        files = local_files(download(*known["get"]))
-    elif known or not os.path.exists(source):
-        files = hub_files(known.get("hub") or source[4:], config or known.get("config", ""), split,
-                          known.get("files", ""))
-    else:
-        files = local_files(source)
-        # a folder may hold links to files of the target
-        _check_target(target, "data set", [f.path for f in files if os.path.islink(f.path)])
-    if not sum(f.size for f in files):
-        raise UserError(f"{source}: empty, there is no text in it")
-    return _pack(files, dict(settings, tokenizer=tokenizer), partial, target, workers)
-
-
-def _toy_files(known, partial, seed):
-    make = dict(stories=toy_stories, chat=toy_chat, prefs=toy_prefs, sums=toy_sums, problems=toy_problems,
-                questions=toy_questions)[known["toy"]]
-    path = os.path.join(partial, "toy.txt" if known["toy"] == "stories" else "toy.jsonl")
-    with open(path, "w", encoding="utf-8") as f:  # made anew each time: it is the same for the same seed
-        for made in make(seed):
-            if isinstance(made, str):
-                f.write(made + "\n" + EOT + "\n")
-            else:
-                record = dict(messages=made) if isinstance(made, list) else made
-                f.write(json.dumps(record, ensure_ascii=False) + "\n")
-    return local_files(path)
-
-
-def _take_bins(known, partial, target):
-    """A data set that is tokens already: the bins and the tokenizer of a Hub repository, as they are."""
-    files = {f.path: f for f in hub_list(known["hub"])}
-    where = known["bins"] + "/"
-    found = next((p for p in sorted(files, key=len) if os.path.basename(p) == "tokenizer.json"), None)
-    if where + "train.bin" not in files or where + "val.bin" not in files or not found:
-        raise UserError(f"{known['hub']}: no {where}train.bin, {where}val.bin and tokenizer.json in it any "
-                        "more")
-    stamp = files[where + "train.bin"].revision
-    if _done(target, stamp):
-        print(f"{target} holds this already")
-        remove_directory(partial, "unfinished data set")
-        return False
-    _check_space(partial, 2 * sum(files[where + f].size for f in ("train.bin", "val.bin")))
-    tok = load_tokenizer(local_path(files[found]))
-    tok.name = known["hub"]
-    meta = dict(name=os.path.basename(target), source=known["hub"], stamp=stamp, kind="text",
-                tokenizer=tok.name, vocab_size=tok.vocab_size, eos_id=tok.eos_id, dtype=_dtype(tok).name)
-    for part in ("train", "val"):
-        fetched = local_path(files[f"{where}{part}.bin"])
-        shutil.copyfile(fetched, os.path.join(partial, part + ".bin"))
-        ids = np.memmap(fetched, meta["dtype"], "r")
-        if len(ids[:1 << 24]) == 0 or int(ids[:1 << 24].max()) >= tok.vocab_size:
-            raise UserError(f"{known['hub']}: {part}.bin holds ids beyond its tokenizer's {tok.vocab_size}")
-        meta[part + "_tokens"] = len(ids)
-    tok.save(partial)
-    write_json(os.path.join(partial, "meta.json"), meta)
-    os.remove(os.path.join(partial, "journal.json"))
-    return True
-
-
-def _pack(files, settings, partial, target, workers):
-    """Tokenizes files into `partial`, journal and all; False if `target` holds exactly this already."""
-    name, wanted = settings["name"], settings["tokenizer"]
-    first = next(read_blocks(files[0], len(files) == 1), None)
-    if first is None:
-        raise UserError(f"{files[0].path}: empty, there is no text in it")
-    shape, field = _shape_of(files[0], first, settings["shape"], settings["field"])
-    settings.update(shape=shape, field=field)
-    stamp = [settings] + [[f.path, f.size, f.digest or f.revision or os.stat(f.path).st_mtime_ns, f.split]
-                          if not f.path.startswith(partial) else [f.size, sha256(f.path)] for f in files]
-    local = os.path.join(wanted, "tokenizer.json") if os.path.isdir(wanted) else wanted
-    stamp.append(sha256(local) if os.path.isfile(local) else "")
-    stamp = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()
-    if _done(target, stamp):
-        print(f"{target} holds this already")
-        remove_directory(partial, "unfinished data set")
-        return False
-
-    journal = os.path.join(partial, "journal.json")
-    state = dict(stamp=stamp, file=0, block=0, sizes={}, count={}, wrong=[])
-    old = read_journal(partial)
-    if old.get("stamp") == stamp:
-        state = old
-        print(f"going on after {sum(state['sizes'].values()) / 1e6:.1f} MB that were written before")
-    if shape in ("prefs", "verify"):
-        tok = None  # they stay text until a model's own tokenizer meets them
-    elif os.path.exists(os.path.join(partial, "tokenizer.json")) and state["sizes"]:
-        tok = load_tokenizer(partial)
-    else:
-        blank = Job(None, shape, field, 0, 0)
-        most = min(1 << 30, 6 * settings["max_tokens"] or 1 << 30)  # bytes: a vocabulary needs no more
-        tok = make_tokenizer(wanted, _texts(files, blank, most if wanted != "char" else None))
-        if shape == "chat":
-            tok = with_chat_tokens(tok)
-        tok.save(partial)
-    job = Job(tok.fast() if tok else None, shape, field, settings["val_fraction"], settings["block_size"])
-    _check_space(partial, _estimate(files, job, settings["max_tokens"]))
-    _run(files, job, state, journal, partial, settings["max_tokens"], workers)
-
-    count = collections.Counter(state["count"])
-    write_json(journal, dict(stamp=""))  # nothing to go on from
-    if not count["documents"]:
-        raise UserError(f"{settings['source']}: nothing in it could be used{_examples(state['wrong'])}")
-    for part in ("train", "val"):
-        key = part + ("_documents" if tok is None else "_tokens")
-        if not count[key]:
-            if first.kind in ("train", "val"):
-                raise UserError(f"{settings['source']}: too short: {count['bytes']} bytes leave nothing for "
-                                f"{'training' if part == 'train' else 'validation'}")
-            better = min(0.5, round(5 / count["documents"], 4)) if part == "val" else 0.005
-            further = better > settings["val_fraction"] if part == "val" else better < settings["val_fraction"]
-            raise UserError(f"{settings['source']}: of {count['documents']} documents none fell into {part}; " + (
-                f"set --val_fraction={better}" if further and count["documents"] >= 10 else
-                "bring more, or a folder with a train and a val file of your own"))
-    meta = dict(name=name, kind=shape, source=settings["source"], stamp=stamp, documents=count["documents"],
-                bytes=count["bytes"], val_fraction=settings["val_fraction"], left_out=count["wrong"],
-                replaced_characters=count["broken"])
-    if tok:
-        meta.update(tokenizer=tok.name, vocab_size=tok.vocab_size, dtype=job.dtype.name, eos_id=tok.eos_id,
-                    train_tokens=count["train_tokens"], val_tokens=count["val_tokens"])
-    else:
-        meta.update(train_records=count["train_documents"], val_records=count["val_documents"])
-    write_json(os.path.join(partial, "meta.json"), meta)
-    for left in ("toy.txt", "toy.jsonl", "journal.json"):
-        if os.path.exists(os.path.join(partial, left)):
-            os.remove(os.path.join(partial, left))
-    _tell_wrong(state, count)
-    return True
-
-
-def _texts(files, job, most=None):
-    """The texts of a source, or about its first `most` bytes, for a tokenizer to be made from."""
-    result, size = _result(), 0
-    for file in files:
-        for block in read_blocks(file, len(files) == 1, job.field or None):
-            if most and size > most:
-                return
-            if block.kind in ("train", "val"):
-                yield _decoded(block.data, None, result)
-                size += len(block.data)
-                continue
-            for _, content, length in job.contents(block, result):
-                yield content if isinstance(content, str) else "\n".join(m["content"] for m in content)
-                size += length
-
-
-def _texts_of(files, as_, field):
-    first = next(read_blocks(files[0], len(files) == 1), None)
-    if first:
-        yield from _texts(files, Job(None, *_shape_of(files[0], first, as_, field), 0, 0))
-
-
-def _run(files, job, state, journal, partial, max_tokens, workers):
-    """Blocks in, tokens out, in order: this process reads and writes, the workers tokenize. What is under way is
-    bounded, and so is memory. The journal says from time to time how much of the output is sure."""
-    workers = workers or os.cpu_count() or 1
-    outs = {}
-    for out in sorted(os.listdir(partial)):
-        if re.fullmatch(r"(train|val)\.(bin|mask|jsonl)", out):
-            os.truncate(os.path.join(partial, out), state["sizes"].get(out, 0))
-    count, saved, under_way = collections.Counter(state["count"]), time.time(), collections.deque()
-    full = lambda: max_tokens and count["train_tokens"] >= max_tokens
-
-    def append(out, data):
-        if out not in outs:
-            outs[out] = open(os.path.join(partial, out), "ab")
-        outs[out].write(data)
-        state["sizes"][out] = state["sizes"].get(out, 0) + len(data)
-
-    def save():
-        for f in outs.values():
-            f.flush()
-            os.fsync(f.fileno())
-        write_json(journal, dict(state, count=dict(count)))
-
-    def finish():
-        """Writes the oldest result that is under way."""
-        i, j, block, future = under_way.popleft()
-        result = future.result()
-        if result["out"].get("train.bin") and full():
-            return
-        if max_tokens and count["train_tokens"] + result["count"]["train_tokens"] > max_tokens:
-            ids = np.frombuffer(result["out"]["train.bin"], job.dtype)
-            ends = np.flatnonzero(ids == job.tok.eos_id) + 1 if block.kind not in ("train", "val") else []
-            enough = max_tokens - count["train_tokens"]
-            cut = int(next((e for e in ends if e >= enough), len(ids) if len(ends) else enough))
-            result["out"]["train.bin"] = ids[:cut].tobytes()
-            if "train.mask" in result["out"]:
-                result["out"]["train.mask"] = result["out"]["train.mask"][:cut]
-            dropped = int(sum(e > cut for e in ends))
-            result["count"].update(train_tokens=cut - len(ids), train_documents=-dropped, documents=-dropped,
-                                   bytes=-int(result["count"]["bytes"] * (len(ids) - cut) / max(len(ids), 1)))
-        for out, data in result["out"].items():
-            append(out, data)
-        count.update(result["count"])
-        count["wrong"] += len(result["wrong"])
-        where = "line" if block.kind == "lines" else "row" if block.kind == "rows" else "byte"
-        state["wrong"] += [f"{files[i].path}, {where} {at}: {why}" for at, why in result["wrong"]]
-        del state["wrong"][3:]  # enough for examples
-        if result["broken_at"] is not None and len(state["wrong"]) < 3:
-            state["wrong"].append(f"{files[i].path}, byte {result['broken_at']}: not UTF-8")
-        if count["wrong"] > 20 + 0.05 * count["documents"]:
-            raise UserError(f"{count['wrong']} of the first {count['wrong'] + count['documents']} records "
-                            f"are unusable{_examples(state['wrong'])}")
-        state.update(file=i, block=j + 1)
-
-    before = sum(f.size for f in files[:state["file"]])
-    told = dict(desc=os.path.basename(partial)[:-8], unit="B", total=sum(f.size for f in files), initial=before)
-    with _workers(workers, job) as pool, concurrent.futures.ThreadPoolExecutor(1) as fetcher, progress(**told) as bar:
-        try:
-            for i in range(state["file"], len(files)):
-                while max_tokens and under_way:
-                    finish()  # to know whether another file is needed at all
-                if full() and files[i].split != "val":
-                    break
-                ahead = files[i + 1] if i + 1 < len(files) else None
-                short = not max_tokens or i and count["train_tokens"] * (i + 1) / i < max_tokens
-                if ahead and ahead.repo and short:  # the next shard comes while this one is worked on
-                    fetcher.submit(_quietly, local_path, ahead)
-                skip = state["block"] if i == state["file"] else 0
-                for j, block in enumerate(read_blocks(files[i], len(files) == 1, job.field or None)):
-                    bar.n = before + block.read
-                    if j < skip:
-                        continue
-                    if full() and block.kind != "val" and files[i].split != "val":
-                        break
-                    under_way.append((i, j, block, pool.submit(_work, files[i], block)))
-                    while len(under_way) > 2 * workers:
-                        finish()
-                    if job.tok:
-                        bar.set_postfix_str(f"{count['train_tokens'] / 1e6:.1f}M tokens", refresh=False)
-                    bar.update(0)
-                    if time.time() - saved > SAVE:
-                        save()
-                        saved = time.time()
-                before += files[i].size
-            while under_way:
-                finish()
-            save()
-        finally:
-            for *_, future in under_way:
-                future.cancel()
-            for f in outs.values():
-                f.close()
-    state["count"] = dict(count)
-
-
-def _workers(count, job):
-    """A pool whose workers know `job`. With tiktoken's engine, two processes tokenize 2.0 times as fast as one and two
-    threads 1.6 times, since they share its regular expressions; `tokenizers` and numpy use all cores from threads. Only
-    a fork is sure not to run the caller's script again, so elsewhere than on Linux it is threads."""
-    if sys.platform == "linux" and job.tok and job.tok.tik and count > 1:
-        return concurrent.futures.ProcessPoolExecutor(count, multiprocessing.get_context("fork"), _adopt, (job, True))
-    return concurrent.futures.ThreadPoolExecutor(count, initializer=_adopt, initargs=(job, False))
-
-
-def _adopt(job, forked):
-    global _job
-    _job = job
-    if forked:  # PR_SET_PDEATHSIG: a worker whose parent was killed would wait for ever
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-
-
-def _work(file, block):
-    return _job(file, block)
-
-
-def _quietly(call, *args):
-    try:
-        call(*args)
-    except Exception:  # the same call is made again when its turn comes, and then it is told
-        pass
-
-
-def _estimate(files, job, max_tokens):
-    """About how many bytes the output will take."""
-    growth = {"parquet": 2.5, "lines": 1}
-    kinds = [_kind_of(f.path) for f in files]
-    text = sum(f.size * (3.5 if packing else growth.get(kind, 1)) for f, (kind, packing) in zip(files, kinds))
-    if job.tok is None:
-        return text
-    tokens = text if job.tok.table is not None or job.tok.bytes else text / 3.5
-    return (min(tokens, max_tokens * 1.02) if max_tokens
-            else tokens) * (job.dtype.itemsize + (job.shape == "chat"))
-
-
-def _check_space(directory, need):
-    there = sum(os.path.getsize(os.path.join(directory, f)) for f in os.listdir(directory))
-    free = shutil.disk_usage(directory).free + there
-    if need > free:
-        raise UserError(f"{directory}: about {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are "
-                        "free; free some, set --data_dir= elsewhere, or take less with --max_tokens=")
-
-
-def _examples(wrong):
-    return f" (for example {'; '.join(wrong)})" if wrong else ""
-
-
-def _tell_wrong(state, count):
-    if count["wrong"]:
-        print(f"left out: {count['wrong']} records{_examples(state['wrong'])}")
-    if count["broken"]:
-        print(f"not UTF-8: {count['broken']} characters replaced by U+FFFD{_examples(state['wrong'])}")
-
-
-def _done(directory, stamp):
-    try:
-        meta = read_json(os.path.join(directory, "meta.json"))
-        width = np.dtype(meta.get("dtype", "uint8")).itemsize
-        wanted = {part: width * meta.get(part + "_tokens", 0) for part in ("train", "val")}
-        return meta.get("stamp") == stamp and all(
-            os.path.getsize(os.path.join(directory, part + ".bin")) == size for part, size in wanted.items()
-            if size)
-    except (OSError, ValueError):  # a UserError is one too
-        return False
-
-
-# -----------------------------------------------------------------------------
-# What this program may replace or remove: directories that it wrote itself, and nothing else
-
-_DATA = r"(train|val)\.(bin|mask|jsonl)|meta\.json|tokenizer(_config)?\.json"
-WRITTEN = {  # kind of directory -> the names of the files that this program writes into it
-    "data set": _DATA,
-    "unfinished data set": _DATA + r"|journal\.json|toy\.(txt|jsonl)",
-    "tokenizer": r"tokenizer(_config)?\.json",
-    "checkpoint": r"trainer\.pt|(config|generation_config|tokenizer|tokenizer_config)\.json|README\.md|loss\.png"
-                  r"|model[\w.-]*\.safetensors|model\.safetensors\.index\.json|[\w.-]+\.gguf",
-}
-# nobody's work: what file managers leave behind, and what write_json leaves when it is killed
-_PASSING = r"\.DS_Store|Thumbs\.db|desktop\.ini|\w+\.json\.tmp\d+"
-
-
-def kind_of_directory(directory):
-    """What this program wrote a directory as: a key of WRITTEN, by the file that marks it; None if it did not."""
-    def marked(name, *keys):
-        try:
-            return read_json(os.path.join(directory, name)).keys() >= set(keys)
-        except UserError:
-            return False
-    if all(os.path.isfile(os.path.join(directory, name)) for name in ("trainer.pt", "config.json")):
-        return "checkpoint"
-    if marked("journal.json", "stamp"):
-        return "unfinished data set"
-    if marked("meta.json", "stamp", "kind"):
-        return "data set"
-    if marked("tokenizer_config.json", "nanosmol_name") and not os.path.exists(os.path.join(directory, "config.json")):
-        return "tokenizer"
-    return None
-
-
-def ours(directory):
-    """Whether this program wrote a directory and everything in it, so that it may be replaced or removed."""
-    kind = kind_of_directory(directory) if os.path.isdir(directory) else None
-    return kind is not None and not not_ours(directory, kind)
-
-
-def not_ours(directory, kind):
-    """Why a directory may not be replaced by a new one of this kind, in words; "" if it may, or if there is none."""
-    if not os.path.lexists(directory):
-        return ""
-    if not os.path.isdir(directory):
-        return "is not a directory"
-    names = sorted(os.listdir(directory))
-    strangers = [f for f in names if not _written(os.path.join(directory, f), kind)]
-    if strangers:
-        return f"holds {strangers[0]}, which is not a file of a {kind} that this program made"
-    if all(re.fullmatch(_PASSING, f) for f in names) or kind_of_directory(directory) == kind:
-        return ""
-    return f"is not a {kind} that this program made"
-
-
-def _written(path, kind):
-    known = re.fullmatch(rf"({WRITTEN[kind]})(\.tmp\d*)?|{_PASSING}", os.path.basename(path))
-    return bool(known) and os.path.isfile(path) and not os.path.islink(path)
-
-
-def remove_directory(directory, kind):
-    """Removes the files of one kind, and the directory if nothing else is in it: what someone put there stays."""
-    for name in os.listdir(directory):
-        if _written(os.path.join(directory, name), kind):
-            os.remove(os.path.join(directory, name))
-    if not os.listdir(directory):
-        os.rmdir(directory)
-
-
 def publish(partial, target):
-    """The directory `partial`, whole and on the disk, takes the name `target`; what had it goes only then.
+    """Gives the directory `partial` the name `target`, after all of it is on the disk.
 
-    What had it must be of the same kind (a data set, a tokenizer, a checkpoint), made by this program, with nothing
-    else in it: UserError otherwise, and nothing is touched."""
+    Only then the directory that had the name is removed. It must be of the same kind, written by
+    this program, with nothing else in it; otherwise UserError, and nothing is changed."""
     kind = kind_of_directory(partial)
-    target = _place(target)
+    target = _real_place(target)
     aside = _aside(target)
     for directory in (target, aside):
-        reason = not_ours(directory, kind) if kind else os.path.lexists(directory) and "is in the way"
+        reason = not_ours(directory, kind) if kind else ""
+        if not kind and os.path.lexists(directory):
+            reason = "exists"
         if reason:
             raise UserError(f"{directory} {reason}; move it elsewhere, or choose another name")
     for name in os.listdir(partial):
@@ -2878,12 +3209,13 @@ def publish(partial, target):
 
 
 def _aside(target):
-    """Where publish keeps what it replaces, until that is done. Not a name that anyone would choose."""
+    """Where publish keeps what it replaces until that is done: a name that nobody would choose."""
     return os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.replaced")
 
 
 def restore(target, kind):
-    """Undoes or ends what a publish() that was killed had begun: what stands aside gets its name back, or goes."""
+    """Undoes or completes a publish() that was killed: what it set aside gets its name back, or is
+    removed if the new directory is in place."""
     aside = _aside(target)
     if not os.path.exists(aside) or not_ours(aside, kind):
         return
@@ -2894,9 +3226,10 @@ def restore(target, kind):
 
 
 def _sync(path):
-    """Waits until a file or directory is on the disk, where the system can do that: Windows opens no directory and
-    syncs no file that is open for reading only, and some mounted drives sync nothing."""
-    cannot = (errno.EACCES, errno.EPERM, errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+    """Waits until a file or directory is on the disk, if the system can do that: Windows opens no
+    directory and syncs no file opened for reading, and some mounted drives sync nothing."""
+    cannot = (errno.EACCES, errno.EPERM, errno.EBADF, errno.EINVAL, errno.ENOSYS)
+    cannot += (errno.ENOTSUP, errno.EOPNOTSUPP)
     for flags in (os.O_RDWR, os.O_RDONLY) if os.path.isfile(path) else (os.O_RDONLY,):
         try:
             handle = os.open(path, flags)
@@ -2915,94 +3248,107 @@ def _sync(path):
 
 
 def copy_whole(source, target):
-    """Copies the files of a directory to `target`, whole or not at all. Returns `target`. See publish."""
-    target = _place(target)
-    kind = kind_of_directory(source) or "checkpoint"
+    """Copies the files of a directory to `target`, all or none, see publish. Returns `target`."""
+    target, names = _real_place(target), os.listdir(source)
     beside = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.part")
     os.makedirs(beside, exist_ok=True)
+
+    def clear():
+        for name in os.listdir(beside):
+            if name.removesuffix(".tmp") in names:
+                os.remove(os.path.join(beside, name))
+
+    clear()  # of what a killed copy left
+    if os.listdir(beside):
+        raise UserError(f"{beside} holds {os.listdir(beside)[0]}, which is no copy; move it elsewhere")
     try:
-        remove_directory(beside, kind)  # what a kill left
-        os.makedirs(beside, exist_ok=True)
-        if os.listdir(beside):
-            raise UserError(f"{beside} holds {os.listdir(beside)[0]}, which this program did not write; move it elsewhere")
-        copy_files(source, beside, os.listdir(source))
+        copy_files(source, beside, names)
         publish(beside, target)
     finally:
         with contextlib.suppress(OSError):
-            remove_directory(beside, kind)
+            clear()
+            os.rmdir(beside)
     return target
 
 
 def copy_files(source, target, names):
-    """Copies those of the files that are there, content alone: a mounted drive may refuse modes and times."""
+    """Copies those of the files that exist. Only their content: a mounted drive may refuse modes
+    and times."""
     for name in names:
         if os.path.isfile(os.path.join(source, name)):
-            shutil.copyfile(os.path.join(source, name), os.path.join(target, name + ".tmp"))
-            os.replace(os.path.join(target, name + ".tmp"), os.path.join(target, name))
+            path = os.path.join(target, name)
+            shutil.copyfile(os.path.join(source, name), path + ".tmp")
+            os.replace(path + ".tmp", path)
 
 
-def _report(target):
-    meta = read_json(os.path.join(target, "meta.json"))
-    print(f"{target}: {meta['kind']} from {meta['source']}")
-    if "documents" in meta:
-        print(f"  {meta['documents']:,} documents, {meta['bytes']:,} bytes")
-    if "tokenizer" in meta:
-        tokens = meta["train_tokens"] + meta["val_tokens"]
-        each = f", {meta['bytes'] / tokens:.2f} bytes a token" if meta.get("bytes") else ""
-        print(f"  {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens{each}")
-        print(f"  tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} ids, {meta['dtype']}")
-        ids = np.fromfile(os.path.join(target, "train.bin"), meta["dtype"], 60)
-        print(f"  begins: {load_tokenizer(target).decode(ids)!r}")
-    else:
-        print(f"  {meta['train_records']:,} training and {meta['val_records']:,} validation records")
-        with open(os.path.join(target, "train.jsonl"), encoding="utf-8") as f:
-            print(f"  begins: {f.readline()[:300].rstrip()}")
-    stage = dict(chat="sft", prefs="dpo", verify="rlvr").get(meta["kind"])
-    own = stage and meta["source"].startswith("toy")
-    how = f" config/toy_{stage}.py" if own else f" --stage={stage} --init_from=MODEL" if stage else ""
-    named = os.path.basename(target)
-    apart = "" if own or named == "toy" else f" --out_dir=out/{named}"  # without a config it would be out/toy
-    print(f"next: python train.py{how} --dataset={named}{apart}")
+# -----------------------------------------------------------------------------
+# The command line
+
+
+def make_tokenizer_only(paths):
+    """python prepare.py tokenizer PATH...: trains a tokenizer without preparing a data set."""
+    if not paths:
+        raise UserError("python prepare.py tokenizer PATH...: name the texts to train it on")
+    for missing in (path for path in paths if not os.path.exists(path)):
+        raise UserError(f"{missing}: no such file or folder")
+    _check_name(name or "tokenizer")
+    target = os.path.join(data_dir, name or "tokenizer")
+    replaced = check_target(target, "tokenizer", paths)
+
+    def texts():
+        for path in paths:
+            files = local_files(path)
+            first = next(read_blocks(files[0], len(files) == 1), None)
+            if first:
+                yield from _texts(files, Encoder(None, *_shape_of(files[0], first, as_, field)))
+
+    tokenizer = train_bpe(texts(), int(vocab_size), f"bpe:{vocab_size}", min_frequency)
+    partial = _real_place(target) + ".partial"
+    tokenizer.save(partial)
+    publish(partial, target)
+    if replaced:
+        print(f"{target} replaces {replaced}")
+    print(f"{target}: a byte-level BPE of {tokenizer.vocab_size:,} ids")
+    print(f"next: python prepare.py TEXT --tokenizer={target}")
 
 
 def main(words, given):
     if not words:
-        print("python prepare.py NAME (one of these), PATH or hub:owner/name; --help tells the rest\n")
+        print("python prepare.py NAME (one of these), PATH or hub:owner/name; see also --help\n")
         for known in KNOWN:
             print(f"  {known:<18}{KNOWN[known]['size']}")
         return
     if words[0] == "tokenizer":
-        paths = words[1:]
-        if not paths:
-            raise UserError("python prepare.py tokenizer PATH...: name the texts to train it on")
-        missing = [p for p in paths if not os.path.exists(p)]
-        if missing:
-            raise UserError(f"{missing[0]}: no such file or folder")
-        _check_name(name or "tokenizer")
-        target = os.path.join(data_dir, name or "tokenizer")
-        replaced = _check_target(target, "tokenizer", paths)
-        texts = (text for path in paths for text in _texts_of(local_files(path), as_, field))
-        tok = train_bpe(texts, int(vocab_size), f"bpe:{vocab_size}", min_frequency)
-        partial = _place(target) + ".partial"
-        tok.save(partial)
-        publish(partial, target)
-        if replaced:
-            print(f"{target} replaces {replaced}")
-        print(f"{target}: a byte-level BPE of {tok.vocab_size:,} ids\nnext: python prepare.py TEXT "
-              f"--tokenizer={target}")
+        make_tokenizer_only(words[1:])
         return
+    if len(words) > 1 and name:
+        raise UserError(
+            f"--name={name} is for one data set, and {len(words)} are asked for: {', '.join(words)}"
+        )
+    fraction = val_fraction if "val_fraction" in given else None  # known data sets have their own
     for word in words:
-        if len(words) > 1 and name:
-            raise UserError(f"--name={name} is for one data set, and {len(words)} are asked for: "
-                            f"{', '.join(words)}")
-        prepare(word, tokenizer, name, data_dir, max_tokens, field, config, split, as_,
-                val_fraction if "val_fraction" in given else None, block_size, workers, seed)
+        prepare(
+            word,
+            tokenizer=tokenizer,
+            name=name,
+            data_dir=data_dir,
+            max_tokens=max_tokens,
+            field=field,
+            config=config,
+            split=split,
+            as_=as_,
+            val_fraction=fraction,
+            block_size=block_size,
+            workers=workers,
+            seed=seed,
+        )
 
 
 if __name__ == "__main__":
-    setup = configure(globals(), words=True, argv=[re.sub("^--as=", "--as_=", a) for a in sys.argv[1:]])
+    arguments = [re.sub("^--as=", "--as_=", argument) for argument in sys.argv[1:]]
+    setup = configure(globals(), words=True, argv=arguments)
     read_secrets()
     try:
         main(setup.words, setup.given)
     except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on from here")
+        sys.exit("\nstopped; the same command continues from here")

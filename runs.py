@@ -30,6 +30,7 @@ from configurator import UserError
 # where runs and models are
 
 LOG, SAMPLES, PLOT = BESIDE = ("log.jsonl", "samples.txt", "loss.png")
+NAMES = r"step_\d{6,}|best|log\.jsonl|samples\.txt|loss\.png"  # a user's are refused
 START_OVER = "--init_from=scratch sets the old run aside and starts over"
 
 
@@ -47,10 +48,12 @@ def step_of(path):
 
 
 def checkpoints(run):
-    """The step_* directories of a run, oldest first."""
+    """The step_* directories of a run, oldest first; not one without any file of a model."""
     names = os.listdir(run) if os.path.isdir(run) else []
     names = [name for name in names if re.fullmatch(r"step_\d{6,}", name)]
-    return [os.path.join(run, name) for name in sorted(names, key=step_of)]
+    paths = [os.path.join(run, name) for name in sorted(names, key=step_of)]
+    marks = {"config.json", "model.safetensors", "trainer.pt"}
+    return [path for path in paths if marks & files_of(path).keys()]
 
 
 def newest_run(parent="out"):
@@ -116,8 +119,31 @@ def same_files(a, b, skip=()):
     return all(os.path.samefile(a[f], b[f]) or filecmp.cmp(a[f], b[f], shallow=False) for f in a)
 
 
-def holds_run(directory):
-    return bool(checkpoints(directory) or Log(directory).rows())
+def is_run(directory):
+    """Whether a run has begun in this directory. UserError if something else has a name there that
+    a run needs: it is a user's, and nothing of it is touched."""
+    if checkpoints(directory) or Log(directory).rows():
+        return True
+    if not os.path.lexists(directory):
+        return False
+    another = "choose another --out_dir or --backup_dir"
+    if not os.path.isdir(directory):
+        raise UserError(f"{directory} exists, and is not a directory; {another}")
+    for name in sorted(os.listdir(directory)):
+        path = os.path.join(directory, name)
+        left_by_full_disk = os.path.isfile(path) and os.path.getsize(path) == 0
+        if re.fullmatch(NAMES, name) and not left_by_full_disk:
+            raise UserError(
+                f"{directory} holds {name}, but no run: a run would replace it; {another}, or move "
+                "it away"
+            )
+    return False
+
+
+def make_way(target):
+    """Sets aside what has the name of a checkpoint and holds a user's files."""
+    if os.path.lexists(target) and not prepare.ours(target):
+        set_aside(target)
 
 
 def hidden(verb, directory):
@@ -174,15 +200,6 @@ def set_aside(path):
         number += 1
     os.rename(path, f"{path}~{number}")
     return f"{path}~{number}"
-
-
-def set_strangers_aside(directory, say):
-    """In a directory that holds no run, files with the names of a run's own are a user's."""
-    if holds_run(directory):
-        return
-    for path in (os.path.join(directory, name) for name in BESIDE):
-        if os.path.exists(path):
-            say(f"{path} is not of a run; it is set aside as {set_aside(path)}")
 
 
 # -----------------------------------------------------------------------------
@@ -272,8 +289,8 @@ def restore_backup(config, setup, say):
         return
     try:
         clean(backup)
+        is_run(out_dir)
         os.makedirs(out_dir, exist_ok=True)
-        set_strangers_aside(out_dir, say)
         prepare.copy_files(backup, out_dir, BESIDE)
         for name in ("best", "start"):
             source, target = os.path.join(backup, name), os.path.join(out_dir, name)
@@ -437,10 +454,17 @@ def claim(config, start, say):
     after a run that was killed, and keeps the model that a later stage begins with."""
     out_dir, backup = config["out_dir"], backup_of(config)
     try:
+        # the backup first: if this is killed in between, the same command does the rest
+        old_runs = [place for place in (backup, out_dir) if place and is_run(place)]
         os.makedirs(out_dir, exist_ok=True)
         lock(out_dir)
         if start.start_over:
-            start_over(out_dir, backup, say)
+            for old in old_runs:
+                refuse_to_move(old, config)
+                say(f"the run in {old} is set aside as {set_aside(old)}")
+            if not os.path.exists(out_dir):
+                os.makedirs(out_dir)
+                lock(out_dir)
         elif checkpoints(out_dir) != start.seen:
             raise UserError(
                 f"{out_dir}: another training went on in it just now; type the command again"
@@ -450,7 +474,6 @@ def claim(config, start, say):
                 set_aside(path + ".damaged")
             os.rename(path, path + ".damaged")
         clean(out_dir)
-        set_strangers_aside(out_dir, say)
         if config["stage"] in ("dpo", "rlvr"):
             keep_first_model(out_dir, first_model(config, start), say)
         tempfile.TemporaryFile(dir=out_dir).close()  # now, and not after hours of training
@@ -458,19 +481,13 @@ def claim(config, start, say):
         raise UserError(f"out_dir={out_dir!r} can't be written: {first_line(e)}") from None
 
 
-def start_over(out_dir, backup, say):
-    """Sets an old run aside, the backup first: killed in between, the command does the rest."""
-    if (os.path.realpath(os.getcwd()) + os.sep).startswith(os.path.realpath(out_dir) + os.sep):
-        raise UserError(
-            f"out_dir={out_dir!r} holds the working directory, so it can't be set aside; choose "
-            "another --out_dir"
-        )
-    for old in (backup, out_dir):
-        if old and holds_run(old):
-            say(f"the run in {old} is set aside as {set_aside(old)}")
-    if not os.path.exists(out_dir):
-        os.makedirs(out_dir)
-        lock(out_dir)
+def refuse_to_move(directory, config):
+    """UserError if more than a run would be set aside with a directory."""
+    for inside in (os.getcwd(), config["data_dir"], os.path.dirname(os.path.abspath(__file__))):
+        if (os.path.realpath(inside) + os.sep).startswith(os.path.realpath(directory) + os.sep):
+            raise UserError(
+                f"{directory} holds {inside}, so it can't be set aside; choose another --out_dir"
+            )
 
 
 def lock(out_dir):
@@ -782,12 +799,13 @@ class Log:
 
     def close(self):
         self.close_bar()
-        for logger, end in ((self.wandb_run, "finish"), (self.board, "close")):
-            try:
-                if logger:
-                    getattr(logger, end)()
-            except Exception as e:
-                self.say(f"warning: a logger could not be closed: {first_line(e)}")
+        try:
+            if self.wandb_run:
+                self.wandb_run.finish()
+            if self.board:
+                self.board.close()
+        except Exception as e:
+            self.say(f"warning: W&B or TensorBoard could not be closed: {first_line(e)}")
         self.wandb_run = self.board = None
 
 
@@ -930,6 +948,7 @@ class Checkpoints:
         try:
             remove_leftover(beside)
             write(beside)
+            make_way(target)
             prepare.publish(beside, target)
             row = {"event": "checkpoint", "path": target, "bytes": size_of(target)}
             self.log(step, row | {"training_waited_s": waited})
@@ -949,6 +968,7 @@ class Checkpoints:
         if not is_checkpoint(source):  # it could not be written, which was said
             return
         try:
+            make_way(self.best)
             link_directory(source, self.best)
             self.log(step, {"event": "best", "path": self.best})
         except Exception as e:
@@ -1198,8 +1218,8 @@ class Backup:
 
     event = "backup"
 
-    def __init__(self, out_dir, directory, keep, say):
-        self.out_dir, self.directory, self.keep, self.say = out_dir, directory, keep, say
+    def __init__(self, out_dir, directory, keep):
+        self.out_dir, self.directory, self.keep = out_dir, directory, keep
         self.name = f"backup_dir={os.path.dirname(directory)}"
         self.is_open, self.best_marker = False, None
 
@@ -1210,7 +1230,6 @@ class Backup:
         os.makedirs(self.directory, exist_ok=True)
         if not self.is_open:
             clean(self.directory)
-            set_strangers_aside(self.directory, self.say)
             self.is_open = True
 
     def wanted(self):
@@ -1224,6 +1243,7 @@ class Backup:
         """Copies a checkpoint, whole or not at all; the oldest ones go. False if it is there."""
         if same_files(item, self.path_of(item)):
             return False
+        make_way(self.path_of(item))
         prepare.copy_whole(item, self.path_of(item))
         wanted = [os.path.basename(path) for path in self.wanted()]
         older = []
@@ -1254,6 +1274,7 @@ class Backup:
     def _put(self, name):
         source, target = os.path.join(self.out_dir, name), os.path.join(self.directory, name)
         if os.path.isdir(source) and not same_files(source, target):
+            make_way(target)
             prepare.copy_whole(source, target)
 
     def _marker(self):
@@ -1273,7 +1294,7 @@ def start_mirrors(config, checkpoints, log):
         hub = Hub(config["out_dir"], config["hf_repo"], config["hf_private"])
         checkpoints.mirrors.append(Mirror(hub, log))
     if checkpoints and config["backup_dir"]:
-        backup = Backup(config["out_dir"], backup_of(config), config["keep_checkpoints"], log.say)
+        backup = Backup(config["out_dir"], backup_of(config), config["keep_checkpoints"])
         checkpoints.mirrors.append(Mirror(backup, log))
     return hub
 
@@ -1287,7 +1308,7 @@ PRIVATE += ("terminate_pod", "terminate_on_error", "wandb_log", "wandb_project",
 PRIVATE += ("tensorboard", "dry_run", "gpu", "mfu", "gpu_cost_per_hour")
 
 
-def model_card(config, keys, n_params, loads_in_transformers, run, rows):
+def model_card(config, keys, model, loads_in_transformers, run, rows):
     """README.md of the Hub repository, from the run's own config and log."""
     stage, repo, dataset = config["stage"], config["hf_repo"], config["dataset"]
     goal, choose = ("val/pass@1", max) if stage == "rlvr" else ("val/loss", min)
@@ -1328,9 +1349,9 @@ In nanosmol:"""
 
 # {repo.split("/")[1]}
 
-{n_params:,} parameters, trained with nanosmol ({stage}{made_from}) for {run.step:,} steps on \
-{run.tokens:,} tokens of {data}. The weights are those of the last step; `checkpoints/` holds \
-earlier ones, with the state of their optimizers.
+{model.n_params():,} parameters, trained with nanosmol ({stage}{made_from}) for {run.step:,} \
+steps on {run.tokens:,} tokens of {data}. The weights are those of the last step; `checkpoints/` \
+holds earlier ones, with the state of their optimizers.
 
 | | step | |
 |---|---|---|
@@ -1372,8 +1393,12 @@ class StopSignal:
     def _receive(self, number, frame):
         if not self.signal:
             self.signal, self.at = signal.Signals(number).name, time.monotonic()
-        elif time.monotonic() - self.at >= 1:
+        elif signal.Signals(number).name != "SIGHUP" and time.monotonic() - self.at >= 1:
             os._exit(130)
+
+
+def on_a_pod(config):
+    return config["terminate_pod"] and bool(os.environ.get("RUNPOD_POD_ID"))
 
 
 class Pod:
@@ -1499,15 +1524,19 @@ def samples(model, data, config, count, autocast, log):
         return []
 
 
-def last_to_roll_back_to(out_dir, run, max_bad_steps, max_rollbacks):
-    """The newest checkpoint; UserError if there is none, or after max_rollbacks."""
+def last_checkpoint(out_dir, run, why, max_bad_steps, max_rollbacks):
+    """The checkpoint to roll back to; UserError if there is none, or after max_rollbacks."""
     saved = checkpoints(out_dir)
     if saved and run.rollbacks < max_rollbacks:
         return saved[-1]
     kept = f"{saved[-1]} is whole" if saved else "there is no checkpoint yet to go back to"
+    advice = "Lower the learning rate, or look at the data"
+    if why == "gradient is 0":
+        advice = "No weight can learn: look at how the model begins (init_std, init_from), and at "
+        advice += "what you changed in it"
     raise UserError(
-        f"{max_bad_steps} bad steps in a row after step {run.step} and {run.rollbacks} rollbacks; "
-        f"{kept}. Lower the learning rate, or look at the data"
+        f"{max_bad_steps} bad steps in a row ({why}) after step {run.step} and {run.rollbacks} "
+        f"rollbacks; {kept}. {advice}"
     )
 
 
@@ -1523,9 +1552,12 @@ def command(*without):
 def summary(config, run, is_saved):
     """The end of a finished run, with what to type next."""
     out_dir, name = config["out_dir"], "pass@1" if config["stage"] == "rlvr" else "val loss"
+    best = "not evaluated"
+    if math.isfinite(run.best[0]):
+        best = f"best {name} {abs(run.best[0]):.4f}"
     lines = [
         f"--- {run.step:,} steps, {run.tokens:,} tokens in {run.train_s:.0f} s of training: "
-        f"best {name} {abs(run.best[0]):.4f} ---",
+        f"{best} ---",
         f"the loss, drawn      {os.path.join(out_dir, PLOT)}",
     ]
     if is_saved:

@@ -78,6 +78,11 @@ WORDS = " ".join(STORIES[:200])
 
 # --- tokenizers
 
+def is_fast(tokenizer):
+    """Whether fast() gives it tiktoken's engine."""
+    return isinstance(tokenizer.fast().engine, prepare.TiktokenEngine)
+
+
 def kinds():
     return {"byte": lambda: load_tokenizer("byte"), "llama": llama,
             "char": lambda: make_tokenizer("char", [prepare.SAMPLE, WORDS]),
@@ -138,7 +143,7 @@ def test_gpt2_is_tiktoken():
     texts = [prepare.SAMPLE, read(shared("shakespeare.txt")), read(shared("tinystories_sample.txt"))]
     for text in texts:
         assert ours.encode(text) == theirs.encode_ordinary(text)
-    assert ours.fast().tik and ours.vocab_size == 50257 and ours.eos_id == theirs.eot_token
+    assert is_fast(ours) and ours.vocab_size == 50257 and ours.eos_id == theirs.eot_token
     for text in texts:
         assert ours.encode(text) == theirs.encode_ordinary(text)
 
@@ -150,8 +155,8 @@ def test_fast_engine_gives_the_ids_of_tokenizers(which):
     if not which.startswith("bpe"):
         text = read(shared("tinystories_sample.txt")) + read(shared("shakespeare.txt"))
     tok = make_tokenizer(which, [text]) if which.startswith("bpe") else load_tokenizer(shared(which))
-    exact = lambda text: tok.engine.encode(text, add_special_tokens=False).ids
-    assert tok.fast().tik is not None
+    exact = lambda text: tok.library.encode(text, add_special_tokens=False).ids
+    assert is_fast(tok)
     assert tok.encode(text) == exact(text)
     planes = [*range(0xD800), *range(0xE000, 0x11000), *range(0x1F000, 0x20000), 0x40000, 0xF0000, 0x10FFFF]
     for context in ("a%s1", " %s%s 7"):
@@ -165,9 +170,9 @@ def test_fast_engine_is_refused_where_it_would_differ():
     tok = make_tokenizer("bpe:600", [WORDS])
     spec = json.loads(json.dumps(tok.spec))
     spec["model"]["merges"].reverse()
-    assert prepare.Tokenizer(spec, "odd").fast().tik is None
+    assert not is_fast(prepare.Tokenizer(spec, "odd"))
     spec = dict(tok.spec, normalizer=dict(type="NFC"))
-    assert prepare.Tokenizer(spec, "odd").fast().tik is None
+    assert not is_fast(prepare.Tokenizer(spec, "odd"))
 
 
 def test_encode_documents_is_each_document_and_its_end():
@@ -386,11 +391,12 @@ def test_a_tokenizer_json_that_leaves_out_what_it_may(here):
         spec["pre_tokenizer"]["pretokenizers"][1].pop("use_regex")
         with open("t.json", "w", encoding="utf-8") as f:
             json.dump(spec, f)
-        loaded = load_tokenizer("t.json").fast()
-        assert loaded.encode(WORDS) == wanted and (loaded.tik or key == "added_tokens")
+        loaded = load_tokenizer("t.json")
+        assert is_fast(loaded) or key == "added_tokens"
+        assert loaded.encode(WORDS) == wanted
         assert prepare.with_chat_tokens(loaded).encode_special("<|im_end|>") is not None
     spec = dict(tok.spec, model=dict(tok.spec["model"], dropout=0.5))
-    assert prepare.Tokenizer(spec, "random").fast().tik is None
+    assert not is_fast(prepare.Tokenizer(spec, "random"))
 
 
 def test_sources_that_are_no_files(here):
@@ -456,16 +462,17 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import prepare
-prepare.BLOCK, prepare.SAVE = 2000, 0
-entries, write = 0, prepare.write_json
+prepare.BLOCK, prepare.BLOCKS_PER_PART = 2000, 3
+parts, write, main = 0, prepare.write_json, os.getpid()
 def counted(path, value, **options):
-    global entries
+    global parts
     write(path, value, **options)
-    entries += path.endswith("journal.json")
-    if entries == {after}:
-        with open("data/t.partial/train.bin", "ab") as f:
-            f.write(b"what the journal does not know of")
-        os.kill(os.getpid(), signal.SIGKILL)
+    parts += os.path.basename(path).startswith("part-")
+    if parts == {after}:
+        for half in ("data/t.partial/part-0000-00040.train.bin", "data/t.partial/train.bin"):
+            with open(half, "ab") as f:
+                f.write(b"half of a part")
+        os.kill(main, signal.SIGKILL)
 prepare.write_json = counted
 prepare.prepare({source!r}, tokenizer={tokenizer!r}, name="t", data_dir={data!r}, max_tokens={most},
                 val_fraction=0.05)
@@ -473,10 +480,15 @@ prepare.prepare({source!r}, tokenizer={tokenizer!r}, name="t", data_dir={data!r}
 
 
 @pytest.mark.parametrize("source, tokenizer, most", [
-    ("long.txt", "bpe:500", 0), ("docs.txt", "char", 40_000), ("chats", "byte", 0)])
+    ("long.txt", "bpe:500", 0), ("docs.txt", "char", 40_000), ("chats", "byte", 0), ("chats", "byte", 9_000),
+    ("docs.jsonl.gz", "byte", 0), ("docs.parquet", "byte", 0), ("prefs.jsonl", "", 0)])
 def test_killed_and_started_again(here, source, tokenizer, most):
+    """The same bytes as without a kill, and only the parts that are missing are made."""
     (here / "long.txt").write_text("\n".join(STORIES[:1000]), encoding="utf-8")
     (here / "docs.txt").write_text(EOT.join(STORIES[:1000]), encoding="utf-8")
+    (here / "docs.jsonl.gz").write_bytes(gzip.compress(lines(dict(text=s) for s in STORIES[:500]).encode()))
+    (here / "docs.parquet").write_bytes(parquet(dict(text=STORIES[:2000]), 1000))
+    (here / "prefs.jsonl").write_text(lines(dict(prompt=f"{i}?", chosen="a", rejected="b") for i in range(900)))
     os.mkdir("chats")
     for i in range(4):
         (here / "chats" / f"{i}.jsonl").write_text(lines(CHATS[i * 100:i * 100 + 100]))
@@ -486,11 +498,16 @@ def test_killed_and_started_again(here, source, tokenizer, most):
         return subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True)
     whole = run("whole", -1)
     assert whole.returncode == 0, whole.stderr
-    assert run("data", 3).returncode == -9 and run("data", 4).returncode == -9
+    assert run("data", 2).returncode == -9
+    first = {f: os.stat(here / "data" / "t.partial" / f).st_mtime_ns
+             for f in os.listdir("data/t.partial") if f.endswith(".json") and f.startswith("part-")}
+    assert len(first) >= 2 and run("data", 1).returncode == -9
+    for f, made in first.items():  # not made again
+        assert os.stat(here / "data" / "t.partial" / f).st_mtime_ns == made
     assert os.listdir("data") == ["t.partial"]
     last = run("data", -1)
     assert last.returncode == 0 and "going on after" in last.stdout, last.stderr
-    assert files_of("data/t") == files_of("whole/t")
+    assert files_of("data/t") == files_of("whole/t") and os.listdir("data") == ["t"]
 
 
 def test_max_tokens_stops_at_a_document(here, monkeypatch):
@@ -560,6 +577,121 @@ def test_bad_records(here, capsys):
         f.write("{cut\n")
     with pytest.raises(UserError, match=r"val.jsonl, line \d+: not JSON"):
         prepare.Records(directory, "val", lambda record: record)
+
+
+# --- the same bytes as ever: what was recorded before the packing was rebuilt
+
+def recorded_sources():
+    """Sources of every kind in the current directory, always the same bytes and times."""
+    short = STORIES[:400]
+    records = lines(dict(text=s, other=1) for s in short).encode()
+    talks = [dict(messages=[dict(role="user", content=f"Who has {i}?"), dict(role="assistant", content=f" {NAMES[i]}.\n")])
+             for i in range(300)]
+    long = " ".join(STORIES[400:460])
+    made = {
+        "one.txt": "\n".join(short).encode(), "ended.txt": ("\ufeff" + "\n".join(short) + f"\n{EOT}\n").encode(),
+        "docs.txt": f"\n{EOT}\n".join(short).encode(), "marked.txt": ("\ufeff" + EOT.join(short[:50])).encode(),
+        "long.txt": EOT.join([*short[:20], long, *short[20:90], long]).encode(),
+        "crlf.txt": "\r\n".join(short[:60]).encode(), "nospace.txt": "".join(NAMES).encode(),
+        "broken.txt": EOT.join(short[:90]).encode() + b" caf\xe9 \xff " + EOT.encode() + b"end",
+        "a.jsonl": records, "a.jsonl.zst": zst(records), "a.jsonl.gz": gzip.compress(records),
+        "a.parquet": parquet(dict(other=[1] * 400, text=short)),
+        "bad.jsonl": records + b'{"txt": "no"}\n{cut\n\n{"text": "caf\xe9"}\n{"text": ""}\n{"text": "sur\\ud800"}',
+        "chat.jsonl": lines(talks).encode(),
+        "prefs.jsonl": lines(dict(prompt=f"Hi {i}?", chosen="Hello.", rejected="No.") for i in range(200)).encode(),
+        "verify.jsonl": lines(dict(question=f"{i}?", answer=i) for i in range(200)).encode(),
+        "set/x-train.txt": EOT.join(short[:200]).encode(), "set/x-valid.jsonl": records[:9000].rpartition(b"\n")[0],
+        "set/x-test.txt": b"not used",
+        "mix/3.txt": EOT.join(short[:99]).encode(), "mix/2.md": short[100].encode(), "mix/1.jsonl": records[-9000:].partition(b"\n")[2],
+        "mix/4.parquet": parquet(dict(text=short[200:290])),
+        **{f"many/{i}.txt": EOT.join(STORIES[500 + i * 9:509 + i * 9]).encode() for i in range(12)},
+    }
+    for path, content in made.items():
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path, "wb") as f:
+            f.write(content)
+        os.utime(path, ns=(10 ** 18, 10 ** 18))
+
+
+MATRIX = {  # name: (source, options)
+    "one_char": ("one.txt", dict(tokenizer="char")), "one_byte": ("one.txt", dict(tokenizer="byte")),
+    "one_most": ("one.txt", dict(tokenizer="byte", max_tokens=15_000)), "ended": ("ended.txt", dict(tokenizer="char")),
+    "docs": ("docs.txt", dict(tokenizer="byte")), "docs_most": ("docs.txt", dict(tokenizer="byte", max_tokens=20_000)),
+    "marked": ("marked.txt", dict(tokenizer="char")), "long": ("long.txt", dict(tokenizer="byte")),
+    "long_most": ("long.txt", dict(tokenizer="byte", max_tokens=12_000)), "crlf": ("crlf.txt", dict(tokenizer="char")),
+    "nospace": ("nospace.txt", dict(tokenizer="byte")), "broken": ("broken.txt", dict(tokenizer="byte")),
+    "jsonl": ("a.jsonl", dict(tokenizer="byte")), "zst": ("a.jsonl.zst", dict(tokenizer="byte")),
+    "gz": ("a.jsonl.gz", dict(tokenizer="byte", max_tokens=9_000)), "parquet": ("a.parquet", dict(tokenizer="char")),
+    "parquet_most": ("a.parquet", dict(tokenizer="byte", max_tokens=21_000)), "bad": ("bad.jsonl", dict(tokenizer="byte")),
+    "chat": ("chat.jsonl", dict(tokenizer="byte", block_size=50)), "chat_char": ("chat.jsonl", dict(tokenizer="byte", as_="chat")),
+    "chat_most": ("chat.jsonl", dict(tokenizer="byte", max_tokens=5_000)), "prefs": ("prefs.jsonl", dict()),
+    "verify": ("verify.jsonl", dict()), "set": ("set", dict(tokenizer="char")), "mix": ("mix", dict(tokenizer="byte")),
+    "mix_most": ("mix", dict(tokenizer="byte", max_tokens=13_000)), "many_most": ("many", dict(tokenizer="byte", max_tokens=5_500)),
+    "set_most": ("set", dict(tokenizer="byte", max_tokens=7_000)),
+}
+
+
+def recorded(name, **more):
+    """A short hash of every file that prepare() makes of a source; of meta.json all but the stamp, and that apart."""
+    source, options = MATRIX[name]
+    directory = prepare.prepare(source, name=name, val_fraction=0.05, **options, **more)
+    files, meta = files_of(directory), meta_of(directory)
+    stamp = meta.pop("stamp")
+    files["meta.json"] = json.dumps(meta, sort_keys=True).encode()
+    files["tokenizer.json"] = json.dumps(json.loads(files.get("tokenizer.json", "{}")), sort_keys=True).encode()
+    files["tokenizer_config.json"] = json.dumps(json.loads(files.get("tokenizer_config.json", "{}")), sort_keys=True).encode()
+    every = hashlib.sha256()
+    for path, content in sorted(files.items()):
+        every.update(f"{path} {len(content)} ".encode() + content)
+    return every.hexdigest()[:16], stamp[:8]
+
+
+RECORDED = {  # name: (the files and meta.json, the stamp that says whether a data set is up to date)
+    "one_char": ("652e29c13af326c3", "bf27334a"),
+    "one_byte": ("ce919ed9c2a7e16e", "235636e8"),
+    "one_most": ("115468a0b675aa47", "c97b0dcb"),
+    "ended": ("d8527bc63fbabc1a", "cb0f4f98"),
+    "docs": ("daef6e563c464c98", "95a41051"),
+    "docs_most": ("6deb1ec92178eedd", "12130d67"),
+    "marked": ("bde50542a1a5e7e5", "dddce3c3"),
+    "long": ("5f473be4069c557e", "800a7da2"),
+    "long_most": ("3474e34f5c899614", "4d82fa7f"),
+    "crlf": ("df20f91c676a6873", "15a3247f"),
+    "nospace": ("8ab761e57941649f", "eb9244b1"),
+    "broken": ("b77d1ad0fea89e99", "8cb2bac7"),
+    "jsonl": ("e4fd6ef0a7831b25", "b386f4e8"),
+    "zst": ("9220c47bd02a7e1d", "ec6cd9b0"),
+    "gz": ("ba1619b6ed58df0f", "584eafd5"),
+    "parquet": ("1e1aa1a09606b18f", "eefd391f"),
+    "parquet_most": ("72c192b9c28b80b5", "00921f60"),
+    "bad": ("ab1f61b960d89b03", "12f30e01"),
+    "chat": ("66ba1c3fc5517257", "adb58615"),
+    "chat_char": ("2288560054336444", "d1ee28fb"),
+    "chat_most": ("fd3a5f5aa67b63cd", "b3ad6196"),
+    "prefs": ("5a1ae057b1a63023", "b63e48c7"),
+    "verify": ("ceb5a38121e98ba4", "d129138a"),
+    "set": ("f302e665f0507a07", "ef67f61d"),
+    "mix": ("7fe14e7451906d55", "1c1c7b81"),
+    "mix_most": ("24935e26f577fb75", "d22c6643"),
+    "many_most": ("94ade422680948e6", "8513801f"),
+    "set_most": ("ed80224d00f51394", "c382adba"),
+}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_same_bytes_as_recorded(here, monkeypatch, workers):
+    """Every kind of source, in many blocks, with documents longer than a block and cut off by max_tokens: files and
+    meta.json as they were before the packing was rebuilt, so that data sets made before are known to be up to date."""
+    monkeypatch.setattr(prepare, "BLOCK", 4096)
+    monkeypatch.setattr(prepare, "LONGEST", 6000)
+    recorded_sources()
+    wrong = []
+    for name, (files, stamp) in RECORDED.items():
+        found = recorded(name, workers=workers)
+        # the size of a compressed source, and so its stamp, follows pyarrow's version
+        if found[0] != files or (found[1] != stamp and name not in ("zst", "gz", "parquet", "parquet_most", "mix", "mix_most")):
+            wrong.append((name, found))
+    assert not wrong
 
 
 # --- nothing is replaced that prepare.py did not make
@@ -1164,20 +1296,23 @@ def test_fetch_model(hub):
     assert "no such repository" in fetched("o/gone").stderr
 
 
-def test_download_is_resumed_and_checked(hub, monkeypatch):
-    """requests, from a mirror that cuts the connection: the rest alone is asked for, and the hash has the
-    last word."""
+def test_download_is_tried_again_and_checked(hub, monkeypatch):
+    """requests, from a mirror that cuts the connection and is busy: three tries, and what does not have the SHA-256 that
+    was wanted is not kept."""
     monkeypatch.setenv("NANOSMOL_MIRROR", hub.url + "/cdn/files/here")
+    monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
     body, url = hub.repos["files/here"]["input.txt"], "https://example.org/input.txt"
     hub.faults += [("/cdn/", "cut"), ("/cdn/", 503)]
     path = prepare.download(url, digest(body))
-    assert open(path, "rb").read() == body
-    assert re.fullmatch(r"bytes=[1-9]\d+-", hub.seen[-1][2])
-    asked = len(hub.seen)
-    assert prepare.download(url, digest(body)) == path and len(hub.seen) == asked
-    with pytest.raises(UserError, match="SHA-256"):
-        prepare.download(url, digest(b"another"), tries=2)
-    hub.faults += [("/cdn/", 404)]
+    assert open(path, "rb").read() == body and len(hub.seen) == 3
+    assert prepare.download(url, digest(body)) == path and len(hub.seen) == 3
+    hub.faults += [("/cdn/", "cut")] * 3
+    for wanted, said in ((b"cut off", "input.txt: could not be fetched in 3 tries"), (b"another", "SHA-256")):
+        with pytest.raises(UserError, match=said) as e:
+            prepare.download(url, digest(wanted))
+        assert "\n" not in str(e.value) and "give prepare.py its path" in str(e.value)
+    assert not any(digest(wanted)[:16] in f for f in os.listdir(prepare.cache_dir()))
+    hub.faults += [("/cdn/", 404)] * 3
     with pytest.raises(UserError, match="404"):
         prepare.download(url, digest(b"a third"))
 

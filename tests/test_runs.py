@@ -1,4 +1,4 @@
-"""runs.py part by part: directories, where a run begins, log, checkpoints, mirrors, pod, signals."""
+"""runs.py part by part, in milliseconds: where a run begins, log, checkpoints, mirrors, pod."""
 
 import contextlib
 import errno
@@ -117,7 +117,7 @@ def asks(tmp_path, **given):
     """(config, setup) as train.py has them; keys with a leading underscore stand in a config."""
     config = {"out_dir": str(tmp_path / "out"), "init_from": "scratch", "stage": "pretrain"}
     config |= {"hf_repo": "", "hf_private": False, "backup_dir": "", "keep_checkpoints": 2}
-    config |= {"eval_only": False, "dtype": "auto"}
+    config |= {"eval_only": False, "dtype": "auto", "data_dir": str(tmp_path / "data")}
     from_files = {key[1:]: value for key, value in given.items() if key[0] == "_"}
     typed = {key: value for key, value in given.items() if key[0] != "_"}
     config |= from_files | typed
@@ -265,7 +265,7 @@ def test_the_working_directory_is_not_set_aside(tmp_path, out, loads, monkeypatc
     (out / "inside").mkdir()
     for cwd in (out, out / "inside"):
         monkeypatch.chdir(cwd)
-        with pytest.raises(runs.UserError, match="holds the working directory"):
+        with pytest.raises(runs.UserError, match="so it can't be set aside"):
             claim(*asks(tmp_path, init_from="scratch"))
         assert steps(out) == [10]
 
@@ -290,7 +290,7 @@ def test_a_directory_that_cannot_be_written_is_refused_at_the_start(tmp_path, ou
     (tmp_path / "file").write_text("")
     with pytest.raises(runs.UserError, match="out_dir=.*: not a directory"):
         runs.check(asks(tmp_path, out_dir=str(tmp_path / "file"))[0])
-    with pytest.raises(runs.UserError, match="can't be written: .*Not a directory"):
+    with pytest.raises(runs.UserError, match="not a directory|Not a directory"):
         claim(*asks(tmp_path, out_dir=str(tmp_path / "file" / "toy")))
 
     def read_only(**options):
@@ -316,29 +316,45 @@ def test_places_that_cannot_be_right(tmp_path, monkeypatch):
     assert runs.backup_of(config) == os.path.join("/drive", tmp_path.name)
 
 
-def test_damaged_checkpoints_and_a_users_files_are_kept(tmp_path, out, loads):
-    """samples.txt and loss.png in a directory without a run are not of a run."""
-    (out / "samples.txt").write_text("mine")
-    (out / "best").mkdir()
-    (out / "best" / "notes.txt").write_text("mine")
-    said = []
-    claim(*asks(tmp_path), said.append)
-    assert (out / "samples.txt~1").read_text() == "mine" and "samples.txt~1" in said[0]
-    checkpoint(out, 10), checkpoint(out, 20, b"short")
-    (out / "samples.txt").write_text("of the run")
-    claim(*asks(tmp_path, out_dir=str(out) + "/"))
-    checkpoint(out, 20, b"short again")
-    claim(*asks(tmp_path))
-    names = ["best", "samples.txt", "samples.txt~1", "step_000010", "step_000020.damaged"]
-    assert sorted(os.listdir(out)) == [*names, "step_000020.damaged~1"]
-    assert (out / "best" / "notes.txt").read_text() == "mine"
+def test_a_users_directory_is_refused_and_nothing_is_touched(tmp_path, out):
+    """Whatever has the name of something that a run replaces; a start/ would only be set aside."""
+    (tmp_path / "drive").mkdir()
+    for place in (out, tmp_path / "drive" / "out"):
+        for name in ("samples.txt", "loss.png", "log.jsonl", "best/n.txt", "step_000010/n.txt"):
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_text("mine")
+            for more in ({}, {"init_from": "scratch"}):
+                asked = asks(tmp_path, backup_dir=str(tmp_path / "drive"), **more)
+                with pytest.raises(
+                    runs.UserError, match=f"{place} holds {name.split('/')[0]}, but"
+                ):
+                    claim(*asked)
+            assert (place / name).read_text() == "mine"
+            shutil.rmtree(place)
+    out.mkdir()
+    for name in ("notes.txt", "start/n.txt", "step_10/n.txt"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    (out / "log.jsonl").touch()  # of a run that began on a full disk
+    claim(*asks(tmp_path, init_from="scratch"))
+    assert sorted(os.listdir(out)) == ["log.jsonl", "notes.txt", "start", "step_10"]
+
+
+def test_damaged_checkpoints_are_set_aside(tmp_path, out, loads):
+    for content in (b"short", b"short again"):
+        checkpoint(out, 20, content)
+        if not (out / "step_000010").exists():
+            checkpoint(out, 10)
+        claim(*asks(tmp_path, out_dir=str(out) + "/"))
+    names = ["step_000010", "step_000020.damaged", "step_000020.damaged~1"]
+    assert sorted(os.listdir(out)) == names
 
 
 def test_the_model_that_a_stage_began_with_is_kept(tmp_path, out, loads):
     """As hard links without trainer.pt; that of a run which ended before its first checkpoint, and
     a user's directory of that name, are set aside: a resumed run is measured against start/."""
     source = checkpoint(tmp_path / "sft", 5)
-    (source / "merges.txt").write_text("no file of ours")
+    (source / "notes.txt").write_text("no file of ours")
     config, setup = asks(tmp_path, stage="dpo", _init_from=str(tmp_path / "sft"))
     start = claim(config, setup)
     assert sorted(os.listdir(out / "start")) == ["config.json", "model.safetensors"]
@@ -404,13 +420,16 @@ def test_a_run_comes_back_from_its_backup(tmp_path, loads):
     out, said = tmp_path / "out", []
     out.mkdir()
     (out / "samples.txt").write_text("mine")
+    with pytest.raises(runs.UserError, match="holds samples.txt, but no run"):
+        runs.restore_backup(*asked, said.append)
+    assert os.listdir(out) == ["samples.txt"] and (out / "samples.txt").read_text() == "mine"
+    (out / "samples.txt").unlink()
     runs.restore_backup(*asked, said.append)
-    names = ["best", "log.jsonl", "samples.txt", "samples.txt~1", "start", "step_000020"]
-    assert sorted(os.listdir(out)) == names and (out / "samples.txt~1").read_text() == "mine"
-    assert "step_000030 is damaged and passed over" in said[1] and "is copied back" in said[2]
+    assert sorted(os.listdir(out)) == ["best", "log.jsonl", "samples.txt", "start", "step_000020"]
+    assert "step_000030 is damaged and passed over" in said[0] and "is copied back" in said[1]
     before = (out / "step_000020").stat()
     runs.restore_backup(*asked, said.append)
-    assert (out / "step_000020").stat() == before and len(said) == 3
+    assert (out / "step_000020").stat() == before and len(said) == 2
     for path in (drive / "step_000010", drive / "step_000020"):
         (path / "model.safetensors").write_bytes(b"short")
     shutil.rmtree(out)
@@ -633,15 +652,14 @@ def test_a_users_files_block_neither_best_nor_saving(out, model):
     assert runs.is_checkpoint(kept.path(10))  # it is saved: a finished run says so
     (out / "best").mkdir()
     (out / "best" / "mine.txt").write_text("mine")
-    kept.link_best(10)
-    kept.wait()
-    assert "holds mine.txt, which is not a file of a checkpoint" in log.said[0]
-    assert os.listdir(out / "best") == ["mine.txt"]
-    os.rename(out / "best", out / "mine")
+    (out / "step_000020").mkdir()
+    (out / "step_000020" / "mine.txt").write_text("mine")
     kept.link_best(10)
     save(kept, model, 20)
+    for name in ("best~1", "step_000020~1"):
+        assert (out / name / "mine.txt").read_text() == "mine"
     assert "notes.txt" not in os.listdir(out / "best") and runs.is_checkpoint(out / "best")
-    assert steps(out) == [10, 20] and "holds a user's files, so it stays" in log.said[1]
+    assert steps(out) == [10, 20] and "holds a user's files, so it stays" in log.said[0]
     assert (out / "step_000010" / "notes.txt").read_text() == "mine"
 
 
@@ -930,13 +948,12 @@ def test_a_hub_out_of_reach_is_no_refusal(out, hub, monkeypatch):
 # --- a backup
 
 
-def drive(tmp_path, keep=2):
+def backup_place(tmp_path, keep=2):
     (tmp_path / "drive").mkdir(exist_ok=True)
-    said = []
-    directory = str(tmp_path / "drive" / "out")
-    place = runs.Backup(str(tmp_path / "out"), directory, keep, said.append)
+    directory = tmp_path / "drive" / "out"
+    place = runs.Backup(str(tmp_path / "out"), str(directory), keep)
     place.open()
-    return place, tmp_path / "drive" / "out", said
+    return place, directory
 
 
 def turn(place):
@@ -945,17 +962,17 @@ def turn(place):
 
 
 def test_a_backup_is_rotated_like_the_run(tmp_path, out):
-    place, there, _ = drive(tmp_path)
+    place, there = backup_place(tmp_path)
     for step in (10, 20, 30):
         checkpoint(out, step)
         turn(place)
     assert steps(there) == [20, 30] and turn(place)[0] == [False, False]
     assert runs.same_files(there / "step_000030", out / "step_000030")
-    assert runs.Backup(str(out), str(there), 0, print).wanted() == runs.checkpoints(out)
+    assert runs.Backup(str(out), str(there), 0).wanted() == runs.checkpoints(out)
 
 
 def test_a_backup_holds_what_the_run_has_beside(tmp_path, out):
-    place, there, _ = drive(tmp_path)
+    place, there = backup_place(tmp_path)
     for name in runs.BESIDE:
         (out / name).write_text(name)
     best = checkpoint(out, 1)
@@ -974,7 +991,7 @@ def test_a_backup_holds_what_the_run_has_beside(tmp_path, out):
 
 
 def test_a_best_that_is_replaced_while_it_is_copied(tmp_path, out, monkeypatch):
-    place, there, _ = drive(tmp_path)
+    place, there = backup_place(tmp_path)
     checkpoint(out, 1).rename(out / "best")
 
     def moved(source, target):
@@ -991,7 +1008,7 @@ def test_a_best_that_is_replaced_while_it_is_copied(tmp_path, out, monkeypatch):
 
 def test_a_run_that_went_back_replaces_what_its_backup_has(tmp_path, out):
     """Same sizes, other content; and what is newer than the run is not what comes back."""
-    place, there, _ = drive(tmp_path, keep=1)
+    place, there = backup_place(tmp_path, keep=1)
     for step in (20, 30):
         checkpoint(there, step, WEIGHTS[::-1])
     checkpoint(out, 10)
@@ -1001,31 +1018,32 @@ def test_a_run_that_went_back_replaces_what_its_backup_has(tmp_path, out):
     turn(place)
     assert steps(there) == [20]
     (there / "step_000020" / "model.safetensors").write_bytes(WEIGHTS[::-1])
-    turn(drive(tmp_path, keep=1)[0])
+    turn(backup_place(tmp_path, keep=1)[0])
     assert (there / "step_000020" / "model.safetensors").read_bytes() == WEIGHTS
 
 
 def test_a_users_files_in_the_backup_stay(tmp_path, out):
     there = tmp_path / "drive" / "out"
-    there.mkdir(parents=True)
-    (there / "loss.png").write_text("mine")
-    place, _, said = drive(tmp_path, keep=1)
-    (out / "loss.png").write_text("a plot")
+    place, _ = backup_place(tmp_path, keep=1)
     path = checkpoint(out, 10)
     (path / "diary.txt").write_text("stays at home")
     (path / "more").mkdir()
     turn(place)
-    assert (there / "loss.png~1").read_text() == "mine" and len(said) == 1
     assert turn(place)[0] == [False]
-    (there / "step_000010" / "notes.txt").write_text("mine")
+    for name in ("step_000010", "step_000020", "best"):
+        (there / name).mkdir(exist_ok=True)
+        (there / name / "notes.txt").write_text("mine")
     checkpoint(out, 20)
+    checkpoint(out, 1).rename(out / "best")
     turn(place)
-    assert steps(there) == [10, 20] and (there / "step_000010" / "notes.txt").read_text() == "mine"
+    assert steps(there) == [10, 20] and runs.same_files(out / "best", there / "best")
+    for name in ("step_000010", "step_000020~1", "best~1"):
+        assert (there / name / "notes.txt").read_text() == "mine"
 
 
 def test_a_drive_that_is_gone_does_not_become_a_local_directory(tmp_path, out):
     (tmp_path / "mnt" / "drive").mkdir(parents=True)
-    place = runs.Backup(str(out), str(tmp_path / "mnt" / "drive" / "toy" / "out"), 1, print)
+    place = runs.Backup(str(out), str(tmp_path / "mnt" / "drive" / "toy" / "out"), 1)
     place.open()
     shutil.rmtree(tmp_path / "mnt" / "drive")
     with pytest.raises(OSError, match="is not there"):
@@ -1044,7 +1062,7 @@ def test_a_full_drive(tmp_path, out, monkeypatch):
         raise FULL
 
     monkeypatch.setattr(shutil, "copyfile", full)
-    place, there, _ = drive(tmp_path)
+    place, there = backup_place(tmp_path)
     run = Finished(out, place, tries=2)
     assert run.end() is False and not steps(there) and steps(out) == [10]
     assert set(run.log.events()) == {"backup failed"}
@@ -1052,7 +1070,7 @@ def test_a_full_drive(tmp_path, out, monkeypatch):
     assert len(warnings) == 1 and "No space left on device" in warnings[0]
     assert not [f for f in os.listdir(there) if not f.endswith(".tmp")]
     monkeypatch.setattr(shutil, "copyfile", copy)
-    assert Finished(out, drive(tmp_path)[0]).end() and steps(there) == [10]
+    assert Finished(out, backup_place(tmp_path)[0]).end() and steps(there) == [10]
 
 
 def test_a_copy_that_was_killed_is_cleaned_up(tmp_path, out):
@@ -1060,7 +1078,7 @@ def test_a_copy_that_was_killed_is_cleaned_up(tmp_path, out):
     there = tmp_path / "drive" / "out"
     for name in (".step_000005.part", ".writing.step_000006", ".deleting.step_000001"):
         checkpoint(there, 1).rename(there / name)
-    drive(tmp_path)
+    backup_place(tmp_path)
     assert os.listdir(there) == []
 
 
@@ -1154,6 +1172,9 @@ def test_a_second_signal_ends_the_process_unless_it_is_the_same_event(signals, m
     signal.raise_signal(signal.SIGINT)
     assert stop.signal == "SIGTERM" and exits == []
     now[0] = 101.5
+    if hasattr(signal, "SIGHUP"):
+        signal.raise_signal(signal.SIGHUP)
+        assert exits == []  # the terminal says it again
     signal.raise_signal(signal.SIGINT)
     assert exits == [130]
 
@@ -1224,12 +1245,17 @@ def test_what_to_type_next(monkeypatch):
     assert text.endswith("torchrun --nproc_per_node=2 train.py 'my config.py' --max_iters=20")
 
 
+class Counted:
+    def n_params(self):
+        return 1234
+
+
 def test_a_card_says_what_was_measured_and_nothing_private(tmp_path):
     config = {"stage": "rlvr", "hf_repo": "me/tiny", "dataset": "t", "init_from": "me/base"}
     config |= {"beta": 0.1, "data_dir": "/home/me", "verifier": "/home/me/v.py"}
     run = types.SimpleNamespace(step=20, tokens=1000)
     rows = [{"step": 10, "val/pass@1": 0.75}, {"step": 20, "val/pass@1": 0.5, "train/loss": None}]
-    card = runs.model_card(config, list(config), 1234, False, run, rows)
+    card = runs.model_card(config, list(config), Counted(), False, run, rows)
     for part in (
         'library_name: "nanosmol"',
         'base_model: "me/base"',
@@ -1243,7 +1269,7 @@ def test_a_card_says_what_was_measured_and_nothing_private(tmp_path):
     ):
         assert part in card
     assert "/home/me" not in card
-    card = runs.model_card(config | {"init_from": "out/sft"}, ["beta"], 1234, True, run, [])
+    card = runs.model_card(config | {"init_from": "out/sft"}, ["beta"], Counted(), True, run, [])
     assert "base_model" not in card and 'AutoModelForCausalLM.from_pretrained("me/tiny")' in card
 
 
@@ -1265,12 +1291,14 @@ def test_samples_are_for_show(monkeypatch, model):
 def test_where_to_roll_back_to(out):
     run = types.SimpleNamespace(step=15, rollbacks=0)
     with pytest.raises(runs.UserError, match="there is no checkpoint yet to go back to"):
-        runs.last_to_roll_back_to(str(out), run, 5, 3)
+        runs.last_checkpoint(str(out), run, "loss spike", 5, 3)
     path = checkpoint(out, 10)
-    assert runs.last_to_roll_back_to(str(out), run, 5, 3) == str(path)
+    assert runs.last_checkpoint(str(out), run, "loss spike", 5, 3) == str(path)
     run.rollbacks = 3
     with pytest.raises(runs.UserError, match="5 bad steps in a row .*step_000010 is whole"):
-        runs.last_to_roll_back_to(str(out), run, 5, 3)
+        runs.last_checkpoint(str(out), run, "loss spike", 5, 3)
+    with pytest.raises(runs.UserError, match="gradient is 0.*No weight can learn"):
+        runs.last_checkpoint(str(out), run, "gradient is 0", 5, 3)
 
 
 def test_secrets_come_from_the_environment_or_the_file(tmp_path, monkeypatch):
