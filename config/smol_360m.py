@@ -1,6 +1,6 @@
 # smol-llama 360M: 6B tokens of FineWeb, about a million tokens a step. The batch is the original
-# project's; by the estimate of --dry_run, a GPU with 80 GB needs a smaller one, at the same number of
-# tokens a step:
+# project's; by the estimate of --dry_run, a GPU with 80 GB needs a smaller one, at the same number
+# of tokens a step:
 #   python prepare.py fineweb_6b
 #   python train.py config/smol_360m.py --batch_size=16 --gradient_accumulation_steps=32
 
@@ -38,5 +38,5 @@ checkpoint_interval = 200
 wandb_log = True
 wandb_project = "smol-llama"
 gpu_cost_per_hour = 2.40
-# hf_repo = "you/smol-llama"  # uploads each checkpoint; without it the pod is stopped, not terminated
+# hf_repo = "you/smol-llama"  # gets all checkpoints; without it the pod is stopped, not terminated
 terminate_pod = True          # on RunPod, when the run has ended

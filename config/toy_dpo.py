@@ -1,4 +1,4 @@
-# Third stage of the toy world: learns a friendly tone from pairs of answers. After config/toy_sft.py:
+# Third stage of the toy world: learns a friendly tone from answer pairs. After config/toy_sft.py:
 #   python train.py config/toy_dpo.py
 
 stage = "dpo"
