@@ -59,15 +59,15 @@ class GPTConfig:
     """
 
     # fmt: off
-    block_size: int = 256         # tokens in a training window (>= 1)
-    vocab_size: int = 0           # rows of the embedding; 0: the data's; never smaller (>= 0)
-    n_layer: int = 4              # blocks (>= 1)
-    n_head: int = 4               # query heads (>= 1)
-    n_embd: int = 128             # width of the residual stream (>= 1)
+    block_size: int = 256         # tokens in a training window (>= 1, <= 2**31)
+    vocab_size: int = 0           # rows of the embedding; 0: the data's; not smaller (>= 0, <= 2**31)
+    n_layer: int = 4              # blocks (>= 1, <= 2**14)
+    n_head: int = 4               # query heads (>= 1, <= 2**16)
+    n_embd: int = 128             # width of the residual stream (>= 1, <= 2**20)
     n_kv_head: int = 0            # key and value heads (GQA); 0: n_head (>= 0)
-    head_dim: int = 0             # width of a head; 0: n_embd / n_head (>= 0)
-    ffn_dim: int = 0              # width inside the MLP; 0: 4 or 8/3 (swiglu) n_embd (>= 0)
-    max_positions: int = 0        # longest context that config.json declares; 0: block_size (>= 0)
+    head_dim: int = 0             # width of a head; 0: n_embd / n_head (>= 0, <= 2**20)
+    ffn_dim: int = 0              # of the MLP; 0: 4 or 8/3 (swiglu) n_embd (>= 0, <= 2**22)
+    max_positions: int = 0        # the longest context; 0: block_size (>= 0, <= 2**31)
     dropout: float = 0.0          # (>= 0, < 1)
     bias: bool = False            # in linear layers and LayerNorm
     norm: str = "rmsnorm"         # 'rmsnorm' | 'layernorm'

@@ -319,8 +319,9 @@ def claim(config, start, say):
     lock(out_dir)
     if start.start_over:
         for old in old_runs:
-            if os.path.realpath(os.getcwd()).startswith(os.path.realpath(old)):
-                raise UserError(f"out_dir={old!r} is the directory that you are in, so it can't be set aside; choose another")
+            for inside in (os.getcwd(), config["data_dir"], os.path.dirname(os.path.abspath(__file__))):
+                if os.path.commonpath([os.path.realpath(inside), os.path.realpath(old)]) == os.path.realpath(old):
+                    raise UserError(f"out_dir={old!r} holds {inside}, so it can't be set aside; choose another")
             say(f"the run in {old} is set aside as {set_aside(old)}")
         if not os.path.isdir(out_dir):
             os.makedirs(out_dir)
@@ -1229,14 +1230,17 @@ def samples(model, data, config, count, autocast, log):
         return []
 
 
-def last_checkpoint(out_dir, run, max_bad_steps, max_rollbacks):
+def last_checkpoint(out_dir, run, why, max_bad_steps, max_rollbacks):
     """The checkpoint to roll back to; UserError if there is none, or after max_rollbacks."""
     saved = checkpoints(out_dir)
     if saved and run.rollbacks < max_rollbacks:
         return saved[-1]
     kept = f"{saved[-1]} is whole" if saved else "there is no checkpoint yet to go back to"
-    raise UserError(f"{max_bad_steps} bad steps in a row after step {run.step} and {run.rollbacks} rollbacks; {kept}. Lower "
-                    "the learning rate, or look at the data")
+    advice = "Lower the learning rate, or look at the data"
+    if why == "gradient is 0":
+        advice = "No weight can learn: look at how the model begins (init_std, init_from) and at what you changed in it"
+    raise UserError(f"{max_bad_steps} bad steps in a row ({why}) after step {run.step} and {run.rollbacks} rollbacks; "
+                    f"{kept}. {advice}")
 
 
 def command():
@@ -1250,8 +1254,9 @@ def command():
 def summary(config, run, is_saved):
     """The end of a finished run, with what to type next."""
     out_dir, name = config["out_dir"], "pass@1" if config["stage"] == "rlvr" else "val loss"
-    lines = [f"--- {run.step:,} steps, {run.tokens:,} tokens in {run.train_s:.0f} s of training: best {name} "
-             f"{abs(run.best[0]):.4f} ---", f"the loss, drawn      {os.path.join(out_dir, PLOT)}"]
+    best = f"best {name} {abs(run.best[0]):.4f}" if math.isfinite(run.best[0]) else "not evaluated"
+    lines = [f"--- {run.step:,} steps, {run.tokens:,} tokens in {run.train_s:.0f} s of training: {best} ---",
+             f"the loss, drawn      {os.path.join(out_dir, PLOT)}"]
     if is_saved:
         sample = ["python", "sample.py", f"--out_dir={out_dir}", f"--start={config['sample_start'] or 'Once upon a time'}"]
         longer = [arg for arg in command() if not arg.startswith("--max_iters=")] + [f"--max_iters={2 * config['max_iters']}"]

@@ -298,7 +298,7 @@ def test_equal_rewards_move_nothing(place):
     )  # fmt: skip
     run = place.cwd / "out" / "tenths"
     without, with_signal = moves_only_with_a_signal(run, 8)
-    assert without >= 2 and with_signal >= 2
+    assert without >= 1 and with_signal >= 2
     for before, row in itertools.pairwise(steps_of(run).values()):
         tenths = row["reward/mean"] == pytest.approx(0.1, abs=1e-6)
         assert tenths == (row["train/no_signal"] > before["train/no_signal"])
@@ -373,7 +373,7 @@ def test_best_follows_the_mean_reward_where_pass_at_1_is_equal(place):
 # verifiers
 
 def test_a_verifier_that_always_raises_stops_the_run(place):
-    (place.cwd / "two.py").write_text("def verify(completion, answer):\n    return 1.0\n")
+    (place.cwd / "two.py").write_text("def verify(prompt, completion, answer):\n    return 1.0 + answer\n")
     start = (place.cwd / "letters" / "model.safetensors").read_bytes()
     result = place.run(*RLVR, "--verifier=two.py", "--out_dir=out/two", "--max_iters=50")
     refused(result, "two.py", "verif", "TypeError")
