@@ -1590,13 +1590,21 @@ def _tensor_obstacles(config, kind, state):
     expected = {row.ours: row.shape for row in _tensor_rows(config, kind) if not row.optional}
     if config.tie_embeddings:
         del expected["head.weight"]
-        if torch.equal(state.get("head.weight", state["embed.weight"]), state["embed.weight"]):
-            shapes.pop("head.weight", None)
+    if _head_is_embedding(config, state):
+        shapes.pop("head.weight", None)
     return [
         f"{kind} has {name} in the shape {expected.get(name)}, not {shapes.get(name)}"
         for name in sorted(shapes.keys() | expected.keys())
         if shapes.get(name) != expected.get(name)
     ]
+
+
+def _head_is_embedding(config, state):
+    """Whether a file leaves out the head: it is the embedding (an edit of GPT may untie it)."""
+    embed, head = state.get("embed.weight"), state.get("head.weight")
+    if not config.tie_embeddings or embed is None:
+        return False
+    return head is None or torch.equal(head, embed)
 
 
 class _TensorRow(typing.NamedTuple):
@@ -1654,7 +1662,8 @@ def _from_hf_config(hf, where, config_class):
     fields = config_class.__dataclass_fields__
     for key in ours:
         if key not in fields:
-            raise UserError(f"{where}: this model.py has no key {key!r}; load it with its own")
+            what = f"GPTConfig has no key {key!r}"
+            raise UserError(f"{where}: {what}; load it with the model.py that wrote it")
     if kind == "nanosmol":
         for key in (*SHAPE, *NEUTRAL):
             if key in fields and key not in ours:
@@ -1712,9 +1721,8 @@ def save_hf(config, state, directory, hf_layout, generation):
     for name, tensor in state.items():
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
         tensors[name] = tensor.detach().to("cpu", dtype)
-    head = tensors.get("head.weight")
-    if config.tie_embeddings and head is not None and torch.equal(head, tensors["embed.weight"]):
-        del tensors["head.weight"]
+    if _head_is_embedding(config, tensors):
+        tensors.pop("head.weight", None)
     if kind != "nanosmol":
         tensors = _to_hf_tensors(config, kind, tensors)
     addresses = set()
