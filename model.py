@@ -1573,14 +1573,14 @@ def architecture(config, state=None):
                 wrong.append(f"{name} has {key}={value!r}, not {getattr(config, key)!r}")
         if obstacles is None or len(wrong) < len(obstacles):
             kind, obstacles = name, wrong
+    if state is not None and not obstacles:
+        obstacles = _tensor_obstacles(config, kind, state)
     for field in dataclasses.fields(config):
         if field.name in NEUTRAL or field.name in SHAPE:
             continue
         value = getattr(config, field.name)
         if value != field.default:
             obstacles.append(f"no architecture has the key {field.name}={value!r}")
-    if state is not None and not obstacles:
-        obstacles = _tensor_obstacles(config, kind, state)
     return ("nanosmol", obstacles) if obstacles else (kind, [])
 
 
@@ -1592,11 +1592,13 @@ def _tensor_obstacles(config, kind, state):
         del expected["head.weight"]
     if _head_is_embedding(config, state):
         shapes.pop("head.weight", None)
-    return [
-        f"{kind} has {name} in the shape {expected.get(name)}, not {shapes.get(name)}"
-        for name in sorted(shapes.keys() | expected.keys())
-        if shapes.get(name) != expected.get(name)
-    ]
+    obstacles = {}  # as a set, in order: one sentence for all layers
+    for name in sorted(shapes.keys() | expected.keys()):
+        ours, theirs = shapes.get(name, "absent"), expected.get(name, "absent")
+        if ours != theirs:
+            name = re.sub(r"^blocks\.\d+\.", "blocks.*.", name)
+            obstacles[f"{kind} has {name} {theirs}, not {ours}"] = True
+    return list(obstacles)
 
 
 def _head_is_embedding(config, state):
