@@ -140,7 +140,7 @@ def scene_the_pod_ends_after_the_confirmed_model(cwd):
 
 
 def test_the_pod_ends_after_the_confirmed_model(scene):
-    """Three failures, two checkpoints, the final model, which the Hub is asked for, then the pod."""
+    """Three failures, two checkpoints, the final model, confirmed by the Hub, then the pod."""
     cwd, hub, out, errors = scene
     first, second = "me/tiny/checkpoints/step_000010", "me/tiny/checkpoints/step_000020"
     sent = [("upload", first), ("upload", second), ("upload", "me/tiny")]
