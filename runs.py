@@ -189,8 +189,10 @@ def clean(directory):
         if re.fullmatch(rf"\.(writing|deleting)\.{name}|\.(\.writing\.)?{name}\.part", entry):
             remove_leftover(path)
         replaced = re.fullmatch(rf"\.{name}\.replaced", entry)
-        if replaced:
-            prepare.restore(os.path.join(directory, replaced[1]), "checkpoint")
+        if replaced and os.path.exists(os.path.join(directory, replaced[1])):
+            remove_leftover(path)  # the new one is in place
+        elif replaced:
+            os.rename(path, os.path.join(directory, replaced[1]))
 
 
 def set_aside(path):
@@ -269,23 +271,24 @@ def of_today(state):
     return kept | {"run": run, "rng": rng}
 
 
-def starts_over(config, setup):
-    """--init_from=scratch on the command line; in a config it is a default."""
-    return setup.given.get("init_from") == "command line" and config["init_from"] == "scratch"
+def is_typed(key, setup):
+    """Whether a key was given on the command line, where it is an order; in a config it is a
+    default."""
+    return setup.given.get(key) == "command line"
 
 
-def measures_another(config, setup):
-    """--eval_only with an --init_from: that model is measured, whatever out_dir holds."""
-    typed = setup.given.get("init_from") == "command line"
-    return config["eval_only"] and typed and config["init_from"] != "resume"
+def leaves_the_run_alone(config, setup):
+    """--init_from=scratch starts over; with --eval_only --init_from names a model to measure."""
+    if not is_typed("init_from", setup) or config["init_from"] == "resume":
+        return False
+    return config["eval_only"] or config["init_from"] == "scratch"
 
 
 def restore_backup(config, setup, say):
     """Where out_dir holds no run, on a machine that was replaced: the backup is copied back, with
     its newest whole checkpoint. That comes last: a restore that is killed begins again."""
     out_dir, backup = config["out_dir"], backup_of(config)
-    another = starts_over(config, setup) or measures_another(config, setup)
-    if another or not backup or checkpoints(out_dir) or not checkpoints(backup):
+    if leaves_the_run_alone(config, setup) or not checkpoints(backup) or checkpoints(out_dir):
         return
     try:
         clean(backup)
@@ -320,15 +323,13 @@ def find(config, setup, say):
     """
     out_dir, init_from = config["out_dir"], config["init_from"]
     start = types.SimpleNamespace(checkpoint=None, model=None, state=None, damaged=[])
-    start.typed = setup.given.get("init_from") == "command line"
-    start.start_over = starts_over(config, setup)
+    start.typed = is_typed("init_from", setup)
+    start.start_over = start.typed and init_from == "scratch"
     if start.start_over:  # from where the config says: in a later stage it names a model
         init_from = setup.from_files.get("init_from", "scratch")
     start.init_from = init_from
     start.seen = checkpoints(out_dir)
-    saved = start.seen
-    if start.start_over or measures_another(config, setup):
-        saved = []
+    saved = [] if leaves_the_run_alone(config, setup) else start.seen
     for checkpoint in reversed(saved):
         start.model, start.state = load(checkpoint, say)
         if start.state:
@@ -353,7 +354,7 @@ def find(config, setup, say):
 def began_with(key, config, setup, start):
     """The value of a key that a run keeps for its whole life, such as dtype, unless another is
     typed: recorded in its checkpoints, and before the first one in its log."""
-    if setup.given.get(key) == "command line" or start.start_over:
+    if is_typed(key, setup) or start.start_over:
         return config[key]
     if start.state:
         return start.state["config"].get(key, config[key])
@@ -473,7 +474,8 @@ def claim(config, start, say):
             if os.path.exists(path + ".damaged"):
                 set_aside(path + ".damaged")
             os.rename(path, path + ".damaged")
-        clean(out_dir)
+        for place in (out_dir, backup):
+            clean(place)
         if config["stage"] in ("dpo", "rlvr"):
             keep_first_model(out_dir, first_model(config, start), say)
         tempfile.TemporaryFile(dir=out_dir).close()  # now, and not after hours of training
@@ -615,16 +617,17 @@ class Log:
 
     def rows(self):
         """The rows of log.jsonl, without damaged lines, such as one that a full disk cut short."""
+        try:
+            with open(self.path, encoding="utf-8", errors="replace") as f:
+                lines = f.readlines()
+        except OSError:
+            return []
         rows = []
-        with (
-            contextlib.suppress(OSError),
-            open(self.path, encoding="utf-8", errors="replace") as f,
-        ):
-            for line in f:
-                with contextlib.suppress(ValueError, RecursionError):
-                    row = json.loads(line)
-                    if isinstance(row, dict) and isinstance(row.get("step"), int):
-                        rows.append(row)
+        for line in lines:
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    rows.append(row)
         return rows
 
     def done(self, step, best, score_of):
@@ -1221,16 +1224,13 @@ class Backup:
     def __init__(self, out_dir, directory, keep):
         self.out_dir, self.directory, self.keep = out_dir, directory, keep
         self.name = f"backup_dir={os.path.dirname(directory)}"
-        self.is_open, self.best_marker = False, None
+        self.best_marker = None
 
     def open(self):
         mount = os.path.dirname(os.path.dirname(os.path.abspath(self.directory)))
         if not os.path.isdir(mount):  # a drive that is gone is not to become a local directory
             raise OSError(f"{mount} is not there")
         os.makedirs(self.directory, exist_ok=True)
-        if not self.is_open:
-            clean(self.directory)
-            self.is_open = True
 
     def wanted(self):
         saved = [path for path in checkpoints(self.out_dir) if is_checkpoint(path)]

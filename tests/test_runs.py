@@ -441,23 +441,18 @@ def test_a_restore_that_is_killed_begins_again(tmp_path, loads, monkeypatch):
     """The checkpoint comes last: with it, out_dir counts as restored, log and start/ included."""
     asked, drive = backup(tmp_path, 10)
     shutil.copytree(drive / "step_000010", drive / "start")
-    for count in range(20):
-        calls = [0]
-
-        def killed(*args, calls=calls, count=count, rename=os.rename, **options):
-            calls[0] += 1
-            if calls[0] > count:
-                raise KeyboardInterrupt
-            return rename(*args, **options)
-
-        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-            patch.setattr(os, "rename", killed)
-            patch.setattr(prepare, "remove_directory", killed)
+    for count in range(1000):
+        finished = False
+        with killed_after(count):
             runs.restore_backup(*asked, print)
+            finished = True
         runs.restore_backup(*asked, print)
         runs.clean(str(tmp_path / "out"))
         names = ["log.jsonl", "samples.txt", "start", "step_000010"]
         assert sorted(os.listdir(tmp_path / "out")) == names, count
+        if finished:
+            assert count > 10
+            return
         shutil.rmtree(tmp_path / "out")
 
 
@@ -705,6 +700,67 @@ def test_a_checkpoint_that_is_deleted_is_never_partial_under_its_name(out, monke
     assert steps(out) == [20] and len(os.listdir(out / ".deleting.step_000010")) == 3
     runs.clean(str(out))
     assert os.listdir(out) == ["step_000020"]
+
+
+@contextlib.contextmanager
+def killed_after(count):
+    """As a kill -9 after so many calls that change a directory: none that follows does anything."""
+    left = [count]
+
+    def dies(call):
+        def changed(*args, **options):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return call(*args, **options)
+
+        return changed
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        for name in ("rename", "replace", "remove", "link", "rmdir", "mkdir"):
+            patch.setattr(os, name, dies(getattr(os, name)))
+        yield
+
+
+def test_killed_between_any_two_calls(tmp_path, loads):
+    """Of everything that changes a directory. Whatever has a final name is whole then, and the same
+    command ends as if nothing had happened."""
+
+    def write(directory):
+        checkpoint(tmp_path / "made", runs.step_of(directory)).rename(directory)
+
+    def train(out, first):
+        """Claims, saves, chooses best/ and rotates, from step `first`."""
+        config, setup = asks(
+            tmp_path, out_dir=str(out), stage="dpo", init_from=str(tmp_path / "sft")
+        )
+        setup.given = {}
+        claim(config, setup)
+        best = first if (out / f"step_{first:06d}").exists() else 0
+        kept = runs.Checkpoints(str(out), 1, Rows(out), best)
+        for step in range(first + 10, 30, 10):
+            kept._submit(kept._write, step, write, 0.0)
+            kept.link_best(step)
+        jobs = list(kept.jobs)
+        kept.wait()
+        kept.finish(1, types.SimpleNamespace(signal=""))
+        return [job.exception() for job in jobs if job.exception()] + kept.log.said
+
+    checkpoint(tmp_path / "sft", 5)
+    for count in range(1000):
+        out, finished = tmp_path / f"out{count}", False
+        with killed_after(count):
+            finished = train(out, 0) == []
+        shutil.rmtree(tmp_path / "made", ignore_errors=True)
+        directories = [*map(str, out.glob("step_*")), *map(str, out.glob("best"))]
+        assert all(len(os.listdir(path)) == 3 for path in directories), (count, directories)
+        assert train(out, max(steps(out), default=0)) == []
+        assert sorted(os.listdir(out)) == ["best", "log.jsonl", "start", "step_000020"], count
+        assert os.path.samefile(out / "best" / "trainer.pt", out / "step_000020" / "trainer.pt")
+        if finished:
+            assert count > 30
+            return
+        shutil.rmtree(out)
 
 
 # --- mirrors
@@ -1078,8 +1134,39 @@ def test_a_copy_that_was_killed_is_cleaned_up(tmp_path, out):
     there = tmp_path / "drive" / "out"
     for name in (".step_000005.part", ".writing.step_000006", ".deleting.step_000001"):
         checkpoint(there, 1).rename(there / name)
-    backup_place(tmp_path)
+    claim(*asks(tmp_path, backup_dir=str(tmp_path / "drive")))
     assert os.listdir(there) == []
+
+
+def test_a_backup_that_is_killed_between_any_two_calls(tmp_path, out, loads):
+    """Whatever has a final name is whole then, and the next run completes the backup."""
+    for step in (10, 20):
+        checkpoint(out, step)
+    for name in ("best", "start"):
+        checkpoint(out, 1).rename(out / name)
+    (out / "log.jsonl").write_text('{"step": 0}\n')
+    for count in range(1000):
+        (tmp_path / "drive").mkdir()
+        there = tmp_path / "drive" / "out"
+        there.mkdir()
+        for name in ("step_000005", "step_000010", "best"):  # older, and another content
+            checkpoint(tmp_path / "made", 1, b"old").rename(there / name)
+        finished = False
+        with killed_after(count):
+            turn(backup_place(tmp_path, keep=1)[0])
+            finished = True
+        whole = [*there.glob("step_*"), *there.glob("best"), *there.glob("start")]
+        assert all(len(os.listdir(path)) == 3 for path in whole), (count, whole)
+        claim(*asks(tmp_path, backup_dir=str(tmp_path / "drive")))
+        turn(backup_place(tmp_path, keep=1)[0])
+        names = {"best", "log.jsonl", "start", "step_000020"}
+        assert names <= set(os.listdir(there)), count
+        assert not [name for name in os.listdir(there) if name.startswith(".")], count
+        assert all(runs.same_files(out / name, there / name) for name in names - {"log.jsonl"})
+        if finished:
+            assert count > 20 and set(os.listdir(there)) == names
+            return
+        shutil.rmtree(tmp_path / "drive")
 
 
 def test_mirrors_follow_the_config(tmp_path, out):
