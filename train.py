@@ -428,7 +428,7 @@ while True:
     sums = [[batch.units, batch.with_signal, batch.tokens] for batch in batches]
     units, with_signal, tokens = over_processes(*map(sum, zip(*sums)))
     if stage == "rlvr":
-        grade.check(*over_processes(grade.calls, grade.raised))
+        grade.check_step(max_bad_steps, over_processes)
 
     # torch.compile: at once on a GPU, on a CPU once it is known how long a step takes
     time_to_compile = compile and not compiled and (device_type == "cuda" or steps_here == 20)
