@@ -443,6 +443,7 @@ while True:
                 forward.require_backward_grad_sync = False
             with autocast():
                 loss_of(batches[0].to(device))[0].backward()
+            torch._dynamo.config.suppress_errors = True  # what fails later runs uncompiled
         except Exception as e:
             undo_compile(model)
             say(f"warning: torch.compile failed, training goes on without it: {runs.first_line(e)}")
