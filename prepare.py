@@ -1955,6 +1955,7 @@ class Grader:
     def __init__(self, verify, name, say):
         self.verify, self.name, self.say = verify, name, say
         self.calls, self.raised, self.last_error = 0, 0, ""
+        self.calls_before, self.raised_before, self.failing_steps = 0, 0, 0
 
     def __call__(self, question, completion, answer, ended):
         if not ended or not completion.strip():
@@ -1973,11 +1974,21 @@ class Grader:
                          f"{self.last_error}")
             return 0.0
 
-    def check(self, calls, raised):
-        """UserError if the verifier raised at every call so far, of all processes: it can never reward anything."""
-        if calls and calls == raised:
-            raise UserError(f"verifier={self.name}: the verifier raised at each of its {int(calls)} calls, so nothing can "
-                            f"be learned from it: {self.last_error}. Mend verify(prompt, completion, answer)")
+    def check_step(self, patience, over_processes):
+        """To be called once a step, on all processes. UserError if the verifier raised at every call of the step, and never
+        worked before, or did not for `patience` steps in a row: nothing can be learned from it."""
+        calls, raised, worked = over_processes(
+            self.calls - self.calls_before, self.raised - self.raised_before, self.calls - self.raised
+        )
+        self.calls_before, self.raised_before = self.calls, self.raised
+        if calls == 0:
+            return
+        self.failing_steps = self.failing_steps + 1 if calls == raised else 0
+        if self.failing_steps and (worked == 0 or self.failing_steps >= patience):
+            raise UserError(
+                f"verifier={self.name}: the verifier raised at each of the {int(calls)} calls of a step, so "
+                f"nothing can be learned from it: {self.last_error}. Mend verify(prompt, completion, answer)"
+            )
 
 
 def open_data(config, model_directory, say, world_size=1):

@@ -1460,7 +1460,7 @@ def finish_on_crash(save_last_step, checkpoints, log, stop, pod, terminate_on_er
     def finish(kind, error, traceback):
         report(kind, error, traceback)
         try:
-            if not isinstance(error, UserError):
+            if not isinstance(error, Diverged):
                 save_last_step()
         except BaseException as e:
             trouble = prepare.without_secrets(first_line(e))
@@ -1524,6 +1524,10 @@ def samples(model, data, config, count, autocast, log):
         return []
 
 
+class Diverged(UserError):
+    """Too many bad steps: the weights are not worth keeping."""
+
+
 def last_checkpoint(out_dir, run, why, max_bad_steps, max_rollbacks):
     """The checkpoint to roll back to; UserError if there is none, or after max_rollbacks."""
     saved = checkpoints(out_dir)
@@ -1534,7 +1538,7 @@ def last_checkpoint(out_dir, run, why, max_bad_steps, max_rollbacks):
     if why == "gradient is 0":
         advice = "No weight can learn: look at how the model begins (init_std, init_from), and at "
         advice += "what you changed in it"
-    raise UserError(
+    raise Diverged(
         f"{max_bad_steps} bad steps in a row ({why}) after step {run.step} and {run.rollbacks} "
         f"rollbacks; {kept}. {advice}"
     )

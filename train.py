@@ -428,7 +428,7 @@ while True:
     sums = [[batch.units, batch.with_signal, batch.tokens] for batch in batches]
     units, with_signal, tokens = over_processes(*map(sum, zip(*sums)))
     if stage == "rlvr":
-        grade.check(*over_processes(grade.calls, grade.raised))
+        grade.check_step(max_bad_steps, over_processes)
 
     # torch.compile: at once on a GPU, on a CPU once it is known how long a step takes
     time_to_compile = compile and not compiled and (device_type == "cuda" or steps_here == 20)
@@ -443,6 +443,7 @@ while True:
                 forward.require_backward_grad_sync = False
             with autocast():
                 loss_of(batches[0].to(device))[0].backward()
+            torch._dynamo.config.suppress_errors = True  # what fails later runs uncompiled
         except Exception as e:
             undo_compile(model)
             say(f"warning: torch.compile failed, training goes on without it: {runs.first_line(e)}")
