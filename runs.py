@@ -272,8 +272,7 @@ def of_today(state):
 
 
 def is_typed(key, setup):
-    """Whether a key was given on the command line, where it is an order; in a config it is a
-    default."""
+    """Whether a key was given on the command line: an order. In a config it is a default."""
     return setup.given.get(key) == "command line"
 
 
@@ -462,6 +461,7 @@ def claim(config, start, say):
         if start.start_over:
             for old in old_runs:
                 refuse_to_move(old, config)
+            for old in old_runs:
                 say(f"the run in {old} is set aside as {set_aside(old)}")
             if not os.path.exists(out_dir):
                 os.makedirs(out_dir)
@@ -518,9 +518,7 @@ def first_model(config, start):
     source = before.get("start_directory", start.init_from)
     try:
         source = model_directory(source)
-        if prepare.weights_hash(source) != before.get(
-            "start_weights", prepare.weights_hash(source)
-        ):
+        if before.get("start_weights") not in (None, prepare.weights_hash(source)):
             raise UserError("it holds another model by now")
     except UserError as e:
         raise UserError(

@@ -261,13 +261,13 @@ def test_an_old_run_is_set_aside_with_its_backup(tmp_path, out, loads):
 
 
 def test_the_working_directory_is_not_set_aside(tmp_path, out, loads, monkeypatch):
-    checkpoint(out, 10)
+    checkpoint(out, 10), checkpoint(tmp_path / "drive" / "out", 10)
     (out / "inside").mkdir()
     for cwd in (out, out / "inside"):
         monkeypatch.chdir(cwd)
         with pytest.raises(runs.UserError, match="so it can't be set aside"):
-            claim(*asks(tmp_path, init_from="scratch"))
-        assert steps(out) == [10]
+            claim(*asks(tmp_path, init_from="scratch", backup_dir=str(tmp_path / "drive")))
+        assert steps(out) == steps(tmp_path / "drive" / "out") == [10]
 
 
 def test_two_trainings_in_one_directory(tmp_path, out, loads):
@@ -1282,7 +1282,8 @@ def test_a_closed_terminal_ends_a_run_but_not_under_nohup(signals):
     "error, how, came, expected",
     [
         (RuntimeError("boom"), "stop", "", ["saved", "finished 1", "stop"]),
-        (runs.UserError("bad steps"), "stop", "", ["finished 1", "stop"]),
+        (runs.UserError("a verifier"), "stop", "", ["saved", "finished 1", "stop"]),
+        (runs.Diverged("bad steps"), "stop", "", ["finished 1", "stop"]),
         (RuntimeError("boom"), "never", "", ["saved", "finished 1"]),
         (KeyboardInterrupt(), "stop", "SIGINT", ["saved", "finished 1"]),
     ],
