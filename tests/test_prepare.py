@@ -462,7 +462,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import prepare
-prepare.BLOCK, prepare.BLOCKS_PER_PART = 2000, 3
+prepare.BLOCK, prepare.BLOCKS_PER_PART = 2000, 2
 parts, write, main = 0, prepare.write_json, os.getpid()
 def counted(path, value, **options):
     global parts
@@ -487,7 +487,7 @@ def test_killed_and_started_again(here, source, tokenizer, most):
     (here / "long.txt").write_text("\n".join(STORIES[:1000]), encoding="utf-8")
     (here / "docs.txt").write_text(EOT.join(STORIES[:1000]), encoding="utf-8")
     (here / "docs.jsonl.gz").write_bytes(gzip.compress(lines(dict(text=s) for s in STORIES[:500]).encode()))
-    (here / "docs.parquet").write_bytes(parquet(dict(text=STORIES[:2000]), 1000))
+    (here / "docs.parquet").write_bytes(parquet(dict(text=STORIES), 500))
     (here / "prefs.jsonl").write_text(lines(dict(prompt=f"{i}?", chosen="a", rejected="b") for i in range(900)))
     os.mkdir("chats")
     for i in range(4):
