@@ -97,7 +97,11 @@ def configure(variables, words=False, also=None, argv=None):
         variables[name] = keys[name].parse(text if equals else "true")
         setup.given[name] = "command line"
     setup.config = {name: variables[name] for name in keys}
-    setup.check = lambda name, value: keys[name].check(value)
+
+    def check(name, value):
+        return keys[name].check(value)
+
+    setup.check = check
     return setup
 
 

@@ -2030,6 +2030,8 @@ def means(measured, shares, over_processes):
         row[f"val/{name}"] = row.get(f"val/{name}", 0.0) + shares[domain] * mean
         if len(shares) > 1:
             row[f"val/{domain}/{name}"] = mean
+    if sums and all(name == "loss" for _, name in dict.fromkeys(key[:2] for key in keys)):
+        row |= {f"{key.removesuffix('loss')}ppl": math.exp(min(loss, 700)) for key, loss in row.items()}
     return row
 
 

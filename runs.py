@@ -37,10 +37,14 @@ def directory_of(config_files):
 
 
 def checkpoints(run):
-    """The step_* directories of a run, oldest first."""
+    """The step_* directories of a run, oldest first. One without any file of a model is none."""
     names = os.listdir(run) if os.path.isdir(run) else []
-    names = [name for name in names if re.fullmatch(r"step_\d{6,}", name)]
+    names = [name for name in names if re.fullmatch(r"step_\d{6,}", name) and has_model_file(os.path.join(run, name))]
     return [os.path.join(run, name) for name in sorted(names, key=lambda name: int(name[5:]))]
+
+
+def has_model_file(directory):
+    return any(os.path.exists(os.path.join(directory, name)) for name in ("config.json", "model.safetensors", "trainer.pt"))
 
 
 def newest_run(parent="out"):
@@ -96,6 +100,26 @@ def set_aside(path):
         number += 1
     os.rename(path, f"{path}~{number}")
     return f"{path}~{number}"
+
+
+def make_way(target):
+    """Sets aside what stands under the name of a checkpoint and holds files that no run wrote."""
+    if os.path.lexists(target) and not is_checkpoint(target):
+        set_aside(target)
+
+
+def is_run(directory):
+    """Whether a run has begun in this directory. UserError if something stands under a name that a run needs: it is
+    somebody's own, and nothing of it is touched."""
+    if checkpoints(directory) or Log(directory).rows() or not os.path.lexists(directory):
+        return os.path.exists(directory)
+    if not os.path.isdir(directory):
+        raise UserError(f"{directory}: File exists, and is not a directory; choose another --out_dir or --backup_dir")
+    for name in sorted(os.listdir(directory)):
+        if re.fullmatch(r"step_\d{6,}|best|start|log\.jsonl|samples\.txt|loss\.png", name):
+            raise UserError(f"{directory} holds {name}, but no run: a run would replace it; choose another --out_dir or "
+                            "--backup_dir, or move it away")
+    return False
 
 
 def link_or_copy(source, target):
@@ -289,14 +313,18 @@ def refuse_another_run(start, config, asked, fingerprint):
 def claim(config, start, say):
     """All checks are passed: locks out_dir for this process, sets an old run aside, clears what a killed run left."""
     out_dir = config["out_dir"]
+    places = [place for place in (out_dir, backup_of(config)) if place]
+    old_runs = [place for place in places if is_run(place)]
     os.makedirs(out_dir, exist_ok=True)
     lock(out_dir)
     if start.start_over:
-        for old in (out_dir, backup_of(config)):
-            if old and os.path.isdir(old) and os.listdir(old):
-                say(f"the run in {old} is set aside as {set_aside(old)}")
-        os.makedirs(out_dir, exist_ok=True)
-        lock(out_dir)
+        for old in old_runs:
+            if os.path.realpath(os.getcwd()).startswith(os.path.realpath(old)):
+                raise UserError(f"out_dir={old!r} is the directory that you are in, so it can't be set aside; choose another")
+            say(f"the run in {old} is set aside as {set_aside(old)}")
+        if not os.path.isdir(out_dir):
+            os.makedirs(out_dir)
+            lock(out_dir)
     for damaged in start.damaged:  # else rotation would take it for the newest
         if os.path.exists(damaged + ".damaged"):
             set_aside(damaged + ".damaged")
@@ -572,12 +600,12 @@ class Log:
 
     def close(self):
         self.close_bar()
-        for logger, end in ((self.wandb_run, "finish"), (self.board, "close")):
+        for logger, end, name in ((self.wandb_run, "finish", "W&B"), (self.board, "close", "TensorBoard")):
             if logger:
                 try:
                     getattr(logger, end)()
                 except Exception as e:
-                    self.say(f"warning: a logger could not be closed: {first_line(e)}")
+                    self.say(f"warning: {name} could not be closed: {first_line(e)}")
         self.wandb_run = self.board = None
 
 
@@ -692,6 +720,7 @@ class Checkpoints:
         try:
             remove_leftover(beside)
             write(beside)
+            make_way(target)
             prepare.publish(beside, target)
             size = sum(os.path.getsize(os.path.join(target, name)) for name in os.listdir(target))
             self.log(step, {"event": "checkpoint", "path": target, "bytes": size, "training_waited_s": waited})
@@ -719,6 +748,7 @@ class Checkpoints:
             os.makedirs(beside, exist_ok=True)
             for name in os.listdir(source):
                 link_or_copy(os.path.join(source, name), os.path.join(beside, name))
+            make_way(best)
             prepare.publish(beside, best)
             self.log(step, {"event": "best", "path": best})
         except Exception as e:
@@ -972,6 +1002,7 @@ class Backup:
             there = {name: os.path.getsize(os.path.join(target, name)) for name in os.listdir(target)}
             if there == sizes:
                 return False
+        make_way(target)
         prepare.copy_whole(item, target)
         for old in checkpoints(self.directory)[:-self.keep] if self.keep else []:
             if is_checkpoint(old):
@@ -985,6 +1016,7 @@ class Backup:
         if is_checkpoint(best):
             weights = os.stat(os.path.join(best, "model.safetensors"))
             if self.best != (weights.st_ino, weights.st_mtime_ns):
+                make_way(os.path.join(self.directory, "best"))
                 prepare.copy_whole(best, os.path.join(self.directory, "best"))
                 self.best = (weights.st_ino, weights.st_mtime_ns)
         if os.path.isdir(start) and not os.path.exists(os.path.join(self.directory, "start")):
@@ -1011,7 +1043,7 @@ PRIVATE = ("out_dir", "data_dir", "backup_dir", "init_from", "hf_repo", "hf_priv
            "wandb_log", "wandb_project", "wandb_run_name", "tensorboard", "dry_run", "gpu", "mfu", "gpu_cost_per_hour")
 
 
-def model_card(config, keys, n_params, loads_in_transformers, run, rows):
+def model_card(config, keys, model, loads_in_transformers, run, rows):
     """README.md of the Hub repository, from the run's own config and log."""
     step, stage, repo, dataset = run.step, config["stage"], config["hf_repo"], config["dataset"]
     goal, choose = ("val/pass@1", max) if stage == "rlvr" else ("val/loss", min)
@@ -1045,7 +1077,7 @@ In nanosmol:"""
 
 # {repo.split('/')[1]}
 
-{n_params:,} parameters, trained with nanosmol ({stage}{made_from}) for {step:,} steps on {run.tokens:,} tokens of {data}. \
+{model.n_params():,} parameters, trained with nanosmol ({stage}{made_from}) for {step:,} steps on {run.tokens:,} tokens of {data}. \
 The weights are those of the last step; `checkpoints/` holds earlier ones, with the state of their optimizers.
 
 | | step | |
@@ -1078,13 +1110,18 @@ class StopSignal:
     def __init__(self):
         self.signal = ""
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):  # Windows has no SIGHUP
-                signal.signal(getattr(signal, name), self._receive)
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # nohup ignores it
+                signal.signal(number, self._receive)
 
     def _receive(self, number, frame):
-        if self.signal:
+        if self.signal and signal.Signals(number).name != "SIGHUP":  # a terminal that closes may send it twice
             os._exit(130)
         self.signal = signal.Signals(number).name
+
+
+def on_a_pod(config):
+    return config["terminate_pod"] and bool(os.environ.get("RUNPOD_POD_ID"))
 
 
 class Pod:
@@ -1192,8 +1229,8 @@ def samples(model, data, config, count, autocast, log):
         return []
 
 
-def last_to_roll_back_to(out_dir, run, max_bad_steps, max_rollbacks):
-    """The newest checkpoint; UserError if there is none, or after max_rollbacks."""
+def last_checkpoint(out_dir, run, max_bad_steps, max_rollbacks):
+    """The checkpoint to roll back to; UserError if there is none, or after max_rollbacks."""
     saved = checkpoints(out_dir)
     if saved and run.rollbacks < max_rollbacks:
         return saved[-1]

@@ -1,14 +1,15 @@
 """
 Trains a small language model: one flat loop, read from top to bottom.
 
-    python train.py                                            the toy run: two minutes on two CPU cores
-    python train.py config/smol_360m.py --batch_size=32        a config; command-line options override it
-    python train.py config/smol_360m.py --dry_run --gpu=H100   what it would take: memory, hours, dollars
-    python train.py config/toy_sft.py                          the later stages: then toy_dpo.py, toy_rlvr.py
-    torchrun --nproc_per_node=8 train.py config/smol_360m.py   several GPUs, the same sequences in each step
+    python train.py                                           the toy run: two minutes on two cores
+    python train.py config/smol_360m.py --batch_size=32       a config; options override it
+    python train.py config/smol_360m.py --dry_run --gpu=H100  what it takes: memory, hours, dollars
+    python train.py config/toy_sft.py                         the next stage; then toy_dpo, toy_rlvr
+    torchrun --nproc_per_node=8 train.py config/smol_360m.py  several GPUs, the same steps
 
 A run lives in out_dir. The same command again resumes it.
 """
+
 import collections
 import math
 import os
@@ -19,11 +20,11 @@ import types
 from configurator import UserError, configure, survive_dead_stdout
 
 # -----------------------------------------------------------------------------
-# The defaults are the toy run. Values in quotes ('a' | 'b') and bounds (>= 1) in a comment are checked.
+# The defaults are the toy run. Quoted values ('a' | 'b') and bounds (>= 1) in comments are checked.
 # fmt: off
 # where a run lives
 out_dir = ""                  # '': out/<name of the config>, out/toy without one
-init_from = "scratch"         # where weights come from: scratch, resume, a run, a model directory or a Hub id
+init_from = "scratch"         # scratch, resume, or where weights are: a run, a model, a Hub id
 eval_interval = 100           # steps between evaluations (>= 1)
 eval_iters = 50               # held-out micro-batches in an evaluation; always the same ones (>= 1)
 eval_only = False             # evaluate once and stop
@@ -38,11 +39,11 @@ wandb_log = False             # also log to Weights & Biases
 wandb_project = "nanosmol"
 wandb_run_name = ""           # '': the name of out_dir
 tensorboard = False           # also log to TensorBoard (pip install tensorboard)
-# beyond this machine (runs.py); tokens come from the environment or .env: HF_TOKEN, WANDB_API_KEY, RUNPOD_API_KEY
-hf_repo = ""                  # such as you/smol-llama: receives every checkpoint, and the final model at its root
+# beyond this machine; HF_TOKEN, WANDB_API_KEY, RUNPOD_API_KEY come from the environment or .env
+hf_repo = ""                  # you/smol-llama: receives every checkpoint, and the final model
 hf_private = False            # create it as a private repository
-backup_dir = ""               # a slow mount (Google Drive) that mirrors the newest checkpoints and restores them
-terminate_pod = False         # RunPod: terminate the pod once the Hub has the final model, else stop it
+backup_dir = ""               # a slow mount (Google Drive): mirrors the newest checkpoints
+terminate_pod = False         # RunPod: terminate it once the Hub has the final model, else stop it
 terminate_on_error = "stop"   # the pod after a crash, if terminate_pod: 'stop' | 'never'
 # what is learned, and from what
 stage = "pretrain"            # 'pretrain' | 'sft' | 'dpo' | 'rlvr'
@@ -51,9 +52,9 @@ data_dir = "data"
 gradient_accumulation_steps = 1  # micro-batches in a step, over all processes (>= 1)
 batch_size = 12               # sequences in a micro-batch; dpo: pairs; rlvr: prompts (>= 1)
 doc_mask = True               # documents packed into one window don't attend to each other
-# the model's size and shape: the keys of GPTConfig in model.py are keys here, too (n_layer, n_embd, norm, rope_theta, ...)
+# the model: all keys of GPTConfig in model.py are keys, too (n_layer, n_embd, block_size, ...)
 grad_checkpoint = False       # recompute activations: less memory, a third more time
-hf_layout = True              # False: you changed the maths, so config.json must not claim a known architecture
+hf_layout = True              # False: you changed the maths, config.json must claim no architecture
 # optimizer and schedule
 optimizer = "muon"            # 'muon' (matrices inside blocks; AdamW for the rest) | 'adamw'
 learning_rate = 1e-2          # AdamW's peak (>= 0)
@@ -76,21 +77,21 @@ min_lr = 0.0                  # AdamW's rate at the end; Muon's falls by the sam
 # dpo
 pref_loss = "sigmoid"         # 'sigmoid' (DPO) | 'apo_zero' | 'apo_down'
 beta = 0.1                    # strength of the pull towards the reference model (> 0)
-label_smoothing = 0.0         # sigmoid: share of pairs that may be labelled the wrong way round (>= 0, <= 0.5)
+label_smoothing = 0.0         # sigmoid: share of pairs with swapped labels (>= 0, <= 0.5)
 reference_model = ""          # '': the model that training starts from
 # rlvr
 verifier = "number"           # number, exact, regex:..., toy, or a .py file that defines verify()
 verifier_model = ""           # a model that answers yes or no, instead of the verifier
 group_size = 8                # completions for each prompt (>= 2)
-max_completion = 64           # most tokens in a completion; a truncated one gets no reward and is left out of the loss (>= 1)
+max_completion = 64           # tokens; a truncated completion is left out of the loss (>= 1)
 rollout_temperature = 1.0     # (> 0)
 scale_rewards = False         # divide advantages by the standard deviation of their group
 clip_eps = 0.2                # PPO's clipping range (> 0)
 inner_epochs = 1              # updates on the same rollouts (>= 1)
-kl_coef = 0.0                 # weight of the KL divergence from the model that training starts from (>= 0)
+kl_coef = 0.0                 # weight of the KL divergence from the reference model (>= 0)
 # guards
-spike_z = 12.0                # skip a step whose loss or gradient norm is this many deviations above the median; 0: never (>= 0)
-max_bad_steps = 5             # after this many bad steps in a row, roll back and skip the data that caused them (>= 1)
+spike_z = 12.0                # skip a step this many deviations above the median; 0: never (>= 0)
+max_bad_steps = 5             # so many in a row: roll back and skip their data (>= 1)
 max_rollbacks = 3             # then stop (>= 0)
 # machine
 device = "auto"               # 'auto' | 'cpu' | 'cuda' | 'cuda:...' | 'mps'
@@ -103,25 +104,26 @@ dry_run = False               # print what a run would take, and stop
 gpu = ""                      # dry_run: a GPU's name, such as H100
 mfu = 0.4                     # dry_run: share of the peak that the run reaches (> 0, <= 1)
 gpu_cost_per_hour = 0.0       # dollars; 0: not counted (dry_run: the table's price) (>= 0)
-# fmt: on
 # -----------------------------------------------------------------------------
-setup = configure(globals(), also="model.py:GPTConfig")  # config files, then --key=value; GPTConfig's keys, too
+setup = configure(globals(), also="model.py:GPTConfig")  # config files, then --key=value
 config = setup.config         # every key and its value: what a checkpoint and the log record
-survive_dead_stdout()         # a closed terminal or a full disk behind > log.txt ends no training; its log is log.jsonl
+survive_dead_stdout()         # a closed terminal ends no training, whose log is log.jsonl
 
 import torch  # this late, so that --help and mistyped keys are answered at once
 import torch.distributed as dist
 
 import prepare
 import runs
-from model import (architecture, compile_pays, completion_loss, completion_measures, documents, group_advantages,
-                   make_optimizers, pair_loss, pick_attention, pick_dtype, pick_muon_dtype, plan, sample_completions,
-                   schedule_factor, set_up_device, undo_compile, why_harmful, yes_probability)
+from model import (architecture, compile_pays, completion_loss, completion_measures, documents,
+                   group_advantages, make_optimizers, pair_loss, pick_attention, pick_dtype,
+                   pick_muon_dtype, plan, sample_completions, schedule_factor, set_up_device,
+                   barrier, over_processes, undo_compile, why_harmful, yes_probability)
+# fmt: on
 
 prepare.read_secrets()
 out_dir = config["out_dir"] = out_dir or runs.directory_of(setup.files)
 runs.check(config)
-if stage == "rlvr":           # a verifier that is missing is refused before anything is loaded
+if stage == "rlvr":  # a verifier that is missing is refused before anything is loaded
     verify = prepare.verifier(verifier)
 if dry_run:
     plan(config, config["vocab_size"] or prepare.vocab_size_of(config), gpu)
@@ -130,80 +132,86 @@ if dry_run:
 # -----------------------------------------------------------------------------
 # processes and device
 
-ddp = "RANK" in os.environ    # set by torchrun
+ddp = "RANK" in os.environ  # set by torchrun
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-master_process = rank == 0    # prints, logs and saves
+master_process = rank == 0  # prints, logs and saves
 log = runs.Log(out_dir, master_process)
 say = log.say
-sequences = batch_size * gradient_accumulation_steps  # in a step, however many processes share them
+sequences = batch_size * gradient_accumulation_steps  # in a step, over all processes
 if sequences % world_size:
-    raise UserError(f"batch_size * gradient_accumulation_steps = {sequences} sequences a step can't be shared among "
-                    f"{world_size} processes; make it a multiple of {world_size}")
+    raise UserError(
+        f"batch_size * gradient_accumulation_steps = {sequences} sequences a step can't be shared "
+        f"among {world_size} processes; make it a multiple of {world_size}"
+    )
 device = set_up_device(device)
 device_type = device.split(":")[0]
 if ddp:
     dist.init_process_group(backend if device_type == "cuda" else "gloo")
 
 
-def over_processes(*numbers):
-    """The sums of numbers over all processes."""
-    total = torch.tensor(numbers, dtype=torch.float64, device=device if device_type == "cuda" else "cpu")
-    if ddp:
-        dist.all_reduce(total)
-    return total.tolist()
-
-
-def barrier():
-    if ddp:
-        dist.barrier()
-
-
 # -----------------------------------------------------------------------------
-# data and model: the newest whole checkpoint in out_dir (or its backup) is resumed; else init_from says where weights come from
+# data and model: the newest whole checkpoint in out_dir (or its backup) is resumed; without one,
+# init_from says where the weights come from
 
 if master_process:
     runs.restore_backup(config, setup, say)
 barrier()
 prepare.prepare_missing(config, say, world_size)
 start = runs.find(config, setup, say)
-state = start.state           # what a checkpoint holds beside the weights; None: a new run
-data = prepare.open_data(config, start.checkpoint, say, world_size)  # its order is a function of (seed, position)
+state = start.state  # what a checkpoint holds beside the weights; None: a new run
+# the order of the data is a function of (seed, position) and of nothing else
+data = prepare.open_data(config, start.checkpoint, say, world_size)
 tokenizer, ends = data.tokenizer, data.ends
 model = runs.open_model(start, config, setup, data, say)
 data.check_vocabulary(model.config.vocab_size)
 
 config |= vars(model.config) | {"init_from": start.init_from}
-dtype = config["dtype"] = pick_dtype(runs.began_with("dtype", config, setup, start), device, model.config)
+dtype = runs.began_with("dtype", config, setup, start)
+dtype = config["dtype"] = pick_dtype(dtype, device, model.config)
 attention = pick_attention(device, dtype, doc_mask, compile, model.config.dropout)
 model.to(device)
 model.grad_checkpoint = grad_checkpoint
 obstacles = architecture(model.config, model.state_dict())[1]
 if obstacles and hf_layout:
-    say("warning: checkpoints will be model_type nanosmol, which loads here but not in transformers: " + "; ".join(obstacles))
+    say(f"warning: checkpoints load here but not in transformers: {'; '.join(obstacles)}")
     hf_layout = False
 
 # -----------------------------------------------------------------------------
 # optimizers, and what a run counts
 
-optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, muon_momentum, weight_decay, (beta1, beta2),
-                             cautious, decay_embeddings, pick_muon_dtype(dtype, device))  # each group has a base_lr
+# fmt: off
+optimizers = make_optimizers(  # [AdamW, Muon] or [AdamW]; each group has a base_lr, its peak
+    model, optimizer, learning_rate, muon_lr, muon_momentum, weight_decay, (beta1, beta2), cautious,
+    decay_embeddings, pick_muon_dtype(dtype, device))
+# fmt: on
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 params = list(model.parameters())
 forward = torch.nn.parallel.DistributedDataParallel(model) if ddp else model
-if ddp:  # buffers are RoPE's tables, alike on all; sent along, they would tie processes together in evaluation, too
-    forward.broadcast_buffers = False  # the argument is deprecated since torch 2.13, its successor unknown before
+if ddp:
+    # Buffers are RoPE's tables, equal on all processes: sending them would tie the processes
+    # together in evaluation, too. (The argument of DDP is deprecated since torch 2.13.)
+    forward.broadcast_buffers = False
+warmup_steps, decay_steps = min(warmup_iters, max_iters), lr_decay_iters or max_iters
+floor = min_lr / (learning_rate or 1)  # what the rate falls to, as a share of its peak
+if not decay_lr:
+    schedule = "constant"
 if warmup_iters > max_iters:
     say(f"warning: warmup_iters={warmup_iters} is beyond max_iters and clamped to {max_iters}")
 
+# fmt: off
 run = types.SimpleNamespace(
-    step=0, position=0,       # steps done, and sequences consumed: where the data goes on
-    tokens=0, train_s=0.0,    # tokens seen, and seconds in steps, compilation included
-    wall_s=0.0,               # seconds in all: what a rented machine is paid for
-    best=[-math.inf],         # the highest score_of an evaluation
-    skipped=0, rollbacks=0,   # bad steps, which are not counted in step, and returns to a checkpoint
-    no_signal=0,              # steps without a target, or with equal rewards everywhere: they moved no weight
-    recent=[])                # (loss, log of the gradient norm) of the last 128 good updates
-torch.manual_seed(seed + 1)   # from here on the generator draws dropout masks and nothing else
+    step=0,            # steps done
+    position=0,        # sequences consumed: where the data goes on
+    tokens=0,          # tokens seen
+    train_s=0.0,       # seconds in steps, compilation included
+    wall_s=0.0,        # seconds in all: what a rented machine is paid for
+    best=[-math.inf],  # the highest score_of an evaluation
+    skipped=0,         # bad steps: not counted in step, their data is skipped
+    rollbacks=0,       # returns to a checkpoint after bad steps
+    no_signal=0,       # steps without a target, or with equal rewards everywhere: nothing moved
+    recent=[])         # (loss, log of the gradient norm) of the last 128 good updates
+# fmt: on
+torch.manual_seed(seed + 1)  # from here on the generator draws dropout masks and nothing else
 
 
 def restore(state):
@@ -211,17 +219,24 @@ def restore(state):
     vars(run).update(state["run"])
     for opt, saved in zip(optimizers, state["optimizers"]):
         for group, old in zip(opt.param_groups, saved["param_groups"]):
-            old |= {key: value for key, value in group.items() if key != "params"}  # the config's rates hold
+            # the rates and decays are the config's, the moments the checkpoint's
+            old |= {key: value for key, value in group.items() if key != "params"}
         opt.load_state_dict(saved)
-    if state["scaler"]:       # empty where the run was not in float16
+    if state["scaler"]:  # empty where the run was not in float16
         scaler.load_state_dict(state["scaler"])
     runs.set_rng_state(state["rng"], device)
 
 
 def trainer_state():
     """What a checkpoint holds beside the weights. `rng` is taken at the beginning of each step."""
-    return {"run": dict(vars(run)), "config": config, "fingerprint": data.fingerprint, "rng": rng,
-            "optimizers": [opt.state_dict() for opt in optimizers], "scaler": scaler.state_dict()}
+    return {
+        "run": dict(vars(run)),
+        "config": config,
+        "fingerprint": data.fingerprint,
+        "optimizers": [opt.state_dict() for opt in optimizers],
+        "scaler": scaler.state_dict(),
+        "rng": rng,
+    }
 
 
 def autocast():
@@ -233,26 +248,32 @@ if state:
     restore(state)
 
 # -----------------------------------------------------------------------------
-# The stage: where a micro-batch comes from, its loss (a mean over batch.units: tokens, or pairs), and what is measured on a
-# held-out batch. Nothing else differs. model.py has the arithmetic, prepare.py the rows.
+# The stage: where a micro-batch comes from, its loss (a mean over batch.units: tokens, or pairs),
+# and what is measured on a held-out batch. Nothing else differs. model.py has the arithmetic,
+# prepare.py the rows.
 
-if stage in ("dpo", "rlvr"):  # the reference is the model that training starts from
-    reference = runs.frozen("reference_model", reference_model or runs.first_model(config, start), data, device)
+if stage in ("dpo", "rlvr"):
+    # the reference is the model that training starts from, unless another is named
+    directory = reference_model or runs.first_model(config, start)
+    reference = runs.frozen("reference_model", directory, data, device)
 
-if stage in ("pretrain", "sft"):  # windows of text; the targets of sft are the assistant's words only
+if stage in ("pretrain", "sft"):
+    # windows of text; the targets of sft are the assistant's words only
     batch_of = data.batch
 
     def loss_of(batch):
         docs = documents(batch.x, tokenizer.eos_id, attention) if doc_mask else None
         return forward(batch.x, batch.y, docs)[1], {}
 
-elif stage == "dpo":          # pairs of answers: the chosen one is to become likelier than the rejected one
+elif stage == "dpo":
+    # pairs of answers: the chosen one is to become likelier than the rejected one
     batch_of = data.batch
 
     def loss_of(batch):
         return pair_loss(forward, reference, batch, pref_loss, beta, label_smoothing)
 
-else:                         # rlvr: the model's own completions; those that the verifier rewards become likelier
+else:
+    # rlvr: the model's own completions; those that the verifier rewards become likelier
     if verifier_model:
         judge = runs.frozen("verifier_model", verifier_model, data, device)
 
@@ -265,6 +286,7 @@ else:                         # rlvr: the model's own completions; those that th
         def generate(prompts, seeds):
             with autocast():
                 return sample_completions(model, prompts, seeds, max_completion, temperature, ends)
+
         return data.complete(problems, copies, first_seed, generate, grade)
 
     def batch_of(positions):
@@ -280,40 +302,39 @@ else:                         # rlvr: the model's own completions; those that th
 
 
 def measure(batch):
-    """{name: (mean, count)} of a held-out batch; of RLVR's problems solved greedily (pass@1), and sampled."""
+    """{name: (mean, count)} of a held-out batch; RLVR's problems are solved greedily and sampled."""
     if stage == "rlvr":
-        greedy, sampled = complete(batch, 1, 0.0, seed), complete(batch, group_size, rollout_temperature, seed)
-        rates = prepare.pass_rates(greedy, sampled, group_size, passing=0.5 if verifier_model else 1.0)
-        return rates | completion_measures(model, reference, data.rollouts(sampled).to(device), rollout_temperature)
+        greedy = complete(batch, 1, 0.0, seed)
+        sampled = complete(batch, group_size, rollout_temperature, seed)
+        rates = prepare.pass_rates(greedy, sampled, group_size, 0.5 if verifier_model else 1.0)
+        batch = data.rollouts(sampled).to(device)
+        return rates | completion_measures(model, reference, batch, rollout_temperature)
     loss, metrics = loss_of(batch.to(device))
     return {name: (mean, batch.units) for name, mean in {"loss": loss, **metrics}.items()}
 
 
 @torch.no_grad()
 def evaluate():
-    """{'val/...': mean} over held-out data: of each domain of a mixture, and of all by their shares."""
+    """{'val/...': mean} over held-out data: of each domain of a mixture, and of all."""
     model.eval()
     measured = []
     for domain, batch in data.held_out(eval_iters * batch_size, batch_size, rank, world_size):
         with autocast():
             measured.append((domain, measure(batch)))
     model.train()
-    row = prepare.means(measured, data.shares, over_processes)
-    if stage in ("pretrain", "sft"):
-        row |= {name.removesuffix("loss") + "ppl": math.exp(min(loss, 700)) for name, loss in row.items()}
-    if math.isnan(score_of(row)[0]):
-        log.warn_once("no targets", f"{dataset}: no held-out token is a target, so there is no validation loss and no best/; "
-                      "hold out more (prepare.py --val_fraction=), or raise eval_iters")
-    return row
+    return prepare.means(measured, data.shares, over_processes)
 
 
 def score_of(row):
-    """What best/ is chosen by, the higher the better: the loss, negated; for RLVR pass@1, and on a tie the mean reward."""
-    return [row["val/pass@1"], row["val/reward/mean"]] if stage == "rlvr" else [-row["val/loss"]]
+    """What best/ is chosen by, the higher the better: the loss, negated; for RLVR pass@1, and
+    on a tie the mean reward."""
+    if stage == "rlvr":
+        return [row["val/pass@1"], row["val/reward/mean"]]
+    return [-row["val/loss"]]
 
 
 def save_last_step():
-    """After a crash: saves the last good step, unless it is saved or the crash came in the middle of an update."""
+    """After a crash: saves the last good step, unless it came in the middle of an update."""
     if master_process and run.step not in (0, saved_at) and not updating:
         checkpoints.save(model, tokenizer, trainer_state(), ends, hf_layout)
 
@@ -325,18 +346,18 @@ if eval_only:
     say(", ".join(f"{name} {value:.4f}" for name, value in evaluate().items()))
     barrier()
     sys.exit()
-barrier()                     # every process has read the old run
+barrier()  # every process has read the old run
 if master_process:
     runs.claim(config, start, say)
-stop = runs.StopSignal()      # SIGINT, SIGTERM and SIGHUP end the step, save, and exit; a second one exits at once
-# what is done already at the step that a resumed run goes on from: a killed one may not have been evaluated
+stop = runs.StopSignal()  # a signal ends the step, saves and exits; a second one exits at once
+# A killed run may have saved its last step but not evaluated it: the log knows.
 saved_at = run.step if state else -1
-evaluated_at, sampled_at, best_at, run.best = log.done(run.step if state else -1, run.best, score_of)
+evaluated_at, sampled_at, best_at, run.best = log.done(saved_at, run.best, score_of)
 barrier()
 log.start(config, run.step, state is not None, data.notes)
 checkpoints = runs.Checkpoints(out_dir, keep_checkpoints, log, best_at) if master_process else None
-hub = runs.start_mirrors(config, checkpoints, log)      # the Hub and a backup, each in a thread of its own; None: no Hub
-pod = runs.Pod(config, log, stop) if terminate_pod and os.environ.get("RUNPOD_POD_ID") else None
+hub = runs.start_mirrors(config, checkpoints, log)  # and a backup, in threads; None: no Hub
+pod = runs.Pod(config, log, stop) if runs.on_a_pod(config) else None
 meter = runs.Meter(run, model, gpu_cost_per_hour, device, world_size)
 runs.finish_on_crash(save_last_step, checkpoints, log, stop, pod, terminate_on_error)
 runs.headline(model, data, config, sequences, attention, say)
@@ -350,34 +371,43 @@ compiled, updating, bad_in_a_row, steps_here = False, False, 0, 0
 clock = last_saved = time.perf_counter()
 
 while True:
-    # save first, whatever may fail in what follows: at every interval, before an evaluation, after the last step
+    # save first, whatever fails later: at every interval, before an evaluation, after the last step
     rng = runs.rng_state(device)
-    run.wall_s, clock = run.wall_s + time.perf_counter() - clock, time.perf_counter()
+    now = time.perf_counter()
+    run.wall_s, clock = run.wall_s + now - clock, now
     finished, stopping = run.step >= max_iters, over_processes(bool(stop.signal))[0] > 0
-    evaluation_due = (finished or run.step % eval_interval == 0) and run.step != evaluated_at
+    evaluation_due = run.step != evaluated_at and (finished or run.step % eval_interval == 0)
     save_due = finished or stopping or (evaluation_due and always_save_checkpoint)
-    save_due |= checkpoint_interval > 0 and run.step % checkpoint_interval == 0
-    save_due |= checkpoint_minutes > 0 and clock - last_saved > 60 * checkpoint_minutes
+    if checkpoint_interval and run.step % checkpoint_interval == 0:
+        save_due = True
+    if checkpoint_minutes and now - last_saved > 60 * checkpoint_minutes:
+        save_due = True
     if master_process and save_due and run.step not in (0, saved_at):
-        checkpoints.save(model, tokenizer, trainer_state(), ends, hf_layout)  # copied here, written by a thread
-        saved_at, last_saved = run.step, clock
+        # training waits for a copy in memory; a thread writes it
+        checkpoints.save(model, tokenizer, trainer_state(), ends, hf_layout)
+        saved_at, last_saved = run.step, now
+        if evaluation_due:
+            checkpoints.wait()  # on the disk before anything that may fail
 
-    # evaluate: before the first step, at every interval, after the last step. The best checkpoint is also best/
+    # evaluate: before the first step, at every interval, after the last step
     if evaluation_due:
         row = evaluate()
         evaluated_at = run.step
         log(run.step, row)
         say(runs.evaluation_line(run.step, row))
-        if run.step > 0 and score_of(row) > run.best:   # a comparison with NaN is False
+        if run.step > 0 and score_of(row) > run.best:  # a comparison with NaN is False
             run.best = score_of(row)
-            if master_process and saved_at != run.step:
-                checkpoints.save(model, tokenizer, trainer_state(), ends, hf_layout)
-                saved_at, last_saved = run.step, clock
             if master_process:
+                if saved_at != run.step:
+                    checkpoints.save(model, tokenizer, trainer_state(), ends, hf_layout)
+                    saved_at, last_saved = run.step, now
                 checkpoints.link_best(run.step)
         if run.step > 0:
             log.plot()
-    if sample_interval and run.step > 0 and run.step % sample_interval == 0 and run.step != sampled_at and master_process:
+
+    # write a sample
+    sample_due = sample_interval and run.step > 0 and run.step % sample_interval == 0
+    if master_process and sample_due and run.step != sampled_at:
         sampled_at = run.step
         for text in runs.samples(model, data, config, 1, autocast, log):
             log.sample(run.step, text)
@@ -388,18 +418,21 @@ while True:
     begun = time.perf_counter()
     share = sequences // world_size
     first, last = run.position + rank * share, run.position + (rank + 1) * share
-    batches = [batch_of(range(i, min(i + batch_size, last))) for i in range(first, last, batch_size)]
-    units, with_signal, tokens = over_processes(*[sum(getattr(batch, name) for batch in batches)
-                                                  for name in ("units", "with_signal", "tokens")])
+    edges = range(first, last, batch_size)
+    batches = [batch_of(range(i, min(i + batch_size, last))) for i in edges]
+    sums = [[batch.units, batch.with_signal, batch.tokens] for batch in batches]
+    units, with_signal, tokens = over_processes(*map(sum, zip(*sums)))
     if stage == "rlvr":
         grade.check(*over_processes(grade.calls, grade.raised))
 
     # torch.compile: at once on a GPU, on a CPU once it is known how long a step takes
-    if compile and not compiled and (device_type == "cuda" or steps_here == 20) and \
-            compile_pays(device_type, max_iters - run.step, run.train_s / max(run.step, 1)):
+    time_to_compile = compile and not compiled and (device_type == "cuda" or steps_here == 20)
+    step_s = run.train_s / max(run.step, 1)
+    if time_to_compile and compile_pays(device_type, max_iters - run.step, step_s):
         say("torch.compile: pays back within this run")
         compiled = True
-        try:  # one pass forward and backward, for nothing but compilation
+        try:
+            # one pass forward and backward, for nothing but compilation
             model.compile()
             if ddp:
                 forward.require_backward_grad_sync = False
@@ -413,13 +446,15 @@ while True:
             opt.zero_grad(set_to_none=True)
 
     # the learning rate: one factor for the peak of every group
-    factor = schedule_factor(run.step, schedule if decay_lr else "constant", min(warmup_iters, max_iters),
-                             lr_decay_iters or max_iters, min_lr / (learning_rate or 1), decay_frac, decay_shape)
+    factor = schedule_factor(
+        run.step, schedule, warmup_steps, decay_steps, floor, decay_frac, decay_shape
+    )
     for opt in optimizers:
         for group in opt.param_groups:
             group["lr"] = group["base_lr"] * factor
 
-    # updates: one, with RLVR several on the same rollouts; none where no unit has a signal, as momentum would move the weights
+    # updates: one, with RLVR several on the same rollouts; none where no unit has a signal, because
+    # the optimizer's momentum would move the weights all the same
     updates = inner_epochs if stage == "rlvr" else 1
     if not with_signal:
         updates = 0
@@ -444,12 +479,12 @@ while True:
         train_loss = step_loss.item()
         grad_norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
 
-        # update, unless it would do harm: not finite, a gradient of 0, or far above the last 128 updates
+        # update, unless it would do harm: not finite, gradient 0, or a spike above the last 128
         why = why_harmful(train_loss, grad_norm, run.recent, spike_z, scaler.is_enabled())
         if inner > 0 and grad_norm == 0:
-            break                 # PPO clips every token by now
+            break  # PPO clips every token by now
         if not why:
-            updating = True       # until the step is counted: a crash meanwhile can't save it
+            updating = True  # until the step is counted: a crash meanwhile can't save it
             for opt in optimizers:
                 scaler.step(opt)
             if math.isfinite(grad_norm):
@@ -462,29 +497,34 @@ while True:
 
     updating = False
 
-    # a bad step is not counted, and its data is skipped; after too many in a row: back to the last checkpoint
+    # a bad step is not counted, its data is skipped; too many in a row: back to a checkpoint
     run.position += sequences
     if why:
         bad_in_a_row += 1
         run.skipped += 1
-        say(f"step {run.step + 1} skipped: {why}, loss {train_loss:.4f}, gradient norm {grad_norm:.4g}")
-        log(run.step, {"event": "skipped", "why": why, "train/loss": train_loss, "train/grad_norm": grad_norm,
-                       "position": run.position})
+        numbers = f"loss {train_loss:.4f}, gradient norm {grad_norm:.4g}"
+        say(f"step {run.step + 1} skipped: {why}, {numbers}")
+        row = {"train/loss": train_loss, "train/grad_norm": grad_norm, "position": run.position}
+        log(run.step, {"event": "skipped", "why": why, **row})
         if bad_in_a_row == max_bad_steps:
             if master_process:
                 checkpoints.wait()
             barrier()
-            last_checkpoint = runs.last_to_roll_back_to(out_dir, run, max_bad_steps, max_rollbacks)
-            now = types.SimpleNamespace(**vars(run))
-            model.load_state_dict(runs.load(last_checkpoint, say)[0].state_dict())
-            restore(runs.load(last_checkpoint, say)[1])
-            run.position, run.wall_s, run.rollbacks = now.position, now.wall_s, now.rollbacks + 1
-            run.skipped = now.skipped + now.step - run.step
+            last = runs.last_checkpoint(out_dir, run, max_bad_steps, max_rollbacks)
+            before = types.SimpleNamespace(**vars(run))
+            saved_model, saved_state = runs.load(last, say)
+            model.load_state_dict(saved_model.state_dict())
+            restore(saved_state)
+            run.position, run.wall_s = before.position, before.wall_s
+            run.rollbacks = before.rollbacks + 1
+            run.skipped = before.skipped + before.step - run.step
             saved_at = evaluated_at = sampled_at = run.step
-            bad_in_a_row = 0
             meter.mark(run)
-            say(f"{max_bad_steps} bad steps in a row: back to {last_checkpoint}, past the data that caused them")
+            say(
+                f"{bad_in_a_row} bad steps in a row: back to {last}, past the data that caused them"
+            )
             log(run.step, {"event": "rollback", "position": run.position})
+            bad_in_a_row = 0
         continue
     bad_in_a_row = 0
     run.step, steps_here = run.step + 1, steps_here + 1
@@ -494,10 +534,17 @@ while True:
     # log
     log.progress(run.step)
     if run.step % log_interval == 0 or run.step == max_iters:
-        row = {"train/loss": train_loss, "train/lr": learning_rate * factor, "train/grad_norm": grad_norm,
-               "train/epoch": run.position / data.per_epoch, "train/skipped": run.skipped,
-               "train/no_signal": run.no_signal, "time/train_s": run.train_s,
-               **prepare.batch_means(batches, over_processes), **meter.row(run, max_iters - run.step)}
+        row = {
+            "train/loss": train_loss,
+            "train/lr": learning_rate * factor,
+            "train/grad_norm": grad_norm,
+            "train/epoch": run.position / data.per_epoch,
+            "train/skipped": run.skipped,
+            "train/no_signal": run.no_signal,
+            "time/train_s": run.train_s,
+            **prepare.batch_means(batches, over_processes),
+            **meter.row(run, max_iters - run.step),
+        }
         log(run.step, row)
         log.progress(run.step, runs.step_line(run.step, row))
 
@@ -512,8 +559,8 @@ if not master_process:
 checkpoints.wait()
 is_saved = runs.is_checkpoint(checkpoints.path(run.step))
 if hub and finished and is_saved:
-    loads_elsewhere = hf_layout and not obstacles
-    card = runs.model_card(config, setup.keys, model.n_params(), loads_elsewhere, run, log.rows())
+    in_transformers = hf_layout and not obstacles
+    card = runs.model_card(config, setup.keys, model, in_transformers, run, log.rows())
     hub.put_final(run.step, checkpoints.path(run.step), card)
 log.close_bar()
 if finished:
@@ -529,6 +576,6 @@ log.close()
 if pod and finished and not stop.signal:
     pod.end("terminate" if hub and hub.has_final else "stop", run.step)
 if not is_saved and run.step > 0:
-    sys.exit(f"train.py: the last step is not in {out_dir}, its checkpoint could not be written (see above)")
+    sys.exit(f"train.py: the last step is not in {out_dir}, its checkpoint could not be written")
 if hub and finished and not hub.has_final:
-    sys.exit(1)               # what was asked for is not there, which was said above
+    sys.exit(1)  # what was asked for is not there, which was said above

@@ -6,7 +6,6 @@ whose result was last written in place. tests/other_torch.sh runs this file on a
 
 import pytest
 import torch
-from torch import nn
 
 from model import GPT, GPTConfig, documents
 

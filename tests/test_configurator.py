@@ -396,6 +396,7 @@ PRINTS = """
     setup = configure(globals())
     if survive:
         survive_dead_stdout()
+    assert sys.stdin.read() == ""
     log = open("log.txt", "w")
     with contextlib.suppress(OSError):
         os.write(1, b"raw\\n")  # must not end in log.txt
@@ -414,6 +415,7 @@ def shell(tmp_path, command, script=PRINTS, **env):
         ["bash", "-c", command],
         cwd=tmp_path,
         env={**os.environ, "PYTHONUNBUFFERED": "", **env},
+        stdin=subprocess.DEVNULL,
         capture_output=True,
     )
     return run.returncode, run.stdout.decode(), run.stderr.decode()

@@ -238,6 +238,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(place):
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     for step in (999_000, 1_000_000, 20):
         (tmp_path / f"step_{step:06d}").mkdir()
+        (tmp_path / f"step_{step:06d}" / "config.json").touch()
     assert [os.path.basename(d) for d in runs.checkpoints(tmp_path)] == ["step_000020", "step_999000", "step_1000000"]
 
 
