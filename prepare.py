@@ -839,13 +839,14 @@ def cache_dir():
     return os.environ.get("NANOSMOL_CACHE") or default
 
 
-def write_json(path, value, indent=2):
-    """Writes a JSON file so that it is either complete or not there."""
+def write_json(path, value, indent=2, sync=True):
+    """Writes a JSON file so that it is either complete or not there; `sync`: also if power fails."""
     # "replace": a file name in it that is not UTF-8 must not end a preparation
     with open(f"{path}.tmp{os.getpid()}", "w", encoding="utf-8", errors="replace") as f:
         json.dump(value, f, ensure_ascii=False, indent=indent)
         f.flush()
-        os.fsync(f.fileno())
+        if sync:
+            os.fsync(f.fileno())
     os.replace(f.name, path)
 
 
@@ -2540,7 +2541,7 @@ def pack(files, encoder, partial, max_tokens, workers):
                     break
                 part = f"{part_of_file}-{j:05d}"
                 future = None
-                if not os.path.exists(part + ".json"):
+                if not _is_complete(part):
                     future = pool.submit(_encode_part, file, group, part, is_last)
                 queue.append((part, future))
                 collect(2 * workers)
@@ -2578,11 +2579,22 @@ def _groups(items, size):
 def _complete_parts(part_of_file):
     """The parts of a File, if all of them are there already; else none."""
     parts = []
-    while os.path.exists(f"{part_of_file}-{len(parts):05d}.json"):
+    while _is_complete(f"{part_of_file}-{len(parts):05d}"):
         parts.append(f"{part_of_file}-{len(parts):05d}")
         if read_json(parts[-1] + ".json")["last"]:
             return parts
     return []
+
+
+def _is_complete(part):
+    """Whether a part is there with all its bytes, of which a power failure may have lost some."""
+    sizes = collections.Counter()
+    try:
+        for block in read_json(part + ".json")["blocks"]:
+            sizes.update(block["sizes"])
+        return all(os.path.getsize(f"{part}.{name}") == size for name, size in sizes.items())
+    except (OSError, UserError):
+        return False
 
 
 def _fetch_next(fetcher, files, i, total):
@@ -2626,9 +2638,7 @@ def _encode_part(file, blocks, part, is_last):
     for name, data in outputs.items():
         with open(f"{part}.{name}", "wb") as f:
             f.writelines(data)
-            f.flush()
-            os.fsync(f.fileno())
-    write_json(part + ".json", dict(blocks=rows, last=is_last))
+    write_json(part + ".json", dict(blocks=rows, last=is_last), sync=False)
 
 
 def _workers(count, encoder):

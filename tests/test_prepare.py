@@ -510,6 +510,27 @@ def test_killed_and_started_again(here, source, tokenizer, most):
     assert files_of("data/t") == files_of("whole/t") and os.listdir("data") == ["t"]
 
 
+def test_a_part_that_lost_bytes_is_made_again(here, monkeypatch):
+    """A power failure may leave the name of a file, and its .json, without the last bytes: such a part does not count."""
+    monkeypatch.setattr(prepare, "BLOCK", 2000)
+    monkeypatch.setattr(prepare, "_join", lambda pieces, partial: sys.exit("killed"))
+    (here / "t.txt").write_text(EOT.join(STORIES[:1000]), encoding="utf-8")
+    (here / "u.txt").write_text(EOT.join(STORIES[:1000]), encoding="utf-8")
+    for name in "tu":
+        os.utime(here / f"{name}.txt", ns=(10 ** 18, 10 ** 18))
+        with pytest.raises(SystemExit):
+            prepare.prepare(f"{name}.txt", tokenizer="byte")
+    part = os.path.join("data", "t.partial", "part-0000-0000")
+    os.truncate(part + "1.train.bin", 100)
+    os.truncate(part + "3.json", 0)
+    os.remove(part + "5.train.bin")
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(prepare, "BLOCK", 2000)
+    assert [ids_of(prepare.prepare(f"{name}.txt", tokenizer="byte"), part).tobytes() for name in "t" for part in ("train", "val")] == \
+        [ids_of(prepare.prepare(f"{name}.txt", tokenizer="byte"), part).tobytes() for name in "u" for part in ("train", "val")]
+
+
 def test_max_tokens_stops_at_a_document(here, monkeypatch):
     monkeypatch.setattr(prepare, "BLOCK", 3000)
     (here / "a.txt").write_text(EOT.join(STORIES), encoding="utf-8")
