@@ -511,8 +511,8 @@ DIGIT_WORDS = (
 )
 
 SAMPLE = (
-    "It's 3:45pm, isn't it?  We'll\t\tpay $1,234.50!\n\n  def f(x):\n      return x**2 \r\n\r\n   \n"
-    " xnaïve café Über straße e\u0301 ﬁ Ⅷ½²٣४ 12 34  5 \u00a0\u2003\u3000全角１２３　"
+    "It's 3:45pm, isn't it?  We'll\t\tpay $1,234.50!\n\n  def f(x):\n      return x**2 \r\n"
+    "\r\n   \n xnaïve café Über straße e\u0301 ﬁ Ⅷ½²٣४ 12 34  5 \u00a0\u2003\u3000全角１２３　"
     "日本語、テスト。한국어 русский "
     "العربية हिन्दी ไทย 👍🏽👨‍👩‍👧 \U0001d54f\x00\x07\x1c\x85\ufeff\u200b\u200d "
     "<|endoftext|><|im_end|> "
@@ -840,7 +840,7 @@ def cache_dir():
 
 
 def write_json(path, value, indent=2, sync=True):
-    """Writes a JSON file so that it is either complete or not there; `sync`: also if power fails."""
+    """Writes a JSON file so that it is complete or not there; `sync`: even if power fails."""
     # "replace": a file name in it that is not UTF-8 must not end a preparation
     with open(f"{path}.tmp{os.getpid()}", "w", encoding="utf-8", errors="replace") as f:
         json.dump(value, f, ensure_ascii=False, indent=indent)
@@ -2625,7 +2625,7 @@ def _encode_part(file, blocks, part, is_last):
     """In a worker: encodes Blocks and writes the files of a part."""
     outputs, rows = collections.defaultdict(list), []
     for block in blocks:
-        result = _encoder(file, block)
+        result = _worker.encoder(file, block)
         for name, data in result.out.items():
             outputs[name].append(data)
         result.count["wrong"] = len(result.wrong)
@@ -2656,9 +2656,13 @@ def _workers(count, encoder):
     )
 
 
+_worker = types.SimpleNamespace(
+    encoder=None
+)  # pickled with each part, it would cost more than that
+
+
 def _adopt(encoder, is_process):
-    global _encoder  # of a worker: pickling it with every part would take longer than the work
-    _encoder = encoder
+    _worker.encoder = encoder
     if is_process:
         # PR_SET_PDEATHSIG: the worker ends when its parent is killed
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -2698,16 +2702,10 @@ def prepare(
         raise UserError(_unknown_source(source))
     name = name or (source if known else _stem(source))
     _check_name(name)
-    ranges = dict(max_tokens=max_tokens, block_size=block_size, workers=workers, seed=seed)
-    for key, value in ranges.items():
-        if value < 0:
-            raise UserError(f"--{key}={value}: 0 or more is wanted")
     if val_fraction is None:
         val_fraction = known.get("val_fraction", 0.005)
-    if not 0 < val_fraction < 1:
-        raise UserError(f"--val_fraction={val_fraction}: a share between 0 and 1 is wanted")
-    if as_ not in ("", "text", *SHAPES):
-        raise UserError(f"--as={as_}: one of text, chat, prefs, verify")
+    counts = dict(max_tokens=max_tokens, block_size=block_size, workers=workers, seed=seed)
+    _check_ranges(val_fraction, as_, counts)
     usual = SMOLLM2 if source.startswith("hub:") else "bpe:4096"
     target = os.path.join(data_dir, name)
     partial = _real_place(target) + ".partial"
@@ -2726,32 +2724,71 @@ def prepare(
         tokenizer=tokenizer or known.get("tokenizer", "") or usual,
     )
     os.makedirs(partial, exist_ok=True)
-    if kind_of_directory(partial) != "unfinished data set":
-        write_json(os.path.join(partial, "partial.json"), dict(stamp=""))
-    try:
-        if "bins" in known:
-            made = _take_bins(known, partial, target)
-        else:
-            if settings["tokenizer"] == "toy":  # all toy sets have the tokenizer of the toy text
-                settings["tokenizer"] = _toy_tokenizer(data_dir, workers, seed)
-            files = _source_files(source, known, partial, config, split, seed)
-            # a folder may hold links to files of the target
-            check_target(target, "data set", [f.path for f in files if os.path.islink(f.path)])
-            made = _make(files, settings, partial, target, workers)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            if not any(f.startswith("part-") for f in os.listdir(partial)):  # nothing to continue
-                remove_directory(partial, "unfinished data set")
-        raise
-    if not made:
-        print(f"{target} holds this already")
-        remove_directory(partial, "unfinished data set")
-        return target
-    publish(partial, target)
+    with _locked(partial):
+        if kind_of_directory(partial) != "unfinished data set":
+            write_json(os.path.join(partial, "partial.json"), dict(stamp=""))
+        try:
+            if "bins" in known:
+                made = _take_bins(known, partial, target)
+            else:
+                if (
+                    settings["tokenizer"] == "toy"
+                ):  # all toy sets have the tokenizer of the toy text
+                    settings["tokenizer"] = _toy_tokenizer(data_dir, workers, seed)
+                files = _source_files(source, known, partial, config, split, seed)
+                # a folder may hold links to files of the target
+                check_target(target, "data set", [f.path for f in files if os.path.islink(f.path)])
+                made = _make(files, settings, partial, target, workers)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                if not any(
+                    f.startswith("part-") for f in os.listdir(partial)
+                ):  # nothing to continue
+                    remove_directory(partial, "unfinished data set")
+            raise
+        if not made:
+            print(f"{target} holds this already")
+            remove_directory(partial, "unfinished data set")
+            return target
+        publish(partial, target)
     if replaced:
         print(f"{target} replaces {replaced}")
     _report(target)
     return target
+
+
+def _check_ranges(val_fraction, as_, counts):
+    """The configurator checks the command line; this is for those who call prepare()."""
+    for key, value in counts.items():
+        if value < 0:
+            raise UserError(f"--{key}={value}: 0 or more is wanted")
+    if not 0 < val_fraction < 1:
+        raise UserError(f"--val_fraction={val_fraction}: a share between 0 and 1 is wanted")
+    if as_ not in ("", "text", *SHAPES):
+        raise UserError(f"--as={as_}: one of text, chat, prefs, verify")
+
+
+@contextlib.contextmanager
+def _locked(directory):
+    """UserError if another process has locked the directory; unlocked when this process ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network drives have no locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{directory}: another process is preparing this data set; wait for it, or "
+                    "choose another --name="
+                ) from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def _unknown_source(source):
@@ -2939,14 +2976,15 @@ def _is_made(directory, stamp):
 def _continue_or_clear(partial, stamp):
     """Keeps the parts that an earlier run with the same stamp made, and removes others."""
     marker = os.path.join(partial, "partial.json")
-    if os.path.exists(marker) and read_json(marker)["stamp"] == stamp:
+    wanted = dict(stamp=stamp, layout=[BLOCK, BLOCKS_PER_PART, LONGEST])
+    if os.path.exists(marker) and read_json(marker) == wanted:
         parts = [f for f in os.listdir(partial) if f.startswith("part-")]
         size = sum(os.path.getsize(os.path.join(partial, f)) for f in parts)
         if parts:
             print(f"going on after {size / 1e6:.1f} MB that were written before")
         return
     remove_files(partial, "unfinished data set", keep=r"partial\.json|toy\.(txt|jsonl)")
-    write_json(marker, dict(stamp=stamp))
+    write_json(marker, wanted)
 
 
 def _finish(partial, meta):

@@ -717,6 +717,33 @@ def test_a_part_that_lost_bytes_is_made_again(here, monkeypatch):
     ]
 
 
+def test_two_processes_do_not_write_one_data_set(here):
+    """Two runs of train.py that both lack the toy data: the second is refused and harms nothing."""
+    fcntl = pytest.importorskip("fcntl")
+    write("t.txt", WORDS)
+    os.makedirs("data/t.partial")
+    write("data/t.partial/partial.json", '{"stamp": ""}')
+    handle = os.open("data/t.partial", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="data/t.partial: another process is preparing"):
+        prepare.prepare("t.txt", tokenizer="byte")
+    assert os.listdir("data/t.partial") == ["partial.json"]
+    os.close(handle)
+    assert prepare.prepare("t.txt", tokenizer="byte") == "data/t" and os.listdir("data") == ["t"]
+
+
+def test_parts_of_another_layout_are_not_used(here, monkeypatch):
+    """A run that was killed, and a program that cuts blocks elsewhere when it continues."""
+    write("t.txt", EOT.join(STORIES[:1000]))
+    whole = files_of(prepare.prepare("t.txt", tokenizer="byte", data_dir="whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "BLOCK", 2000)
+        patch.setattr(prepare, "_join", lambda pieces, partial: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            prepare.prepare("t.txt", tokenizer="byte")
+    assert files_of(prepare.prepare("t.txt", tokenizer="byte")) == whole
+
+
 def test_max_tokens_stops_at_a_document(here, monkeypatch):
     monkeypatch.setattr(prepare, "BLOCK", 3000)
     (here / "a.txt").write_text(EOT.join(STORIES), encoding="utf-8")
