@@ -55,11 +55,11 @@ def configure(variables, words=False, also=None, argv=None):
     sys.excepthook = _print_exception
     _prepare_streams()
     script = variables["__file__"]
-    keys, _ = _read_keys(script)
+    keys, _ = read_keys(script)
     while also:
         path, _, class_name = also.partition(":")
         path = os.path.join(os.path.dirname(os.path.abspath(script)), path)
-        more, also = _read_keys(path, class_name)
+        more, also = read_keys(path, class_name)
         for name, key in more.items():
             if name not in keys and name in variables:
                 raise UserError(f"{key.place}: {script} has another use for {name}; rename the key")
@@ -207,7 +207,7 @@ def _nearest(name, known):
 # reading sources
 
 
-def _read_keys(path, class_name=""):
+def read_keys(path, class_name=""):
     """(name -> Key, the value of `also`) of a script, or of a dataclass in it.
 
     The source is parsed, not imported: importing model.py would import torch.

@@ -59,15 +59,15 @@ class GPTConfig:
     """
 
     # fmt: off
-    block_size: int = 256         # tokens in a training window (>= 1)
-    vocab_size: int = 0           # rows of the embedding; 0: the data's; never smaller (>= 0)
-    n_layer: int = 4              # blocks (>= 1)
-    n_head: int = 4               # query heads (>= 1)
-    n_embd: int = 128             # width of the residual stream (>= 1)
+    block_size: int = 256         # tokens in a training window (>= 1, <= 2**31)
+    vocab_size: int = 0           # rows of the embedding; 0: the data's; not smaller (>= 0, <= 2**31)
+    n_layer: int = 4              # blocks (>= 1, <= 2**14)
+    n_head: int = 4               # query heads (>= 1, <= 2**16)
+    n_embd: int = 128             # width of the residual stream (>= 1, <= 2**20)
     n_kv_head: int = 0            # key and value heads (GQA); 0: n_head (>= 0)
-    head_dim: int = 0             # width of a head; 0: n_embd / n_head (>= 0)
-    ffn_dim: int = 0              # width inside the MLP; 0: 4 or 8/3 (swiglu) n_embd (>= 0)
-    max_positions: int = 0        # longest context that config.json declares; 0: block_size (>= 0)
+    head_dim: int = 0             # width of a head; 0: n_embd / n_head (>= 0, <= 2**20)
+    ffn_dim: int = 0              # of the MLP; 0: 4 or 8/3 (swiglu) n_embd (>= 0, <= 2**22)
+    max_positions: int = 0        # the longest context; 0: block_size (>= 0, <= 2**31)
     dropout: float = 0.0          # (>= 0, < 1)
     bias: bool = False            # in linear layers and LayerNorm
     norm: str = "rmsnorm"         # 'rmsnorm' | 'layernorm'
@@ -121,7 +121,7 @@ def _schema(config_class):
         if dataclasses.is_dataclass(base):
             try:
                 path = inspect.getsourcefile(base)
-                keys |= configurator._read_keys(path, base.__name__)[0]
+                keys |= configurator.read_keys(path, base.__name__)[0]
             except (OSError, TypeError, UserError):  # a class without a source file: unchecked
                 continue
     return keys
@@ -1573,14 +1573,14 @@ def architecture(config, state=None):
                 wrong.append(f"{name} has {key}={value!r}, not {getattr(config, key)!r}")
         if obstacles is None or len(wrong) < len(obstacles):
             kind, obstacles = name, wrong
+    if state is not None and not obstacles:
+        obstacles = _tensor_obstacles(config, kind, state)
     for field in dataclasses.fields(config):
         if field.name in NEUTRAL or field.name in SHAPE:
             continue
         value = getattr(config, field.name)
         if value != field.default:
             obstacles.append(f"no architecture has the key {field.name}={value!r}")
-    if state is not None and not obstacles:
-        obstacles = _tensor_obstacles(config, kind, state)
     return ("nanosmol", obstacles) if obstacles else (kind, [])
 
 
@@ -1590,13 +1590,23 @@ def _tensor_obstacles(config, kind, state):
     expected = {row.ours: row.shape for row in _tensor_rows(config, kind) if not row.optional}
     if config.tie_embeddings:
         del expected["head.weight"]
-        if torch.equal(state.get("head.weight", state["embed.weight"]), state["embed.weight"]):
-            shapes.pop("head.weight", None)
-    return [
-        f"{kind} has {name} in the shape {expected.get(name)}, not {shapes.get(name)}"
-        for name in sorted(shapes.keys() | expected.keys())
-        if shapes.get(name) != expected.get(name)
-    ]
+    if _head_is_embedding(config, state):
+        shapes.pop("head.weight", None)
+    obstacles = {}  # as a set, in order: one sentence for all layers
+    for name in sorted(shapes.keys() | expected.keys()):
+        ours, theirs = shapes.get(name, "absent"), expected.get(name, "absent")
+        if ours != theirs:
+            name = re.sub(r"^blocks\.\d+\.", "blocks.*.", name)
+            obstacles[f"{kind} has {name} {theirs}, not {ours}"] = True
+    return list(obstacles)
+
+
+def _head_is_embedding(config, state):
+    """Whether a file leaves out the head: it is the embedding (an edit of GPT may untie it)."""
+    embed, head = state.get("embed.weight"), state.get("head.weight")
+    if not config.tie_embeddings or embed is None:
+        return False
+    return head is None or torch.equal(head, embed)
 
 
 class _TensorRow(typing.NamedTuple):
@@ -1654,7 +1664,8 @@ def _from_hf_config(hf, where, config_class):
     fields = config_class.__dataclass_fields__
     for key in ours:
         if key not in fields:
-            raise UserError(f"{where}: this model.py has no key {key!r}; load it with its own")
+            what = f"GPTConfig has no key {key!r}"
+            raise UserError(f"{where}: {what}; load it with the model.py that wrote it")
     if kind == "nanosmol":
         for key in (*SHAPE, *NEUTRAL):
             if key in fields and key not in ours:
@@ -1712,9 +1723,8 @@ def save_hf(config, state, directory, hf_layout, generation):
     for name, tensor in state.items():
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
         tensors[name] = tensor.detach().to("cpu", dtype)
-    head = tensors.get("head.weight")
-    if config.tie_embeddings and head is not None and torch.equal(head, tensors["embed.weight"]):
-        del tensors["head.weight"]
+    if _head_is_embedding(config, tensors):
+        tensors.pop("head.weight", None)
     if kind != "nanosmol":
         tensors = _to_hf_tensors(config, kind, tensors)
     addresses = set()

@@ -1963,8 +1963,10 @@ class Grader:
     """
     LARGEST = 1e6  # a reward is usually between 0 and 1; gradients overflow long before float32 does
 
-    def __init__(self, verify, say):
-        self.verify, self.say, self.calls, self.raised, self.last_error = verify, say, 0, 0, ""
+    def __init__(self, verify, name, say):
+        self.verify, self.name, self.say = verify, name, say
+        self.calls, self.raised, self.last_error = 0, 0, ""
+        self.calls_before, self.raised_before, self.failing_steps = 0, 0, 0
 
     def __call__(self, question, completion, answer, ended):
         if not ended or not completion.strip():
@@ -1979,14 +1981,25 @@ class Grader:
             self.raised += 1
             self.last_error = f"{type(e).__name__}: {e}".splitlines()[0]
             if self.raised == 1:
-                self.say(f"warning: the verifier raised on {completion[:60]!r}, which counts as no reward: {self.last_error}")
+                self.say(f"warning: the verifier raised on {completion[:60]!r}, which counts as no reward: "
+                         f"{self.last_error}")
             return 0.0
 
-    def check(self, calls, raised):
-        """UserError if the verifier raised at every call so far, of all processes: it can never reward anything."""
-        if calls and calls == raised:
-            raise UserError(f"the verifier raised at each of its {int(calls)} calls, so nothing can be learned from it: "
-                            f"{self.last_error}. Mend verify(prompt, completion, answer)")
+    def check_step(self, patience, over_processes):
+        """To be called once a step, on all processes. UserError if the verifier raised at every call of the step, and never
+        worked before, or did not for `patience` steps in a row: nothing can be learned from it."""
+        calls, raised, worked = over_processes(
+            self.calls - self.calls_before, self.raised - self.raised_before, self.calls - self.raised
+        )
+        self.calls_before, self.raised_before = self.calls, self.raised
+        if calls == 0:
+            return
+        self.failing_steps = self.failing_steps + 1 if calls == raised else 0
+        if self.failing_steps and (worked == 0 or self.failing_steps >= patience):
+            raise UserError(
+                f"verifier={self.name}: the verifier raised at each of the {int(calls)} calls of a step, so "
+                f"nothing can be learned from it: {self.last_error}. Mend verify(prompt, completion, answer)"
+            )
 
 
 def open_data(config, model_directory, say, world_size=1):

@@ -121,7 +121,7 @@ from model import (architecture, compile_pays, completion_loss, completion_measu
 # fmt: on
 
 prepare.read_secrets()
-out_dir = config["out_dir"] = out_dir or runs.directory_of(setup.files)
+out_dir = config["out_dir"] = os.path.normpath(out_dir or runs.directory_of(setup.files))
 runs.check(config)
 if stage == "rlvr":  # a verifier that is missing is refused before anything is loaded
     verify = prepare.verifier(verifier)
@@ -280,7 +280,7 @@ else:
         def verify(question, completion, answer):
             return yes_probability(judge, *data.judge_prompt(question, completion))
 
-    grade = prepare.Grader(verify, say)
+    grade = prepare.Grader(verify, verifier_model or verifier, say)
 
     def complete(problems, copies, temperature, first_seed):
         def generate(prompts, seeds):
@@ -295,6 +295,8 @@ else:
         batch = data.rollouts(completions, group_advantages(rewards, scale_rewards).flatten())
         equal_groups = (rewards == rewards[:, :1]).all(dim=1).float().mean()
         batch.metrics |= {"reward/mean": rewards.mean(), "reward/equal_groups": equal_groups}
+        # a count so far on all processes, over which metrics are means
+        batch.metrics["reward/verifier_raised"] = grade.raised * world_size
         return batch
 
     def loss_of(batch):
@@ -322,7 +324,10 @@ def evaluate():
         with autocast():
             measured.append((domain, measure(batch)))
     model.train()
-    return prepare.means(measured, data.shares, over_processes)
+    row = prepare.means(measured, data.shares, over_processes)
+    if math.isnan(score_of(row)[0]):
+        log.warn_once("no target", f"{dataset}: no held-out token is a target: no val/loss, no best/")
+    return row
 
 
 def score_of(row):
@@ -423,7 +428,7 @@ while True:
     sums = [[batch.units, batch.with_signal, batch.tokens] for batch in batches]
     units, with_signal, tokens = over_processes(*map(sum, zip(*sums)))
     if stage == "rlvr":
-        grade.check(*over_processes(grade.calls, grade.raised))
+        grade.check_step(max_bad_steps, over_processes)
 
     # torch.compile: at once on a GPU, on a CPU once it is known how long a step takes
     time_to_compile = compile and not compiled and (device_type == "cuda" or steps_here == 20)
@@ -438,6 +443,7 @@ while True:
                 forward.require_backward_grad_sync = False
             with autocast():
                 loss_of(batches[0].to(device))[0].backward()
+            torch._dynamo.config.suppress_errors = True  # what fails later runs uncompiled
         except Exception as e:
             undo_compile(model)
             say(f"warning: torch.compile failed, training goes on without it: {runs.first_line(e)}")
@@ -510,7 +516,7 @@ while True:
             if master_process:
                 checkpoints.wait()
             barrier()
-            last = runs.last_checkpoint(out_dir, run, max_bad_steps, max_rollbacks)
+            last = runs.last_checkpoint(out_dir, run, why, max_bad_steps, max_rollbacks)
             before = types.SimpleNamespace(**vars(run))
             saved_model, saved_state = runs.load(last, say)
             model.load_state_dict(saved_model.state_dict())
@@ -561,7 +567,7 @@ is_saved = runs.is_checkpoint(checkpoints.path(run.step))
 if hub and finished and is_saved:
     in_transformers = hf_layout and not obstacles
     card = runs.model_card(config, setup.keys, model, in_transformers, run, log.rows())
-    hub.put_final(run.step, checkpoints.path(run.step), card)
+    hub.put_final(checkpoints.path(run.step), card)
 log.close_bar()
 if finished:
     for text in runs.samples(model, data, config, 3, autocast, log):
@@ -569,7 +575,7 @@ if finished:
     say(runs.summary(config, run, is_saved))
 else:
     say(runs.how_to_resume(stop.signal, run.step, max_iters, is_saved))
-checkpoints.finish(tries=4 if finished else 1, stop=stop)
+everything_is_sent = checkpoints.finish(tries=4 if finished else 1, stop=stop)
 if hub and finished:
     say(hub.report())
 log.close()
@@ -577,5 +583,5 @@ if pod and finished and not stop.signal:
     pod.end("terminate" if hub and hub.has_final else "stop", run.step)
 if not is_saved and run.step > 0:
     sys.exit(f"train.py: the last step is not in {out_dir}, its checkpoint could not be written")
-if hub and finished and not hub.has_final:
-    sys.exit(1)  # what was asked for is not there, which was said above
+if finished and not everything_is_sent:
+    sys.exit(1)  # the Hub or the backup lacks what was asked for, which was said above

@@ -1,11 +1,14 @@
-# smol-llama 360M: 6B tokens of FineWeb, about a million tokens a step, on one rented GPU.
-#   python prepare.py fineweb_6b && python train.py config/smol_360m.py
+# smol-llama 360M: 6B tokens of FineWeb, about a million tokens a step. The batch is the original
+# project's; by the estimate of --dry_run, a GPU with 80 GB needs a smaller one, at the same number
+# of tokens a step:
+#   python prepare.py fineweb_6b
+#   python train.py config/smol_360m.py --batch_size=16 --gradient_accumulation_steps=32
 
-dataset = 'fineweb_6b'        # tokenized already: 12 GB to download, nothing to encode
+dataset = "fineweb_6b"        # tokenized already: 12 GB to download
 batch_size = 64               # 64 x 2,048 x 8 = 1,048,576 tokens a step
 block_size = 2048
 gradient_accumulation_steps = 8
-doc_mask = False              # its ancestor let documents see each other
+doc_mask = False              # documents in one window attend to each other, as in the original
 
 n_layer = 32
 n_head = 15
@@ -19,12 +22,12 @@ unit_embed = False
 init_std = 0.02
 scale_residual = False
 
-optimizer = 'adamw'
+optimizer = "adamw"
 learning_rate = 3e-4
 weight_decay = 0.1
 beta2 = 0.95
 max_iters = 5725
-schedule = 'cosine'
+schedule = "cosine"
 warmup_iters = 900
 min_lr = 3e-5                 # a tenth of the peak
 
@@ -33,7 +36,7 @@ eval_iters = 8
 log_interval = 1              # a step takes seconds
 checkpoint_interval = 200
 wandb_log = True
-wandb_project = 'smol-llama'
+wandb_project = "smol-llama"
 gpu_cost_per_hour = 2.40
-# hf_repo = 'you/smol-llama'  # its ancestor uploads each checkpoint: set yours, or the pod is stopped, not terminated
-terminate_pod = True          # on RunPod, at the end
+# hf_repo = "you/smol-llama"  # gets all checkpoints; without it the pod is stopped, not terminated
+terminate_pod = True          # on RunPod, when the run has ended

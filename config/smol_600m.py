@@ -1,10 +1,11 @@
-# 600M parameters for 10B tokens of web, code and mathematics: Muon, documents kept apart, no RoPE in every
-# fourth layer.
+# 653M parameters on 10B tokens of web, code and mathematics: Muon, document masks, no RoPE in every
+# fourth layer. By the estimate of --dry_run, a GPU with 80 GB needs a smaller batch, at the same
+# number of tokens a step:
 #   for d in fineweb_edu dclm code openwebmath; do
 #     python prepare.py $d --tokenizer=NousResearch/Llama-2-7b-hf --max_tokens=5e9; done
-#   python train.py config/smol_600m.py
+#   python train.py config/smol_600m.py --batch_size=8 --gradient_accumulation_steps=96
 
-dataset = 'fineweb_edu:0.435,dclm:0.435,code:0.10,openwebmath:0.03'
+dataset = "fineweb_edu:0.435,dclm:0.435,code:0.10,openwebmath:0.03"
 batch_size = 48               # 48 x 2,048 x 16 = 1,572,864 tokens a step
 block_size = 2048
 gradient_accumulation_steps = 16
@@ -16,21 +17,21 @@ n_kv_head = 4
 n_embd = 1536
 ffn_dim = 4096
 vocab_size = 32000            # Llama 2's
-nope_every = 4                # layers 3, 7, 11, ...: attention by content alone
+nope_every = 4                # layers 3, 7, 11, ... attend by content alone
 embed_scale = True
 rope_theta = 10000.0
 qk_norm = False
 unit_embed = False
-init = 'trunc_normal'
+init = "trunc_normal"
 init_std = 0.5 / 1536 ** 0.5
-scale_residual = False        # with sqrt(d) embeddings and a tied head, scaling starts the loss at 19
+scale_residual = False        # with embed_scale and a tied head, scaling makes the first loss 19
 
-optimizer = 'muon'
+optimizer = "muon"
 muon_lr = 0.02
-learning_rate = 3e-3          # of the embeddings and the gains
+learning_rate = 3e-3          # of embeddings and gains
 weight_decay = 0.1
 max_iters = 6358              # 10B tokens
-schedule = 'wsd'
+schedule = "wsd"
 warmup_iters = 200
 decay_frac = 0.2
 min_lr = 0.0

@@ -1,12 +1,12 @@
-# The toy world, third stage: it learns a manner from pairs of answers. After config/toy_sft.py:
+# Third stage of the toy world: learns a friendly tone from answer pairs. After config/toy_sft.py:
 #   python train.py config/toy_dpo.py
 
-stage = 'dpo'
-init_from = 'out/toy_sft'
-dataset = 'toy_prefs'
+stage = "dpo"
+init_from = "out/toy_sft"
+dataset = "toy_prefs"
 batch_size = 32               # pairs
 
-pref_loss = 'sigmoid'
+pref_loss = "sigmoid"
 beta = 0.1
 muon_lr = 0.002
 learning_rate = 2e-4
@@ -17,4 +17,4 @@ decay_frac = 1.0
 eval_interval = 20
 eval_iters = 10
 log_interval = 5
-sample_start = 'What does a cow say?'
+sample_start = "What does a cow say?"
