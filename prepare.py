@@ -2786,10 +2786,11 @@ def _locked(directory):
     """UserError if another process has locked the directory; unlocked when this process ends."""
     try:
         import fcntl
-    except ImportError:  # Windows
+
+        handle = os.open(directory, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows has neither
         yield
         return
-    handle = os.open(directory, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some network drives have no locks
             try:
