@@ -6,7 +6,7 @@ Everything between text and tokens, and everything that is fetched.
     python prepare.py input.txt --tokenizer=char     # a file: .txt .jsonl .jsonl.zst .parquet
     python prepare.py texts/ --name=mine             # or a folder of files
     python prepare.py hub:owner/name --field=text --max_tokens=1e9
-    python prepare.py chats.jsonl --as=chat          # chat, prefs or verify, if a file could be several
+    python prepare.py chats.jsonl --as=chat          # or prefs, verify: if a file could be several
     python prepare.py tokenizer texts/ --vocab_size=49152 --name=mine
 
 Each makes data/<name>/: train.bin and val.bin (headerless little-endian token ids, each document
@@ -45,7 +45,7 @@ from configurator import UserError, configure
 
 # fmt: off
 # what to make, and where
-tokenizer = ''           # char, byte, gpt2, bpe:4096 (trained on the text), a directory, file or Hub id
+tokenizer = ''           # char, byte, gpt2, bpe:4096 (trained on the text), a path or Hub id
 name = ''                # the data set becomes data/<name>/; '' follows the source
 data_dir = 'data'        # where data sets are written
 max_tokens = 0           # stop after about this many training tokens; 0: take everything (>= 0)
@@ -53,9 +53,9 @@ max_tokens = 0           # stop after about this many training tokens; 0: take e
 field = ''               # the key or column that holds the text; '' tries text, content
 config = ''              # hub: a folder or subset of the repository, such as sample/10BT
 split = ''               # hub: take this split only, such as train
-as_ = ''                 # '' | 'text' | 'chat' | 'prefs' | 'verify'; '' follows the first record (or --as=)
-val_fraction = 0.005     # share of documents held out, by a hash of their text; toy: more (> 0, < 1)
-block_size = 0           # chat: leave out conversations longer than this many tokens; 0: none (>= 0)
+as_ = ''                 # '' | 'text' | 'chat' | 'prefs' | 'verify'; '' follows the source
+val_fraction = 0.005     # share of documents held out, by a hash of the text (> 0, < 1)
+block_size = 0           # chat: leave out conversations of more tokens; 0: none (>= 0)
 # how to work
 workers = 0              # 0: one for each core; the output does not depend on it (>= 0)
 seed = 1337              # of the toy world (>= 0)
@@ -66,7 +66,7 @@ min_frequency = 2        # of `prepare.py tokenizer`: rarer pairs are not merged
 EOT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLOCK = 1 << 20          # bytes of text that are tokenized at a time
-BLOCKS_PER_PART = 8      # blocks that a worker gets at a time; a killed run continues with the next part
+BLOCKS_PER_PART = 8      # blocks that a worker gets at a time, and that a kill costs at most
 LONGEST = 16 << 20       # a longer document is split, so that nothing larger is held in memory
 MAX_VOCABULARY = 1 << 20
 
@@ -156,9 +156,9 @@ class Tokenizer:
         model, pre_tokenizer = self.spec["model"], self.spec.get("pre_tokenizer") or {}
         if model["type"] == "WordLevel" and pre_tokenizer.get("type") == "Split":
             return CharacterEngine(model["vocab"], self.name)
-        if model["type"] == "BPE" and not model["merges"]:
-            if pre_tokenizer.get("type") == "ByteLevel":
-                return ByteEngine()
+        byte_level = model["type"] == "BPE" and pre_tokenizer.get("type") == "ByteLevel"
+        if byte_level and not model["merges"]:
+            return ByteEngine()
         return LibraryEngine(self.library, self.name)
 
     def fast(self):
@@ -206,7 +206,7 @@ class Tokenizer:
         return all(others.get(token, i) == i for token, i in vocab.items())
 
     def save(self, directory):
-        """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads."""
+        """Writes tokenizer.json and tokenizer_config.json, as AutoTokenizer reads them."""
         settings = dict(
             tokenizer_class="PreTrainedTokenizerFast",
             eos_token=self.eos,
@@ -262,6 +262,13 @@ class ByteEngine(Engine):
     def encode(self, text):
         return np.frombuffer(text.encode("utf-8", "replace"), np.uint8)
 
+    def encode_documents(self, texts, eos_id):
+        end = b"\xff"  # a byte that UTF-8 does not have
+        data = b"".join([text.encode("utf-8", "replace") + end for text in texts])
+        ids = np.frombuffer(data, np.uint8).astype(np.uint32)
+        ids[ids == 255] = eos_id
+        return ids
+
 
 class LibraryEngine(Engine):
     """The `tokenizers` library, which encodes with any tokenizer.json."""
@@ -310,8 +317,8 @@ class TiktokenEngine(Engine):
 
 
 def load_tokenizer(spec):
-    """The tokenizer that `spec` names: a directory with a tokenizer.json (a data set, a checkpoint),
-    a path to one, 'gpt2', 'byte', or a Hub id (owner/name). UserError if it is none of these."""
+    """The tokenizer that `spec` names: a directory with a tokenizer.json (a data set, a
+    checkpoint), a path to one, 'gpt2', 'byte', or a Hub id (owner/name); else UserError."""
     if spec == "gpt2":
         return _gpt2()
     if spec == "byte":
@@ -350,9 +357,7 @@ def _tokenizer_from_file(path, spec):
     except UserError:
         raise
     except Exception as e:  # tokenizers raises the bare Exception
-        raise UserError(
-            f"{path}: not a tokenizer.json that `tokenizers` can read: {e}"
-        ) from None
+        raise UserError(f"{path}: not a tokenizer.json that `tokenizers` can read: {e}") from None
 
 
 def make_tokenizer(spec, texts):
@@ -506,9 +511,11 @@ DIGIT_WORDS = (
 )
 
 SAMPLE = (
-    "It's 3:45pm, isn't it?  We'll\t\tpay $1,234.50!\n\n  def f(x):\n      return x**2 \r\n\r\n   \n x"
-    "naïve café Über straße e\u0301 ﬁ Ⅷ½²٣४ 12 34  5 \u00a0\u2003\u3000全角１２３　日本語、テスト。한국어 русский "
-    "العربية हिन्दी ไทย 👍🏽👨‍👩‍👧 \U0001d54f\x00\x07\x1c\x85\ufeff\u200b\u200d <|endoftext|><|im_end|> "
+    "It's 3:45pm, isn't it?  We'll\t\tpay $1,234.50!\n\n  def f(x):\n      return x**2 \r\n"
+    "\r\n   \n xnaïve café Über straße e\u0301 ﬁ Ⅷ½²٣४ 12 34  5 \u00a0\u2003\u3000全角１２３　"
+    "日本語、テスト。한국어 русский "
+    "العربية हिन्दी ไทย 👍🏽👨‍👩‍👧 \U0001d54f\x00\x07\x1c\x85\ufeff\u200b\u200d "
+    "<|endoftext|><|im_end|> "
     "'s 'S I'LL 'll''re  's1's aaaaaaaaaaaaaaaaaaaaa ........ ---- \n\n\n\n\t \n7 \n 8"
 )
 
@@ -516,13 +523,14 @@ SAMPLE = (
 def _tiktoken_encoding(spec, vocab_size, eos_id):
     """A tiktoken Encoding that gives the ids of this tokenizer.json; None if that is not certain.
 
-    tiktoken merges two neighbours whenever their union is a token, lowest id first; a tokenizer.json
-    lists the pairs that may merge, in order. Both agree if (1) the ids of the tokens rise in the
-    order of their merges and (2) BPE of each token's own letters ends in that token: two neighbours
-    inside a word have merged as they would alone, so if their union is a token, (2) says that they
-    are the pair of its merge. Both are checked for the whole vocabulary here, the rule for words by
-    the caller on SAMPLE. A byte that the vocabulary lacks (SmolLM2's has 235 of 256) gets an id
-    beyond it: on such an id the caller falls back to `tokenizers`, which leaves these bytes out."""
+    tiktoken merges two neighbours whenever their union is a token, lowest id first; a
+    tokenizer.json lists the pairs that may merge, in order. Both agree if (1) the ids of the tokens
+    rise in the order of their merges and (2) BPE of each token's own letters ends in that token:
+    two neighbours inside a word have merged as they would alone, so if their union is a token, (2)
+    says that they are the pair of its merge. Both are checked for the whole vocabulary here, the
+    rule for words by the caller on SAMPLE. A byte that the vocabulary lacks (SmolLM2's has 235 of
+    256) gets an id beyond it: on such an id the caller falls back to `tokenizers`, which leaves
+    these bytes out."""
     import tiktoken
     from tokenizers import models
 
@@ -622,7 +630,7 @@ def render_chat(messages, tokenizer, add_generation_prompt=False):
 
 
 def _messages(value, what="messages"):
-    """A list of {"role", "content"} from any usual form of a conversation; ValueError if it is none."""
+    """[{"role", "content"}, ...] from any usual form of a conversation; else ValueError."""
     if isinstance(value, str) and what == "prompt":
         value = [dict(role="user", content=value)]
     if not isinstance(value, list) or not value:
@@ -700,7 +708,7 @@ def _first(record, *keys):
 # -----------------------------------------------------------------------------
 # Verifiers: verify(prompt, completion, answer) -> float, 1.0 for a right completion
 
-# 7, -1,234.50, .5, 1e-05. An exponent has at most three digits: 10 ** 999999999 would fill the memory
+# 7, -1,234.50, .5, 1e-05. Three digits of an exponent at most: 10 ** 999999999 fills the memory
 NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|(?<!\d)\.\d+)(?:[eE][+-]?\d{1,3}(?!\w))?")
 # eight numbers with nothing between them: a model that tries them all gets no reward
 LISTING = re.compile(r"(?:-?\d[\d.]*[\s,;]+){7,}-?\d")
@@ -711,8 +719,8 @@ def verifier(spec):
 
     'number': the last number, or the one after ####, equals that of the answer. 'exact': the texts
     are equal. 'regex:PATTERN': its first group, or all that it matches, is the answer. 'toy':
-    toy_verify. FILE.py: the function verify that it defines. UserError if there is no such verifier,
-    or if its verify does not take three arguments."""
+    toy_verify. FILE.py: the function verify that it defines. UserError if there is no such
+    verifier, or if its verify does not take three arguments."""
     if spec == "number":
         return _same_number
     if spec == "exact":
@@ -831,13 +839,14 @@ def cache_dir():
     return os.environ.get("NANOSMOL_CACHE") or default
 
 
-def write_json(path, value, indent=2):
-    """Writes a JSON file so that it is either complete or not there."""
+def write_json(path, value, indent=2, sync=True):
+    """Writes a JSON file so that it is complete or not there; `sync`: even if power fails."""
     # "replace": a file name in it that is not UTF-8 must not end a preparation
     with open(f"{path}.tmp{os.getpid()}", "w", encoding="utf-8", errors="replace") as f:
         json.dump(value, f, ensure_ascii=False, indent=indent)
         f.flush()
-        os.fsync(f.fileno())
+        if sync:
+            os.fsync(f.fileno())
     os.replace(f.name, path)
 
 
@@ -890,7 +899,7 @@ def for_terminal(text):
 
 
 def without_secrets(text):
-    """`text` as it may be shown: errors of other libraries can quote the secrets they were given."""
+    """`text` as it may be shown: errors of other libraries can quote secrets."""
     for key in SECRETS:
         hide(key, os.environ.get(key))
     for secret, key in _hidden.items():
@@ -958,7 +967,7 @@ def download(url, digest, tries=3):
 
 
 def _hub(call, repo, **options):
-    """Calls a function of huggingface_hub, again if the network fails; UserError if it can't work."""
+    """Calls a function of huggingface_hub, again if the network fails; else UserError."""
     from huggingface_hub import errors
 
     site = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -987,13 +996,16 @@ def _hub(call, repo, **options):
                     "folder of it"
                 ) from None
             if status in (400, 401, 403):
-                raise UserError(f"{repo}: {problem}: check HF_TOKEN, or run `hf auth login`") from None
+                raise UserError(
+                    f"{repo}: {problem}: check HF_TOKEN, or run `hf auth login`"
+                ) from None
             after = e.response.headers.get("Retry-After", "") if e.response is not None else ""
             wait = int(after) if after.isdigit() else wait
         except errors.HFValidationError:
             raise UserError(f"{repo}: not a Hub id, which is written owner/name") from None
         except Exception as e:  # no network; the exception depends on the version of the client
-            if not isinstance(e, OSError) and not type(e).__module__.startswith(("httpx", "requests")):
+            of_client = type(e).__module__.startswith(("httpx", "requests"))
+            if not isinstance(e, OSError) and not of_client:
                 raise
             problem = str(e.__cause__ or e).splitlines()[0]
         if attempt < 4:
@@ -1011,18 +1023,18 @@ def hub_snapshot(repo, patterns, repo_type="model"):
 
 
 def fetch_model(hub_id):
-    """A local directory with a Hub model's config, safetensors and tokenizer, for from_pretrained."""
+    """A local directory with a Hub model's config, safetensors and tokenizer."""
     weights = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
-    tokenizer = ["tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.json", "merges.txt"]
-    directory = hub_snapshot(hub_id, weights + tokenizer)
+    tokenizer = ["tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.json"]
+    directory = hub_snapshot(hub_id, [*weights, *tokenizer, "merges.txt"])
     found = os.listdir(directory) if os.path.isdir(directory) else []
     if not any(f.endswith(".safetensors") for f in found):
         raise UserError(f"{hub_id}: this Hub repository has no *.safetensors; name one that has")
     return directory
 
 
-# A file of a source. `repo`, `digest` (SHA-256) and `revision` are None for a local file; `split` is
-# 'train' or 'val' if the source has its own validation split, else None.
+# A file of a source. `repo`, `digest` (SHA-256) and `revision` are None for a local file. `split`
+# is 'train' or 'val' if the source has its own validation split, else None.
 File = collections.namedtuple("File", "path size split repo digest revision")
 
 
@@ -1069,8 +1081,8 @@ def hub_list(repo, folder=""):
 
 
 def hub_files(repo, config="", split="", pattern=""):
-    """The data files of a data set on the Hub: under the folder `config`, matching `pattern`, of one
-    `split`. If there are several kinds of files, those of the kind with the most bytes."""
+    """The data files of a data set on the Hub: under the folder `config`, matching `pattern`, of
+    one `split`. If there are several kinds of files, those of the kind with the most bytes."""
     listed = hub_list(repo, config)
     files = [f for f in listed if fnmatch.fnmatch(f.path, pattern or "*") and _kind_of(f.path)[0]]
     if split:
@@ -1098,9 +1110,7 @@ def hub_files(repo, config="", split="", pattern=""):
 TEXT, LINES = (".txt", ".md", ".text"), (".jsonl", ".ndjson", ".json")
 COMPRESSED = {".zst": "zstd", ".zstd": "zstd", ".gz": "gzip"}
 VALID = ("valid", "validation", "val", "dev", "eval")
-OWN_SPLIT = re.compile(
-    r"(?:^|[-_./])(train|valid|validation|val|dev|eval|test)(?=[-_.0-9/]|$)"
-)
+OWN_SPLIT = re.compile(r"(?:^|[-_./])(train|valid|validation|val|dev|eval|test)(?=[-_.0-9/]|$)")
 
 # kind: 'documents' (text with <|endoftext|> between documents), 'train' or 'val' (a piece of a
 # single document), 'lines' (JSON) or 'rows' (parquet). data: bytes, or a pyarrow batch. at: the
@@ -1152,7 +1162,8 @@ def local_files(path):
         paths += [os.path.join(folder, f) for f in names if f[0] != "." and _kind_of(f)[0]]
     if not paths:
         raise UserError(
-            f"{path}: this folder holds no .txt, .md, .jsonl, .jsonl.zst, .jsonl.gz or .parquet file"
+            f"{path}: this folder holds no .txt, .md, .jsonl, .jsonl.zst, .jsonl.gz or .parquet "
+            "file"
         )
     dangling = [f for f in paths if not os.path.exists(f)]
     if dangling:
@@ -1200,8 +1211,8 @@ def read_blocks(file, only, column=None):
 
 
 def _read_separated(stream, tell, kind):
-    """Blocks of whole lines or documents: each ends with the last separator in the next BLOCK bytes,
-    a document longer than LONGEST wherever it can be split."""
+    """Blocks of whole lines or documents: each ends with the last separator in the next BLOCK
+    bytes, and in a document longer than LONGEST wherever it can be split."""
     separator, block_kind = EOT.encode(), "documents"
     if kind == "lines":
         separator = b"\n"
@@ -1303,8 +1314,8 @@ def _read_parquet(path, file, column):
             columns = f.schema_arrow.names
             if column and column not in columns:
                 raise UserError(
-                    f"{file.path}: no column {column!r} in {', '.join(columns)[:200]}; name it with "
-                    "--field="
+                    f"{file.path}: no column {column!r} in {', '.join(columns)[:200]}; name it "
+                    "with --field="
                 )
             rows, total = 0, max(f.metadata.num_rows, 1)
             wanted = [column] if column else None
@@ -1329,8 +1340,8 @@ def _dtype(tokenizer):
 
 
 class Encoded:
-    """What a Block becomes: `out`, the bytes for each output file; `count`, what is in it; and what
-    is wrong with it: `wrong`, [(line or row, reason)], `broken_at`, the first byte that is not UTF-8."""
+    """What a Block becomes: `out`, the bytes for each output file; `count`, what is in it; `wrong`,
+    [(line or row, reason)] of what was left out; `broken_at`, the first byte that is not UTF-8."""
 
     def __init__(self):
         self.out, self.count, self.wrong, self.broken_at = {}, collections.Counter(), [], None
@@ -1382,7 +1393,7 @@ class Encoder:
         return "val" if digest < self.threshold else "train"
 
     def contents(self, block, result):
-        """(where, text or record, bytes) of each document; what can't be used is counted instead."""
+        """(where, text or record, bytes) of each document that can be used."""
         if block.kind == "documents":
             for text in result.decode(block.data, block.at).split(EOT):
                 text = text.strip()
@@ -2291,7 +2302,7 @@ def word_problem(rng):
 
 
 def worked_or_not(rng, working, sentence):
-    """An answer, worked out less often than not: RL is to find out which way is right more often."""
+    """An answer, mostly not worked out: RL is to find which way is right more often."""
     return f"{working} {sentence}" if rng.random() < 0.4 else sentence
 
 
@@ -2308,7 +2319,8 @@ def sums(rng):
             for n, sign, m, result in rows
         )
     problems = [word_problem(rng) for _ in range(rng.randint(2, 4))]
-    return "\n".join(f"{p['prompt']} {worked_or_not(rng, p['working'], p['sentence'])}" for p in problems)
+    answers = [worked_or_not(rng, p["working"], p["sentence"]) for p in problems]
+    return "\n".join(f"{p['prompt']} {a}" for p, a in zip(problems, answers, strict=True))
 
 
 def split_question(text):
@@ -2320,8 +2332,8 @@ def split_question(text):
 def facts(rng):
     """Some things that are always true, as questions with answers or as statements."""
     with_questions = rng.random() < 0.5
-    templates = toy_world().facts
-    filled = [fill(rng, rng.choice(templates), small_numbers(rng)) for _ in range(rng.randint(5, 9))]
+    count, templates = rng.randint(5, 9), toy_world().facts
+    filled = [fill(rng, rng.choice(templates), small_numbers(rng)) for _ in range(count)]
     return " ".join(fact if with_questions else split_question(fact)[1] for fact in filled)
 
 
@@ -2377,7 +2389,7 @@ TURNS = ("reading", "reading", "reading", "fact", "story", "problem", "problem",
 
 
 def turns(rng, kinds=TURNS):
-    """What a person may ask, and the plain answer, for one or two turns: [(question, answer), ...]"""
+    """What a person may ask, in one or two turns: [(question, plain answer), ...]"""
     world, kind = toy_world(), rng.choice(kinds)
     if kind in ("reading", "story"):
         text, slots, topic, questions = story(rng)
@@ -2426,8 +2438,8 @@ def toy_prefs(seed=1337, count=3_000):
 def toy_verify(prompt, completion, answer):
     """1.0 if the completion ends in the sentence that answers the question, else 0.0.
 
-    For "How many coins does Tom have left?" any whole sentence will do that says rightly who has how
-    many of what. What comes before is free: there a model may be kind, or work the sum out."""
+    For "How many coins does Tom have left?" any whole sentence will do that says rightly who has
+    how many of what. What comes before is free: there a model may be kind, or work the sum out."""
     last = re.split(r"(?<=[.!?])\s+", completion.strip())[-1]
     question = r"How many (\w+) do(?:es)? (\w+|\w+ and \w+) have (now|left|together)\?$"
     matches = re.findall(question, prompt)
@@ -2445,15 +2457,16 @@ def toy_verify(prompt, completion, answer):
 # From a source to the output files, part by part
 #
 # A part is BLOCKS_PER_PART Blocks of one File, encoded by one worker. It writes
-# part-0003-00012.train.bin and so on, and last part-0003-00012.json: a part that has it is complete.
+# part-0003-00012.train.bin and so on, and last part-0003-00012.json: with it a part is complete.
 # A run that was killed makes the parts that are missing. At the end they are joined in order.
 
 OUTPUTS = [f"{split}.{kind}" for split in ("train", "val") for kind in ("bin", "mask", "jsonl")]
 
 
 class Total:
-    """What the parts amount to, up to max_tokens training tokens. `pieces`: [(path of a part without
-    its ending, {output: how many of its bytes are taken})]. `problem`: why the source is refused."""
+    """What the parts amount to, up to max_tokens training tokens. `pieces`: [(path of a part
+    without its ending, {output: bytes of it that are taken})]. `problem`: why the source is
+    refused."""
 
     def __init__(self, encoder, max_tokens):
         self.encoder, self.max_tokens = encoder, max_tokens
@@ -2541,7 +2554,7 @@ def pack(files, encoder, partial, max_tokens, workers):
                     break
                 part = f"{part_of_file}-{j:05d}"
                 future = None
-                if not os.path.exists(part + ".json"):
+                if not _is_complete(part):
                     future = pool.submit(_encode_part, file, group, part, is_last)
                 queue.append((part, future))
                 collect(2 * workers)
@@ -2579,11 +2592,22 @@ def _groups(items, size):
 def _complete_parts(part_of_file):
     """The parts of a File, if all of them are there already; else none."""
     parts = []
-    while os.path.exists(f"{part_of_file}-{len(parts):05d}.json"):
+    while _is_complete(f"{part_of_file}-{len(parts):05d}"):
         parts.append(f"{part_of_file}-{len(parts):05d}")
         if read_json(parts[-1] + ".json")["last"]:
             return parts
     return []
+
+
+def _is_complete(part):
+    """Whether a part is there with all its bytes, of which a power failure may have lost some."""
+    sizes = collections.Counter()
+    try:
+        for block in read_json(part + ".json")["blocks"]:
+            sizes.update(block["sizes"])
+        return all(os.path.getsize(f"{part}.{name}") == size for name, size in sizes.items())
+    except (OSError, UserError):
+        return False
 
 
 def _fetch_next(fetcher, files, i, total):
@@ -2614,7 +2638,7 @@ def _encode_part(file, blocks, part, is_last):
     """In a worker: encodes Blocks and writes the files of a part."""
     outputs, rows = collections.defaultdict(list), []
     for block in blocks:
-        result = _encoder(file, block)
+        result = _worker.encoder(file, block)
         for name, data in result.out.items():
             outputs[name].append(data)
         result.count["wrong"] = len(result.wrong)
@@ -2627,9 +2651,7 @@ def _encode_part(file, blocks, part, is_last):
     for name, data in outputs.items():
         with open(f"{part}.{name}", "wb") as f:
             f.writelines(data)
-            f.flush()
-            os.fsync(f.fileno())
-    write_json(part + ".json", dict(blocks=rows, last=is_last))
+    write_json(part + ".json", dict(blocks=rows, last=is_last), sync=False)
 
 
 def _workers(count, encoder):
@@ -2647,11 +2669,16 @@ def _workers(count, encoder):
     )
 
 
+_worker = types.SimpleNamespace(
+    encoder=None
+)  # pickled with each part, it would cost more than that
+
+
 def _adopt(encoder, is_process):
-    global _encoder  # of a worker: pickling it with every part would take longer than the work
-    _encoder = encoder
+    _worker.encoder = encoder
     if is_process:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: ends when its parent is killed
+        # PR_SET_PDEATHSIG: the worker ends when its parent is killed
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
 
 
@@ -2681,23 +2708,17 @@ def prepare(
     """Makes data/<name>/ from a known name, a file, a folder or hub:owner/name, and returns that
     directory. The arguments are the keys of the config block.
 
-    Killed at any moment and started again, it continues; what was there before is replaced only when
-    the new data is complete. Raises UserError for whatever the user can correct."""
+    Killed at any moment and started again, it continues; what was there before is replaced only
+    when the new data is complete. Raises UserError for whatever the user can correct."""
     known, is_path = KNOWN.get(source, {}), os.path.exists(source)
     if not known and not is_path and not source.startswith("hub:"):
         raise UserError(_unknown_source(source))
     name = name or (source if known else _stem(source))
     _check_name(name)
-    ranges = dict(max_tokens=max_tokens, block_size=block_size, workers=workers, seed=seed)
-    for key, value in ranges.items():
-        if value < 0:
-            raise UserError(f"--{key}={value}: 0 or more is wanted")
     if val_fraction is None:
         val_fraction = known.get("val_fraction", 0.005)
-    if not 0 < val_fraction < 1:
-        raise UserError(f"--val_fraction={val_fraction}: a share between 0 and 1 is wanted")
-    if as_ not in ("", "text", *SHAPES):
-        raise UserError(f"--as={as_}: one of text, chat, prefs, verify")
+    counts = dict(max_tokens=max_tokens, block_size=block_size, workers=workers, seed=seed)
+    _check_ranges(val_fraction, as_, counts)
     usual = SMOLLM2 if source.startswith("hub:") else "bpe:4096"
     target = os.path.join(data_dir, name)
     partial = _real_place(target) + ".partial"
@@ -2716,32 +2737,72 @@ def prepare(
         tokenizer=tokenizer or known.get("tokenizer", "") or usual,
     )
     os.makedirs(partial, exist_ok=True)
-    if kind_of_directory(partial) != "unfinished data set":
-        write_json(os.path.join(partial, "partial.json"), dict(stamp=""))
-    try:
-        if "bins" in known:
-            made = _take_bins(known, partial, target)
-        else:
-            if settings["tokenizer"] == "toy":  # all toy sets have the tokenizer of the toy text
-                settings["tokenizer"] = _toy_tokenizer(data_dir, workers, seed)
-            files = _source_files(source, known, partial, config, split, seed)
-            # a folder may hold links to files of the target
-            check_target(target, "data set", [f.path for f in files if os.path.islink(f.path)])
-            made = _make(files, settings, partial, target, workers)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            if not any(f.startswith("part-") for f in os.listdir(partial)):  # nothing to continue
-                remove_directory(partial, "unfinished data set")
-        raise
-    if not made:
-        print(f"{target} holds this already")
-        remove_directory(partial, "unfinished data set")
-        return target
-    publish(partial, target)
+    with _locked(partial):
+        if kind_of_directory(partial) != "unfinished data set":
+            write_json(os.path.join(partial, "partial.json"), dict(stamp=""))
+        try:
+            if "bins" in known:
+                made = _take_bins(known, partial, target)
+            else:
+                if (
+                    settings["tokenizer"] == "toy"
+                ):  # all toy sets have the tokenizer of the toy text
+                    settings["tokenizer"] = _toy_tokenizer(data_dir, workers, seed)
+                files = _source_files(source, known, partial, config, split, seed)
+                # a folder may hold links to files of the target
+                check_target(target, "data set", [f.path for f in files if os.path.islink(f.path)])
+                made = _make(files, settings, partial, target, workers)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                if not any(
+                    f.startswith("part-") for f in os.listdir(partial)
+                ):  # nothing to continue
+                    remove_directory(partial, "unfinished data set")
+            raise
+        if not made:
+            print(f"{target} holds this already")
+            remove_directory(partial, "unfinished data set")
+            return target
+        publish(partial, target)
     if replaced:
         print(f"{target} replaces {replaced}")
     _report(target)
     return target
+
+
+def _check_ranges(val_fraction, as_, counts):
+    """The configurator checks the command line; this is for those who call prepare()."""
+    for key, value in counts.items():
+        if value < 0:
+            raise UserError(f"--{key}={value}: 0 or more is wanted")
+    if not 0 < val_fraction < 1:
+        raise UserError(f"--val_fraction={val_fraction}: a share between 0 and 1 is wanted")
+    if as_ not in ("", "text", *SHAPES):
+        raise UserError(f"--as={as_}: one of text, chat, prefs, verify")
+
+
+@contextlib.contextmanager
+def _locked(directory):
+    """UserError if another process has locked the directory; unlocked when this process ends."""
+    try:
+        import fcntl
+
+        handle = os.open(directory, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows has neither
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):  # some network drives have no locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{directory}: another process is preparing this data set; wait for it, or "
+                    "choose another --name="
+                ) from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def _unknown_source(source):
@@ -2787,7 +2848,7 @@ def _toy_tokenizer(data_dir, workers, seed):
 
 
 def _toy_files(kind, partial, seed):
-    """Writes a text of the toy world. It is the same for the same seed, so it is made anew each time."""
+    """Writes a text of the toy world, the same for the same seed."""
     write = dict(
         stories=toy_stories,
         chat=toy_chat,
@@ -2808,14 +2869,16 @@ def _toy_files(kind, partial, seed):
 
 
 def _take_bins(known, partial, target):
-    """A data set that is tokenized already: the bins and the tokenizer of a Hub repository. False if
-    `target` holds the same."""
+    """A data set that is tokenized already: the bins and the tokenizer of a Hub repository. False
+    if `target` holds the same."""
     repo, folder = known["hub"], known["bins"]
     files = {f.path: f for f in hub_list(repo)}
     bins = {split: f"{folder}/{split}.bin" for split in ("train", "val")}
     tokenizers = [p for p in sorted(files, key=len) if os.path.basename(p) == "tokenizer.json"]
     if not tokenizers or not all(path in files for path in bins.values()):
-        raise UserError(f"{repo}: {folder}/train.bin, val.bin or tokenizer.json is not there any more")
+        raise UserError(
+            f"{repo}: {folder}/train.bin, val.bin or tokenizer.json is not there any more"
+        )
     stamp = files[bins["train"]].revision
     if _is_made(target, stamp):
         return False
@@ -2895,7 +2958,7 @@ def _make(files, settings, partial, target, workers):
 
 
 def _stamp(files, settings, partial):
-    """A hash of all that the output depends on: settings, files, the content of a tokenizer.json."""
+    """A hash of all that the output depends on: settings, files and tokenizer."""
     parts = [settings]
     for f in files:
         if f.path.startswith(partial):
@@ -2927,14 +2990,15 @@ def _is_made(directory, stamp):
 def _continue_or_clear(partial, stamp):
     """Keeps the parts that an earlier run with the same stamp made, and removes others."""
     marker = os.path.join(partial, "partial.json")
-    if os.path.exists(marker) and read_json(marker)["stamp"] == stamp:
+    wanted = dict(stamp=stamp, layout=[BLOCK, BLOCKS_PER_PART, LONGEST])
+    if os.path.exists(marker) and read_json(marker) == wanted:
         parts = [f for f in os.listdir(partial) if f.startswith("part-")]
         size = sum(os.path.getsize(os.path.join(partial, f)) for f in parts)
         if parts:
             print(f"going on after {size / 1e6:.1f} MB that were written before")
         return
     remove_files(partial, "unfinished data set", keep=r"partial\.json|toy\.(txt|jsonl)")
-    write_json(marker, dict(stamp=stamp))
+    write_json(marker, wanted)
 
 
 def _finish(partial, meta):
@@ -3056,12 +3120,13 @@ def _report(target):
 # -----------------------------------------------------------------------------
 # Directories that this program may replace or remove: those that it wrote itself, and no others
 
-_DATA = r"(train|val)\.(bin|mask|jsonl)|meta\.json|tokenizer(_config)?\.json"
 _TOKENIZER = r"tokenizer(_config)?\.json"
+_OUTPUT = r"(train|val)\.(bin|mask|jsonl)"
+_DATA = rf"{_OUTPUT}|meta\.json|{_TOKENIZER}"
 WRITTEN = {  # kind of directory -> the names of the files that this program writes into it
     "data set": _DATA,
     "unfinished data set": _DATA
-    + r"|(partial|journal)\.json|toy\.(txt|jsonl)|part-\d+-\d+\.(json|(train|val)\.(bin|mask|jsonl))",
+    + rf"|(partial|journal)\.json|toy\.(txt|jsonl)|part-\d+-\d+\.(json|{_OUTPUT})",
     "tokenizer": _TOKENIZER,
     "checkpoint": _TOKENIZER
     + r"|trainer\.pt|(config|generation_config)\.json|README\.md|loss\.png|[\w.-]+\.gguf"
@@ -3101,7 +3166,7 @@ def ours(directory):
 
 
 def not_ours(directory, kind):
-    """Why a directory may not be replaced by a new one of this kind; "" if it may, or is missing."""
+    """Why a directory may not be replaced by a new one of this kind; "" if it may."""
     if not os.path.lexists(directory):
         return ""
     if not os.path.isdir(directory):
@@ -3181,7 +3246,7 @@ def _real_place(target):
 
 
 def _is_inside(path, directory):
-    """Whether `path` is `directory` or lies in it, in whatever spelling and through whatever links."""
+    """Whether `path` is `directory` or lies in it, however links or dots spell it."""
     path = os.path.realpath(path)
     while os.path.isdir(directory):
         if os.path.exists(path) and os.path.samefile(path, directory):
@@ -3271,7 +3336,9 @@ def copy_whole(source, target):
 
     clear()  # of what a killed copy left
     if os.listdir(beside):
-        raise UserError(f"{beside} holds {os.listdir(beside)[0]}, which is no copy; move it elsewhere")
+        raise UserError(
+            f"{beside} holds {os.listdir(beside)[0]}, which is no copy; move it elsewhere"
+        )
     try:
         copy_files(source, beside, names)
         publish(beside, target)
@@ -3296,14 +3363,16 @@ def copy_files(source, target, names):
 # The command line
 
 
-def make_tokenizer_only(paths):
+def make_tokenizer_only(paths, name, data_dir, as_, field, vocab_size, min_frequency, **others):
     """python prepare.py tokenizer PATH...: trains a tokenizer without preparing a data set."""
     if not paths:
         raise UserError("python prepare.py tokenizer PATH...: name the texts to train it on")
-    for missing in (path for path in paths if not os.path.exists(path)):
-        raise UserError(f"{missing}: no such file or folder")
-    _check_name(name or "tokenizer")
-    target = os.path.join(data_dir, name or "tokenizer")
+    missing = [path for path in paths if not os.path.exists(path)]
+    if missing:
+        raise UserError(f"{missing[0]}: no such file or folder")
+    name = name or "tokenizer"
+    _check_name(name)
+    target = os.path.join(data_dir, name)
     replaced = check_target(target, "tokenizer", paths)
 
     def texts():
@@ -3323,43 +3392,34 @@ def make_tokenizer_only(paths):
     print(f"next: python prepare.py TEXT --tokenizer={target}")
 
 
-def main(words, given):
+def main(words, options):
     if not words:
         print("python prepare.py NAME (one of these), PATH or hub:owner/name; see also --help\n")
         for known in KNOWN:
             print(f"  {known:<18}{KNOWN[known]['size']}")
         return
     if words[0] == "tokenizer":
-        make_tokenizer_only(words[1:])
+        make_tokenizer_only(words[1:], **options)
         return
-    if len(words) > 1 and name:
+    if len(words) > 1 and options["name"]:
         raise UserError(
-            f"--name={name} is for one data set, and {len(words)} are asked for: {', '.join(words)}"
+            f"--name={options['name']} is for one data set, and {len(words)} are asked for: "
+            f"{', '.join(words)}"
         )
-    fraction = val_fraction if "val_fraction" in given else None  # known data sets have their own
+    for key in ("vocab_size", "min_frequency"):
+        del options[key]
     for word in words:
-        prepare(
-            word,
-            tokenizer=tokenizer,
-            name=name,
-            data_dir=data_dir,
-            max_tokens=max_tokens,
-            field=field,
-            config=config,
-            split=split,
-            as_=as_,
-            val_fraction=fraction,
-            block_size=block_size,
-            workers=workers,
-            seed=seed,
-        )
+        prepare(word, **options)
 
 
 if __name__ == "__main__":
     arguments = [re.sub("^--as=", "--as_=", argument) for argument in sys.argv[1:]]
     setup = configure(globals(), words=True, argv=arguments)
+    options = {key: globals()[key] for key in setup.keys}
+    if "val_fraction" not in setup.given:
+        options["val_fraction"] = None  # known data sets have their own
     read_secrets()
     try:
-        main(setup.words, setup.given)
+        main(setup.words, options)
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command continues from here")

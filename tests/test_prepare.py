@@ -1,4 +1,6 @@
-"""prepare.py: text to tokens, exactly; nothing lost, whatever is cut or killed; bad input told in a line."""
+"""prepare.py: text to tokens, exactly; nothing lost, whatever is cut or killed; bad input told in a
+line."""
+
 import errno
 import gzip
 import hashlib
@@ -20,7 +22,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 DATA = os.path.normpath(os.path.join(ROOT, "..", "shared", "data"))
 if os.path.isdir(os.path.join(DATA, "tiktoken_cache")):
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", os.path.abspath(os.path.join(DATA, "tiktoken_cache")))
+    os.environ.setdefault(
+        "TIKTOKEN_CACHE_DIR", os.path.abspath(os.path.join(DATA, "tiktoken_cache"))
+    )
 
 import prepare  # noqa: E402
 from configurator import UserError  # noqa: E402
@@ -39,6 +43,18 @@ def read(path):
         return f.read()
 
 
+def read_bytes(path):
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def write(path, content):
+    """Writes a text, or bytes."""
+    content = content if isinstance(content, bytes) else content.encode()
+    with open(path, "wb") as f:
+        f.write(content)
+
+
 def meta_of(directory):
     return json.loads(read(os.path.join(directory, "meta.json")))
 
@@ -48,12 +64,18 @@ def ids_of(directory, part):
 
 
 def files_of(directory):
-    return {f: open(os.path.join(directory, f), "rb").read() for f in sorted(os.listdir(directory))}
+    return {f: read_bytes(os.path.join(directory, f)) for f in sorted(os.listdir(directory))}
 
 
 def command(*args, cwd, **env):
-    return subprocess.run([sys.executable, os.path.join(ROOT, "prepare.py"), *args], cwd=cwd, text=True,
-                          capture_output=True, timeout=60, env={**os.environ, **env})
+    return subprocess.run(
+        [sys.executable, os.path.join(ROOT, "prepare.py"), *args],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        timeout=60,
+        env={**os.environ, **env},
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -67,16 +89,25 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-SOUNDS = [a + b + c for a in "bdfgklmnprst" for b in ("a", "e", "i", "ou", "ï")
-          for c in ("", "n", "rk", "st")]
-NAMES = [SOUNDS[i * 7 % 240].title() + SOUNDS[i * 31 % 239]
-         for i in range(997)]  # words enough for a BPE to learn
-STORIES = [f"Story {i}. {NAMES[i % 997]} has {i} {NAMES[i * 5 % 991].lower()}s. “Good,” said "
-           f"{NAMES[i * 3 % 983]}.\n\nSo it was {i * 7 % 13}." for i in range(3000)]
+SOUNDS = [
+    a + b + c
+    for a in "bdfgklmnprst"
+    for b in ("a", "e", "i", "ou", "ï")
+    for c in ("", "n", "rk", "st")
+]
+NAMES = [
+    SOUNDS[i * 7 % 240].title() + SOUNDS[i * 31 % 239] for i in range(997)
+]  # words enough for a BPE to learn
+STORIES = [
+    f"Story {i}. {NAMES[i % 997]} has {i} {NAMES[i * 5 % 991].lower()}s. “Good,” said "
+    f"{NAMES[i * 3 % 983]}.\n\nSo it was {i * 7 % 13}."
+    for i in range(3000)
+]
 WORDS = " ".join(STORIES[:200])
 
 
 # --- tokenizers
+
 
 def is_fast(tokenizer):
     """Whether fast() gives it tiktoken's engine."""
@@ -84,36 +115,55 @@ def is_fast(tokenizer):
 
 
 def kinds():
-    return {"byte": lambda: load_tokenizer("byte"), "llama": llama,
-            "char": lambda: make_tokenizer("char", [prepare.SAMPLE, WORDS]),
-            "bpe:600": lambda: make_tokenizer("bpe:600", [WORDS]),
-            "gpt2": lambda: shared("tiktoken_cache") and load_tokenizer("gpt2"),
-            "smollm2": lambda: load_tokenizer(shared("smollm2_tokenizer.json"))}
+    return {
+        "byte": lambda: load_tokenizer("byte"),
+        "llama": llama,
+        "char": lambda: make_tokenizer("char", [prepare.SAMPLE, WORDS]),
+        "bpe:600": lambda: make_tokenizer("bpe:600", [WORDS]),
+        "gpt2": lambda: shared("tiktoken_cache") and load_tokenizer("gpt2"),
+        "smollm2": lambda: load_tokenizer(shared("smollm2_tokenizer.json")),
+    }
 
 
 def llama():
-    """A tokenizer of Llama 2's kind: SentencePiece's BPE with bytes to fall back on; </s> ends a text."""
+    """A tokenizer of Llama 2's kind: SentencePiece's BPE with bytes to fall back on; </s> ends a
+    text."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
     trained = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trained.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     specials = ["<unk>", "<s>", "</s>"] + [f"<0x{b:02X}>" for b in range(256)]
-    trained.train_from_iterator([t.replace("\n", "") for t in STORIES[:300]], trainers.BpeTrainer(
-        vocab_size=600, special_tokens=specials, show_progress=False))
+    trained.train_from_iterator(
+        [t.replace("\n", "") for t in STORIES[:300]],
+        trainers.BpeTrainer(vocab_size=600, special_tokens=specials, show_progress=False),
+    )
     spec = json.loads(trained.to_str())
     spec["pre_tokenizer"] = None
     spec["added_tokens"] = spec["added_tokens"][:3]
-    spec["decoder"] = json.loads(decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
-    ]).__getstate__())
+    spec["decoder"] = json.loads(
+        decoders.Sequence(
+            [
+                decoders.Replace("▁", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
+        ).__getstate__()
+    )
     return prepare.Tokenizer(spec, "llama")
 
 
 @pytest.mark.parametrize("kind", kinds())
 def test_tokenizer_round_trip_and_transformers(kind, tmp_path):
-    """Decoding gives the text back; saved, loaded here and by transformers, the ids are the same."""
+    """Decoding gives the text back; saved, loaded here and by transformers, the ids are the
+    same."""
     tok = kinds()[kind]()
-    text = WORDS[:500] if kind == "bpe:600" else prepare.SAMPLE.replace("\x07", "").replace("\x00", "")
+    text = (
+        WORDS[:500] if kind == "bpe:600" else prepare.SAMPLE.replace("\x07", "").replace("\x00", "")
+    )
     text = text.replace(EOT, "").replace("<|im_end|>", "")
     ids = tok.encode(text)
     assert tok.decode(ids) == text
@@ -122,6 +172,7 @@ def test_tokenizer_round_trip_and_transformers(kind, tmp_path):
     assert load_tokenizer(str(tmp_path)).encode(text) == ids
     assert load_tokenizer(str(tmp_path)).name == tok.name
     from transformers import AutoTokenizer
+
     theirs = AutoTokenizer.from_pretrained(str(tmp_path))
     assert theirs.encode(text, add_special_tokens=False) == ids
     assert theirs.decode(ids) == text
@@ -138,9 +189,14 @@ def test_special_text_stays_text(kind):
 
 def test_gpt2_is_tiktoken():
     import tiktoken
+
     shared("tiktoken_cache")
     theirs, ours = tiktoken.get_encoding("gpt2"), load_tokenizer("gpt2")
-    texts = [prepare.SAMPLE, read(shared("shakespeare.txt")), read(shared("tinystories_sample.txt"))]
+    texts = [
+        prepare.SAMPLE,
+        read(shared("shakespeare.txt")),
+        read(shared("tinystories_sample.txt")),
+    ]
     for text in texts:
         assert ours.encode(text) == theirs.encode_ordinary(text)
     assert is_fast(ours) and ours.vocab_size == 50257 and ours.eos_id == theirs.eot_token
@@ -150,23 +206,37 @@ def test_gpt2_is_tiktoken():
 
 @pytest.mark.parametrize("which", ["smollm2_tokenizer.json", "bpe:1000"])
 def test_fast_engine_gives_the_ids_of_tokenizers(which):
-    """tiktoken's engine for a tokenizer.json: every character of Unicode, in contexts where words may end."""
+    """tiktoken's engine for a tokenizer.json: every character of Unicode, in contexts where words
+    may end."""
     text = WORDS
     if not which.startswith("bpe"):
         text = read(shared("tinystories_sample.txt")) + read(shared("shakespeare.txt"))
-    tok = make_tokenizer(which, [text]) if which.startswith("bpe") else load_tokenizer(shared(which))
-    exact = lambda text: tok.library.encode(text, add_special_tokens=False).ids
+    tok = (
+        make_tokenizer(which, [text]) if which.startswith("bpe") else load_tokenizer(shared(which))
+    )
+
+    def exact(text):
+        return tok.library.encode(text, add_special_tokens=False).ids
+
     assert is_fast(tok)
     assert tok.encode(text) == exact(text)
-    planes = [*range(0xD800), *range(0xE000, 0x11000), *range(0x1F000, 0x20000), 0x40000, 0xF0000, 0x10FFFF]
+    planes = [
+        *range(0xD800),
+        *range(0xE000, 0x11000),
+        *range(0x1F000, 0x20000),
+        0x40000,
+        0xF0000,
+        0x10FFFF,
+    ]
     for context in ("a%s1", " %s%s 7"):
         for i in range(0, len(planes), 512):
-            text = "|".join(context.replace("%s", chr(c)) for c in planes[i:i + 512])
+            text = "|".join(context.replace("%s", chr(c)) for c in planes[i : i + 512])
             assert tok.encode(text) == exact(text), (context, planes[i])
 
 
 def test_fast_engine_is_refused_where_it_would_differ():
-    """A vocabulary whose merges tiktoken would not follow: a token that its own letters do not come to."""
+    """A vocabulary whose merges tiktoken would not follow: a token that its own letters do not come
+    to."""
     tok = make_tokenizer("bpe:600", [WORDS])
     spec = json.loads(json.dumps(tok.spec))
     spec["model"]["merges"].reverse()
@@ -186,7 +256,11 @@ def test_encode_documents_is_each_document_and_its_end():
 def test_training_a_bpe():
     a, b = make_tokenizer("bpe:600", STORIES[:500]), make_tokenizer("bpe:600", STORIES[:500])
     assert a.spec == b.spec and a.vocab_size == 600
-    assert [a.encode_special(t) for t in (EOT, "<|im_start|>", "<|im_end|>")] == [0, 1, 2] and a.eos_id == 0
+    assert [a.encode_special(t) for t in (EOT, "<|im_start|>", "<|im_end|>")] == [
+        0,
+        1,
+        2,
+    ] and a.eos_id == 0
     assert len(a.encode("1234")) == 4
     assert a.encode_special("<|nothing|>") is None
 
@@ -194,15 +268,21 @@ def test_training_a_bpe():
 def test_what_is_no_tokenizer(here):
     (here / "empty").mkdir()
     (here / "bad.json").write_text("{}")
-    for spec, said in (("gpt3", "neither"), ("empty", "no tokenizer.json"), ("bad.json", "bad.json"),
-                       ("char", "--tokenizer="),
-                       ("bpe:20", "259"), ("bpe4096", "bpe:SIZE")):
+    for spec, said in (
+        ("gpt3", "neither"),
+        ("empty", "no tokenizer.json"),
+        ("bad.json", "bad.json"),
+        ("char", "--tokenizer="),
+        ("bpe:20", "259"),
+        ("bpe4096", "bpe:SIZE"),
+    ):
         with pytest.raises(UserError, match=said) as e:
             make_tokenizer(spec, []) if spec.startswith("bpe:") else load_tokenizer(spec)
         assert "\n" not in str(e.value)
 
 
 # --- from text to bins
+
 
 def test_one_text_is_split_as_nanogpt_does(here):
     text = read(shared("shakespeare.txt"))
@@ -220,8 +300,8 @@ def test_one_text_is_split_as_nanogpt_does(here):
 
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe:600", "llama"])
 def test_a_long_text_is_cut_without_a_trace(here, monkeypatch, kind):
-    """In blocks of 5,000 bytes the ids are those of the whole text; the split counts characters, not
-    bytes."""
+    """In blocks of 5,000 bytes the ids are those of the whole text; the split counts characters,
+    not bytes."""
     text = "\n".join(STORIES)
     (here / "long.txt").write_text("\ufeff" + text + "\n" + EOT + "\n", encoding="utf-8")
     monkeypatch.setattr(prepare, "BLOCK", 5000)
@@ -235,13 +315,15 @@ def test_a_long_text_is_cut_without_a_trace(here, monkeypatch, kind):
 
 def test_documents_are_split_by_their_hash(here):
     (here / "a.txt").write_text(EOT.join(STORIES), encoding="utf-8")
-    (here / "b.txt").write_text(f"\n{EOT}\n".join(STORIES[::-1] + [s + "!" for s in STORIES]),
-                                encoding="utf-8")
+    (here / "b.txt").write_text(
+        f"\n{EOT}\n".join(STORIES[::-1] + [s + "!" for s in STORIES]), encoding="utf-8"
+    )
 
     def held_out(path):
         directory = prepare.prepare(path, tokenizer="byte", val_fraction=0.05)
         ids = ids_of(directory, "val").tolist()
         return {bytes(d).decode() for d in split_at(ids, 256)}, directory
+
     a, directory = held_out("a.txt")
     b, _ = held_out("b.txt")
     assert 90 < len(a) < 210 and a == b & set(STORIES)
@@ -266,7 +348,9 @@ def test_own_validation_split_is_kept(here):
     (here / "set" / "mine-test.txt").write_text("not used", encoding="utf-8")
     directory = prepare.prepare("set", tokenizer="byte")
     assert len(split_at(ids_of(directory, "train").tolist(), 256)) == 50
-    assert [bytes(d).decode() for d in split_at(ids_of(directory, "val").tolist(), 256)] == STORIES[50:60]
+    assert [bytes(d).decode() for d in split_at(ids_of(directory, "val").tolist(), 256)] == STORIES[
+        50:60
+    ]
 
 
 def test_a_vocabulary_beyond_uint16(here):
@@ -276,7 +360,9 @@ def test_a_vocabulary_beyond_uint16(here):
     (here / "t.txt").write_text(WORDS, encoding="utf-8")
     directory = prepare.prepare("t.txt", tokenizer="big")
     assert meta_of(directory)["dtype"] == "uint32"
-    assert tok.decode(ids_of(directory, "train")) + tok.decode(ids_of(directory, "val")[:-1]) == WORDS
+    assert (
+        tok.decode(ids_of(directory, "train")) + tok.decode(ids_of(directory, "val")[:-1]) == WORDS
+    )
 
 
 def test_prepared_again(here, capsys):
@@ -284,7 +370,10 @@ def test_prepared_again(here, capsys):
     (here / "t.txt").write_text(WORDS, encoding="utf-8")
     directory = prepare.prepare("t.txt", tokenizer="byte")
     before = files_of(directory)
-    assert prepare.prepare("t.txt", tokenizer="byte") == directory and "already" in capsys.readouterr().out
+    assert (
+        prepare.prepare("t.txt", tokenizer="byte") == directory
+        and "already" in capsys.readouterr().out
+    )
     (here / "t.txt").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match="empty"):
         prepare.prepare("t.txt", tokenizer="byte")
@@ -310,6 +399,7 @@ def test_bad_text(here, capsys):
         with pytest.raises(UserError, match=said) as e:
             prepare.prepare(*args, **options)
         assert "\n" not in str(e.value)
+
     (here / "empty.txt").write_text("")
     (here / "short.txt").write_text("a")
     (here / "wide.txt").write_bytes("wide".encode("utf-16"))
@@ -337,14 +427,24 @@ def test_bad_text(here, capsys):
 def test_importing_has_no_side_effect(here):
     """And is quick: what is heavy is imported where it is used."""
     heavy = "tokenizers tiktoken pyarrow requests huggingface_hub tqdm torch transformers".split()
-    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {ROOT!r}); import prepare; "
-                                                 f"print([m for m in {heavy} if m in "
-                                                 "sys.modules])"], text=True,
-                           capture_output=True, cwd=here)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sys; sys.path.insert(0, {ROOT!r}); import prepare; "
+            f"print([m for m in {heavy} if m in "
+            "sys.modules])",
+        ],
+        text=True,
+        capture_output=True,
+        cwd=here,
+    )
     assert done.stdout.strip() == "[]" and os.listdir(here) == []
 
 
-@pytest.mark.skipif(not hasattr(prepare, "toy_stories"), reason="the toy world is not pasted in yet")
+@pytest.mark.skipif(
+    not hasattr(prepare, "toy_stories"), reason="the toy world is not pasted in yet"
+)
 def test_the_toy_world(here):
     directory = prepare.prepare("toy")
     assert meta_of(directory)["documents"] >= 20_000
@@ -353,15 +453,28 @@ def test_the_toy_world(here):
     assert meta_of("data/toy_chat")["vocab_size"] == meta_of(directory)["vocab_size"]
 
 
-@pytest.mark.parametrize("option, said", [
-    (dict(max_tokens=-1), "--max_tokens=-1"), (dict(block_size=-1), "--block_size=-1"),
-    (dict(workers=-1), "--workers=-1"), (dict(seed=-1), "--seed=-1"), (dict(val_fraction=0.0), "--val_fraction=0"),
-    (dict(val_fraction=-0.1), "--val_fraction"), (dict(val_fraction=1.5), "--val_fraction"),
-    (dict(val_fraction=float("nan")), "--val_fraction"), (dict(as_="chats"), "--as=chats"), (dict(name="."), "--name=."),
-    (dict(name=".."), "--name=.."), (dict(name="t.partial"), "--name=t.partial"), (dict(tokenizer="bpe:258"), "259"),
-    (dict(tokenizer="bpe:1000000000000"), "1048576")])
+@pytest.mark.parametrize(
+    "option, said",
+    [
+        (dict(max_tokens=-1), "--max_tokens=-1"),
+        (dict(block_size=-1), "--block_size=-1"),
+        (dict(workers=-1), "--workers=-1"),
+        (dict(seed=-1), "--seed=-1"),
+        (dict(val_fraction=0.0), "--val_fraction=0"),
+        (dict(val_fraction=-0.1), "--val_fraction"),
+        (dict(val_fraction=1.5), "--val_fraction"),
+        (dict(val_fraction=float("nan")), "--val_fraction"),
+        (dict(as_="chats"), "--as=chats"),
+        (dict(name="."), "--name=."),
+        (dict(name=".."), "--name=.."),
+        (dict(name="t.partial"), "--name=t.partial"),
+        (dict(tokenizer="bpe:258"), "259"),
+        (dict(tokenizer="bpe:1000000000000"), "1048576"),
+    ],
+)
 def test_values_out_of_range(here, option, said):
-    """prepare() called directly, without the configurator's checks of the comments; nothing is left behind."""
+    """prepare() called directly, without the configurator's checks of the comments; nothing is left
+    behind."""
     (here / "t.txt").write_text(WORDS, encoding="utf-8")
     with pytest.raises(UserError) as e:
         prepare.prepare("t.txt", **{"tokenizer": "byte", **option})
@@ -370,19 +483,35 @@ def test_values_out_of_range(here, option, said):
 
 
 def test_values_out_of_range_for_a_tokenizer(here):
-    """A vocabulary of 10 ** 12 ended in an abort of the tokenizers library, a frequency of -1 in a traceback."""
-    for options, said in ((dict(size=258), "259"), (dict(size=10 ** 12), "1048576"), (dict(min_frequency=0), "min_freq"),
-                          (dict(min_frequency=-1), "min_frequency=-1")):
+    """A vocabulary of 10 ** 12 ended in an abort of the tokenizers library, a frequency of -1 in a
+    traceback."""
+    for options, said in (
+        (dict(size=258), "259"),
+        (dict(size=10**12), "1048576"),
+        (dict(min_frequency=0), "min_freq"),
+        (dict(min_frequency=-1), "min_frequency=-1"),
+    ):
         with pytest.raises(UserError, match=said):
             prepare.train_bpe([WORDS], **{"size": 300, "name": "x", **options})
     with open(os.path.join(ROOT, "prepare.py"), encoding="utf-8") as f:
         block = f.read().partition("# -----")[0]
-    for key in ("max_tokens", "block_size", "workers", "seed", "vocab_size", "min_frequency", "val_fraction"):
-        assert re.search(rf"^{key} = .*\(>=? [^)]*\)", block, re.M), f"the comment of {key} states no bounds"
+    for key in (
+        "max_tokens",
+        "block_size",
+        "workers",
+        "seed",
+        "vocab_size",
+        "min_frequency",
+        "val_fraction",
+    ):
+        assert re.search(rf"^{key} = .*\(>=? [^)]*\)", block, re.M), (
+            f"the comment of {key} states no bounds"
+        )
 
 
 def test_a_tokenizer_json_that_leaves_out_what_it_may(here):
-    """`tokenizers` takes a file without added_tokens, or without use_regex; so does the fast engine."""
+    """`tokenizers` takes a file without added_tokens, or without use_regex; so does the fast
+    engine."""
     tok = make_tokenizer("bpe:600", [WORDS])
     wanted = tok.encode(WORDS)
     for key in ("added_tokens", "truncation", "padding", "post_processor", "normalizer", "version"):
@@ -404,8 +533,11 @@ def test_sources_that_are_no_files(here):
     (here / "texts").mkdir()
     os.symlink("nowhere.txt", "texts/a.txt")
     (here / "deep.jsonl").write_text('{"text": ' + "[" * 100_000)
-    for source, said in (("texts", "texts/a.txt: a link to a file that is not there"),
-                         ("/dev/null", "/dev/null: neither a file nor a folder"), ("deep.jsonl", "not a JSON object")):
+    for source, said in (
+        ("texts", "texts/a.txt: a link to a file that is not there"),
+        ("/dev/null", "/dev/null: neither a file nor a folder"),
+        ("deep.jsonl", "not a JSON object"),
+    ):
         with pytest.raises(UserError, match=said):
             prepare.prepare(source, tokenizer="byte", name="t")
     name = os.fsdecode(b"caf\xe9.txt")  # not UTF-8
@@ -415,6 +547,7 @@ def test_sources_that_are_no_files(here):
 
 # --- the pipeline: exact, whatever the number of workers, and after a kill -9
 
+
 def lines(records):
     return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
 
@@ -422,6 +555,7 @@ def lines(records):
 def parquet(columns, rows_in_a_group=100):
     import pyarrow
     import pyarrow.parquet
+
     out = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(columns), out, row_group_size=rows_in_a_group)
     return out.getvalue()
@@ -430,31 +564,54 @@ def parquet(columns, rows_in_a_group=100):
 def zst(data):
     """Two frames, the way that tools which write in pieces do."""
     import pyarrow
+
     half = len(data) // 2
-    return b"".join(pyarrow.compress(part, "zstd", asbytes=True) for part in (data[:half], data[half:]))
+    return b"".join(
+        pyarrow.compress(part, "zstd", asbytes=True) for part in (data[:half], data[half:])
+    )
 
 
-CHATS = [dict(messages=[dict(role="system", content="Be kind.")] * (i % 2) + [
-    dict(role="user", content=f"Who has {i}?"), dict(role="assistant", content=f" {NAMES[i]}.\n"),
-    dict(role="user", content="Sure?"), dict(role="assistant", content="Yes!")]) for i in range(400)]
+CHATS = [
+    dict(
+        messages=[dict(role="system", content="Be kind.")] * (i % 2)
+        + [
+            dict(role="user", content=f"Who has {i}?"),
+            dict(role="assistant", content=f" {NAMES[i]}.\n"),
+            dict(role="user", content="Sure?"),
+            dict(role="assistant", content="Yes!"),
+        ]
+    )
+    for i in range(400)
+]
 
 
 def test_every_format_gives_the_same_bytes(here, monkeypatch):
     monkeypatch.setattr(prepare, "BLOCK", 3000)
     records = lines(dict(text=s, other=1) for s in STORIES).encode()
-    made = {"a.txt": EOT.join(STORIES).encode(), "a.jsonl": records, "a.jsonl.zst": zst(records),
-            "a.jsonl.gz": gzip.compress(records), "a.parquet": parquet(dict(other=[1] * 3000, text=STORIES))}
+    made = {
+        "a.txt": EOT.join(STORIES).encode(),
+        "a.jsonl": records,
+        "a.jsonl.zst": zst(records),
+        "a.jsonl.gz": gzip.compress(records),
+        "a.parquet": parquet(dict(other=[1] * 3000, text=STORIES)),
+    }
     bins = set()
     for name, content in made.items():
         (here / name).write_bytes(content)
         for workers in (1, 3):
-            directory = prepare.prepare(name, tokenizer="byte", name=name + str(workers), workers=workers)
-            bins.add(tuple(open(os.path.join(directory, f), "rb").read() for f in ("train.bin", "val.bin")))
+            directory = prepare.prepare(
+                name, tokenizer="byte", name=name + str(workers), workers=workers
+            )
+            bins.add(
+                tuple(read_bytes(os.path.join(directory, f)) for f in ("train.bin", "val.bin"))
+            )
             assert meta_of(directory)["documents"] == 3000 and meta_of(directory)["left_out"] == 0
     assert len(bins) == 1
     os.mkdir("both")
-    (here / "both" / "1.jsonl").write_bytes(records[:records.index(b"\n", 99999) + 1])
-    (here / "both" / "2.parquet").write_bytes(parquet(dict(text=STORIES[records[:100200].count(b"\n"):])))
+    (here / "both" / "1.jsonl").write_bytes(records[: records.index(b"\n", 99999) + 1])
+    (here / "both" / "2.parquet").write_bytes(
+        parquet(dict(text=STORIES[records[:100200].count(b"\n") :]))
+    )
     assert meta_of(prepare.prepare("both", tokenizer="byte"))["documents"] in range(2998, 3002)
 
 
@@ -462,7 +619,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import prepare
-prepare.BLOCK, prepare.BLOCKS_PER_PART = 2000, 3
+prepare.BLOCK, prepare.BLOCKS_PER_PART = 2000, 2
 parts, write, main = 0, prepare.write_json, os.getpid()
 def counted(path, value, **options):
     global parts
@@ -479,28 +636,49 @@ prepare.prepare({source!r}, tokenizer={tokenizer!r}, name="t", data_dir={data!r}
 """
 
 
-@pytest.mark.parametrize("source, tokenizer, most", [
-    ("long.txt", "bpe:500", 0), ("docs.txt", "char", 40_000), ("chats", "byte", 0), ("chats", "byte", 9_000),
-    ("docs.jsonl.gz", "byte", 0), ("docs.parquet", "byte", 0), ("prefs.jsonl", "", 0)])
+@pytest.mark.parametrize(
+    "source, tokenizer, most",
+    [
+        ("long.txt", "bpe:500", 0),
+        ("docs.txt", "char", 40_000),
+        ("chats", "byte", 0),
+        ("chats", "byte", 9_000),
+        ("docs.jsonl.gz", "byte", 0),
+        ("docs.parquet", "byte", 0),
+        ("prefs.jsonl", "", 0),
+    ],
+)
 def test_killed_and_started_again(here, source, tokenizer, most):
     """The same bytes as without a kill, and only the parts that are missing are made."""
     (here / "long.txt").write_text("\n".join(STORIES[:1000]), encoding="utf-8")
     (here / "docs.txt").write_text(EOT.join(STORIES[:1000]), encoding="utf-8")
-    (here / "docs.jsonl.gz").write_bytes(gzip.compress(lines(dict(text=s) for s in STORIES[:500]).encode()))
-    (here / "docs.parquet").write_bytes(parquet(dict(text=STORIES[:2000]), 1000))
-    (here / "prefs.jsonl").write_text(lines(dict(prompt=f"{i}?", chosen="a", rejected="b") for i in range(900)))
+    (here / "docs.jsonl.gz").write_bytes(
+        gzip.compress(lines(dict(text=s) for s in STORIES[:500]).encode())
+    )
+    (here / "docs.parquet").write_bytes(parquet(dict(text=STORIES), 500))
+    (here / "prefs.jsonl").write_text(
+        lines(dict(prompt=f"{i}?", chosen="a", rejected="b") for i in range(900))
+    )
     os.mkdir("chats")
     for i in range(4):
-        (here / "chats" / f"{i}.jsonl").write_text(lines(CHATS[i * 100:i * 100 + 100]))
+        (here / "chats" / f"{i}.jsonl").write_text(lines(CHATS[i * 100 : i * 100 + 100]))
 
     def run(data, after):
-        code = KILLED.format(root=ROOT, after=after, source=source, tokenizer=tokenizer, data=data, most=most)
-        return subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True)
+        code = KILLED.format(
+            root=ROOT, after=after, source=source, tokenizer=tokenizer, data=data, most=most
+        )
+        return subprocess.run(
+            [sys.executable, "-c", code], cwd=here, capture_output=True, text=True
+        )
+
     whole = run("whole", -1)
     assert whole.returncode == 0, whole.stderr
     assert run("data", 2).returncode == -9
-    first = {f: os.stat(here / "data" / "t.partial" / f).st_mtime_ns
-             for f in os.listdir("data/t.partial") if f.endswith(".json") and f.startswith("part-")}
+    first = {
+        f: os.stat(here / "data" / "t.partial" / f).st_mtime_ns
+        for f in os.listdir("data/t.partial")
+        if f.endswith(".json") and f.startswith("part-")
+    }
     assert len(first) >= 2 and run("data", 1).returncode == -9
     for f, made in first.items():  # not made again
         assert os.stat(here / "data" / "t.partial" / f).st_mtime_ns == made
@@ -508,6 +686,62 @@ def test_killed_and_started_again(here, source, tokenizer, most):
     last = run("data", -1)
     assert last.returncode == 0 and "going on after" in last.stdout, last.stderr
     assert files_of("data/t") == files_of("whole/t") and os.listdir("data") == ["t"]
+
+
+def test_a_part_that_lost_bytes_is_made_again(here, monkeypatch):
+    """A power failure may leave the name of a file, and its .json, without the last bytes: such a
+    part does not count."""
+    monkeypatch.setattr(prepare, "BLOCK", 2000)
+    monkeypatch.setattr(prepare, "_join", lambda pieces, partial: sys.exit("killed"))
+    (here / "t.txt").write_text(EOT.join(STORIES[:1000]), encoding="utf-8")
+    (here / "u.txt").write_text(EOT.join(STORIES[:1000]), encoding="utf-8")
+    for name in "tu":
+        os.utime(here / f"{name}.txt", ns=(10**18, 10**18))
+        with pytest.raises(SystemExit):
+            prepare.prepare(f"{name}.txt", tokenizer="byte")
+    part = os.path.join("data", "t.partial", "part-0000-0000")
+    os.truncate(part + "1.train.bin", 100)
+    os.truncate(part + "3.json", 0)
+    os.remove(part + "5.train.bin")
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(prepare, "BLOCK", 2000)
+    assert [
+        ids_of(prepare.prepare(f"{name}.txt", tokenizer="byte"), part).tobytes()
+        for name in "t"
+        for part in ("train", "val")
+    ] == [
+        ids_of(prepare.prepare(f"{name}.txt", tokenizer="byte"), part).tobytes()
+        for name in "u"
+        for part in ("train", "val")
+    ]
+
+
+def test_two_processes_do_not_write_one_data_set(here):
+    """Two runs of train.py that both lack the toy data: the second is refused and harms nothing."""
+    fcntl = pytest.importorskip("fcntl")
+    write("t.txt", WORDS)
+    os.makedirs("data/t.partial")
+    write("data/t.partial/partial.json", '{"stamp": ""}')
+    handle = os.open("data/t.partial", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="data/t.partial: another process is preparing"):
+        prepare.prepare("t.txt", tokenizer="byte")
+    assert os.listdir("data/t.partial") == ["partial.json"]
+    os.close(handle)
+    assert prepare.prepare("t.txt", tokenizer="byte") == "data/t" and os.listdir("data") == ["t"]
+
+
+def test_parts_of_another_layout_are_not_used(here, monkeypatch):
+    """A run that was killed, and a program that cuts blocks elsewhere when it continues."""
+    write("t.txt", EOT.join(STORIES[:1000]))
+    whole = files_of(prepare.prepare("t.txt", tokenizer="byte", data_dir="whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "BLOCK", 2000)
+        patch.setattr(prepare, "_join", lambda pieces, partial: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            prepare.prepare("t.txt", tokenizer="byte")
+    assert files_of(prepare.prepare("t.txt", tokenizer="byte")) == whole
 
 
 def test_max_tokens_stops_at_a_document(here, monkeypatch):
@@ -518,7 +752,10 @@ def test_max_tokens_stops_at_a_document(here, monkeypatch):
     assert 20_000 <= meta_of(directory)["train_tokens"] < 20_000 + 200
     assert all(bytes(d).decode() in STORIES for d in documents)
     (here / "one.txt").write_text(" ".join(STORIES), encoding="utf-8")
-    assert meta_of(prepare.prepare("one.txt", tokenizer="byte", max_tokens=20_000))["train_tokens"] == 20_000
+    assert (
+        meta_of(prepare.prepare("one.txt", tokenizer="byte", max_tokens=20_000))["train_tokens"]
+        == 20_000
+    )
 
 
 def test_disk_space_is_checked_first(here, monkeypatch):
@@ -540,24 +777,37 @@ def test_train_a_tokenizer(here):
 
 
 def test_bad_records(here, capsys):
-    """The first record decides what a file is, and is refused; later ones are left out, counted, and
-    named."""
+    """The first record decides what a file is, and is refused; later ones are left out, counted,
+    and named."""
+
     def refused(said, content, name="bad.jsonl", **options):
         (here / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(UserError, match=said) as e:
             prepare.prepare(name, tokenizer="byte", **options)
         assert "\n" not in str(e.value)
+
     refused("bad.jsonl, line 1: not a JSON object", "plain words\n")
     refused("bad.jsonl, line 2: no field 'text' in txt.*--field=txt", '\n{"txt": "a"}\n')
-    refused("no column 'body'|no field 'body'", parquet(dict(text=STORIES)), "bad.parquet", field="body")
+    refused(
+        "no column 'body'|no field 'body'", parquet(dict(text=STORIES)), "bad.parquet", field="body"
+    )
     refused("bad.parquet: not a parquet file", b"PAR1" + b"x" * 100 + b"PAR1", "bad.parquet")
-    refused("bad.jsonl.gz: cannot be read to its end", gzip.compress(lines(CHATS).encode())[:-100],
-            "bad.jsonl.gz")
+    refused(
+        "bad.jsonl.gz: cannot be read to its end",
+        gzip.compress(lines(CHATS).encode())[:-100],
+        "bad.jsonl.gz",
+    )
     refused("--as=chat wants records", WORDS, "bad.txt", as_="chat")
     refused("no 'prompt', 'chosen' and 'rejected' in messages", lines(CHATS), as_="prefs")
     refused("unusable.*line 2: no field 'text'", lines([dict(text="a")] + [dict(txt="b")] * 30))
-    bad = [dict(messages=[dict(role="assistant", content="I begin")]), dict(messages="no"), dict(other=1),
-           dict(messages=[dict(role="user", content="?"), dict(role="assistant", content="long " * 500)])]
+    bad = [
+        dict(messages=[dict(role="assistant", content="I begin")]),
+        dict(messages="no"),
+        dict(other=1),
+        dict(
+            messages=[dict(role="user", content="?"), dict(role="assistant", content="long " * 500)]
+        ),
+    ]
     (here / "chats.jsonl").write_text(lines(CHATS[:50] + bad) + "{cut")
     directory = prepare.prepare("chats.jsonl", tokenizer="byte", val_fraction=0.1, block_size=500)
     said = capsys.readouterr().out
@@ -567,7 +817,9 @@ def test_bad_records(here, capsys):
     assert "line 52: 'messages' is not a list" in said
     # half a character, which JSON can hold, is no reason to stop; nor is what nests too deeply
     pairs = [dict(prompt=f"{i}?", chosen="sur\ud800", rejected="b") for i in range(50)]
-    (here / "half.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs) + '{"prompt": "?", "chosen": ' + "[" * 100_000)
+    (here / "half.jsonl").write_text(
+        "".join(json.dumps(p) + "\n" for p in pairs) + '{"prompt": "?", "chosen": ' + "[" * 100_000
+    )
     directory = prepare.prepare("half.jsonl", val_fraction=0.2)
     assert meta_of(directory)["documents"] == 50 and meta_of(directory)["left_out"] == 1
     (here / "one.jsonl").write_text(json.dumps(pairs[0]))
@@ -581,72 +833,113 @@ def test_bad_records(here, capsys):
 
 # --- the same bytes as ever: what was recorded before the packing was rebuilt
 
+
 def recorded_sources():
     """Sources of every kind in the current directory, always the same bytes and times."""
     short = STORIES[:400]
     records = lines(dict(text=s, other=1) for s in short).encode()
-    talks = [dict(messages=[dict(role="user", content=f"Who has {i}?"), dict(role="assistant", content=f" {NAMES[i]}.\n")])
-             for i in range(300)]
+    talks = [
+        dict(
+            messages=[
+                dict(role="user", content=f"Who has {i}?"),
+                dict(role="assistant", content=f" {NAMES[i]}.\n"),
+            ]
+        )
+        for i in range(300)
+    ]
     long = " ".join(STORIES[400:460])
     made = {
-        "one.txt": "\n".join(short).encode(), "ended.txt": ("\ufeff" + "\n".join(short) + f"\n{EOT}\n").encode(),
-        "docs.txt": f"\n{EOT}\n".join(short).encode(), "marked.txt": ("\ufeff" + EOT.join(short[:50])).encode(),
+        "one.txt": "\n".join(short).encode(),
+        "ended.txt": ("\ufeff" + "\n".join(short) + f"\n{EOT}\n").encode(),
+        "docs.txt": f"\n{EOT}\n".join(short).encode(),
+        "marked.txt": ("\ufeff" + EOT.join(short[:50])).encode(),
         "long.txt": EOT.join([*short[:20], long, *short[20:90], long]).encode(),
-        "crlf.txt": "\r\n".join(short[:60]).encode(), "nospace.txt": "".join(NAMES).encode(),
+        "crlf.txt": "\r\n".join(short[:60]).encode(),
+        "nospace.txt": "".join(NAMES).encode(),
         "broken.txt": EOT.join(short[:90]).encode() + b" caf\xe9 \xff " + EOT.encode() + b"end",
-        "a.jsonl": records, "a.jsonl.zst": zst(records), "a.jsonl.gz": gzip.compress(records),
+        "a.jsonl": records,
+        "a.jsonl.zst": zst(records),
+        "a.jsonl.gz": gzip.compress(records),
         "a.parquet": parquet(dict(other=[1] * 400, text=short)),
-        "bad.jsonl": records + b'{"txt": "no"}\n{cut\n\n{"text": "caf\xe9"}\n{"text": ""}\n{"text": "sur\\ud800"}',
+        "bad.jsonl": records
+        + b'{"txt": "no"}\n{cut\n\n{"text": "caf\xe9"}\n{"text": ""}\n{"text": "sur\\ud800"}',
         "chat.jsonl": lines(talks).encode(),
-        "prefs.jsonl": lines(dict(prompt=f"Hi {i}?", chosen="Hello.", rejected="No.") for i in range(200)).encode(),
+        "prefs.jsonl": lines(
+            dict(prompt=f"Hi {i}?", chosen="Hello.", rejected="No.") for i in range(200)
+        ).encode(),
         "verify.jsonl": lines(dict(question=f"{i}?", answer=i) for i in range(200)).encode(),
-        "set/x-train.txt": EOT.join(short[:200]).encode(), "set/x-valid.jsonl": records[:9000].rpartition(b"\n")[0],
+        "set/x-train.txt": EOT.join(short[:200]).encode(),
+        "set/x-valid.jsonl": records[:9000].rpartition(b"\n")[0],
         "set/x-test.txt": b"not used",
-        "mix/3.txt": EOT.join(short[:99]).encode(), "mix/2.md": short[100].encode(), "mix/1.jsonl": records[-9000:].partition(b"\n")[2],
+        "mix/3.txt": EOT.join(short[:99]).encode(),
+        "mix/2.md": short[100].encode(),
+        "mix/1.jsonl": records[-9000:].partition(b"\n")[2],
         "mix/4.parquet": parquet(dict(text=short[200:290])),
-        **{f"many/{i}.txt": EOT.join(STORIES[500 + i * 9:509 + i * 9]).encode() for i in range(12)},
+        **{
+            f"many/{i}.txt": EOT.join(STORIES[500 + i * 9 : 509 + i * 9]).encode()
+            for i in range(12)
+        },
     }
     for path, content in made.items():
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(path, "wb") as f:
             f.write(content)
-        os.utime(path, ns=(10 ** 18, 10 ** 18))
+        os.utime(path, ns=(10**18, 10**18))
 
 
 MATRIX = {  # name: (source, options)
-    "one_char": ("one.txt", dict(tokenizer="char")), "one_byte": ("one.txt", dict(tokenizer="byte")),
-    "one_most": ("one.txt", dict(tokenizer="byte", max_tokens=15_000)), "ended": ("ended.txt", dict(tokenizer="char")),
-    "docs": ("docs.txt", dict(tokenizer="byte")), "docs_most": ("docs.txt", dict(tokenizer="byte", max_tokens=20_000)),
-    "marked": ("marked.txt", dict(tokenizer="char")), "long": ("long.txt", dict(tokenizer="byte")),
-    "long_most": ("long.txt", dict(tokenizer="byte", max_tokens=12_000)), "crlf": ("crlf.txt", dict(tokenizer="char")),
-    "nospace": ("nospace.txt", dict(tokenizer="byte")), "broken": ("broken.txt", dict(tokenizer="byte")),
-    "jsonl": ("a.jsonl", dict(tokenizer="byte")), "zst": ("a.jsonl.zst", dict(tokenizer="byte")),
-    "gz": ("a.jsonl.gz", dict(tokenizer="byte", max_tokens=9_000)), "parquet": ("a.parquet", dict(tokenizer="char")),
-    "parquet_most": ("a.parquet", dict(tokenizer="byte", max_tokens=21_000)), "bad": ("bad.jsonl", dict(tokenizer="byte")),
-    "chat": ("chat.jsonl", dict(tokenizer="byte", block_size=50)), "chat_char": ("chat.jsonl", dict(tokenizer="byte", as_="chat")),
-    "chat_most": ("chat.jsonl", dict(tokenizer="byte", max_tokens=5_000)), "prefs": ("prefs.jsonl", dict()),
-    "verify": ("verify.jsonl", dict()), "set": ("set", dict(tokenizer="char")), "mix": ("mix", dict(tokenizer="byte")),
-    "mix_most": ("mix", dict(tokenizer="byte", max_tokens=13_000)), "many_most": ("many", dict(tokenizer="byte", max_tokens=5_500)),
+    "one_char": ("one.txt", dict(tokenizer="char")),
+    "one_byte": ("one.txt", dict(tokenizer="byte")),
+    "one_most": ("one.txt", dict(tokenizer="byte", max_tokens=15_000)),
+    "ended": ("ended.txt", dict(tokenizer="char")),
+    "docs": ("docs.txt", dict(tokenizer="byte")),
+    "docs_most": ("docs.txt", dict(tokenizer="byte", max_tokens=20_000)),
+    "marked": ("marked.txt", dict(tokenizer="char")),
+    "long": ("long.txt", dict(tokenizer="byte")),
+    "long_most": ("long.txt", dict(tokenizer="byte", max_tokens=12_000)),
+    "crlf": ("crlf.txt", dict(tokenizer="char")),
+    "nospace": ("nospace.txt", dict(tokenizer="byte")),
+    "broken": ("broken.txt", dict(tokenizer="byte")),
+    "jsonl": ("a.jsonl", dict(tokenizer="byte")),
+    "zst": ("a.jsonl.zst", dict(tokenizer="byte")),
+    "gz": ("a.jsonl.gz", dict(tokenizer="byte", max_tokens=9_000)),
+    "parquet": ("a.parquet", dict(tokenizer="char")),
+    "parquet_most": ("a.parquet", dict(tokenizer="byte", max_tokens=21_000)),
+    "bad": ("bad.jsonl", dict(tokenizer="byte")),
+    "chat": ("chat.jsonl", dict(tokenizer="byte", block_size=50)),
+    "chat_char": ("chat.jsonl", dict(tokenizer="byte", as_="chat")),
+    "chat_most": ("chat.jsonl", dict(tokenizer="byte", max_tokens=5_000)),
+    "prefs": ("prefs.jsonl", dict()),
+    "verify": ("verify.jsonl", dict()),
+    "set": ("set", dict(tokenizer="char")),
+    "mix": ("mix", dict(tokenizer="byte")),
+    "mix_most": ("mix", dict(tokenizer="byte", max_tokens=13_000)),
+    "many_most": ("many", dict(tokenizer="byte", max_tokens=5_500)),
     "set_most": ("set", dict(tokenizer="byte", max_tokens=7_000)),
 }
 
 
 def recorded(name, **more):
-    """A short hash of every file that prepare() makes of a source; of meta.json all but the stamp, and that apart."""
+    """A short hash of every file that prepare() makes of a source; of meta.json all but the stamp,
+    and that apart."""
     source, options = MATRIX[name]
     directory = prepare.prepare(source, name=name, val_fraction=0.05, **options, **more)
     files, meta = files_of(directory), meta_of(directory)
     stamp = meta.pop("stamp")
     files["meta.json"] = json.dumps(meta, sort_keys=True).encode()
-    files["tokenizer.json"] = json.dumps(json.loads(files.get("tokenizer.json", "{}")), sort_keys=True).encode()
-    files["tokenizer_config.json"] = json.dumps(json.loads(files.get("tokenizer_config.json", "{}")), sort_keys=True).encode()
+    files["tokenizer.json"] = json.dumps(
+        json.loads(files.get("tokenizer.json", "{}")), sort_keys=True
+    ).encode()
+    files["tokenizer_config.json"] = json.dumps(
+        json.loads(files.get("tokenizer_config.json", "{}")), sort_keys=True
+    ).encode()
     every = hashlib.sha256()
     for path, content in sorted(files.items()):
         every.update(f"{path} {len(content)} ".encode() + content)
     return every.hexdigest()[:16], stamp[:8]
 
 
-RECORDED = {  # name: (the files and meta.json, the stamp that says whether a data set is up to date)
+RECORDED = {  # name: (hash of the files and meta.json, begin of the stamp)
     "one_char": ("652e29c13af326c3", "bf27334a"),
     "one_byte": ("ce919ed9c2a7e16e", "235636e8"),
     "one_most": ("115468a0b675aa47", "c97b0dcb"),
@@ -680,8 +973,9 @@ RECORDED = {  # name: (the files and meta.json, the stamp that says whether a da
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_same_bytes_as_recorded(here, monkeypatch, workers):
-    """Every kind of source, in many blocks, with documents longer than a block and cut off by max_tokens: files and
-    meta.json as they were before the packing was rebuilt, so that data sets made before are known to be up to date."""
+    """Every kind of source, in many blocks, with documents longer than a block and cut off by
+    max_tokens: files and meta.json as they were before the packing was rebuilt, so that data sets
+    made before are known to be up to date."""
     monkeypatch.setattr(prepare, "BLOCK", 4096)
     monkeypatch.setattr(prepare, "LONGEST", 6000)
     recorded_sources()
@@ -689,12 +983,16 @@ def test_the_same_bytes_as_recorded(here, monkeypatch, workers):
     for name, (files, stamp) in RECORDED.items():
         found = recorded(name, workers=workers)
         # the size of a compressed source, and so its stamp, follows pyarrow's version
-        if found[0] != files or (found[1] != stamp and name not in ("zst", "gz", "parquet", "parquet_most", "mix", "mix_most")):
+        if found[0] != files or (
+            found[1] != stamp
+            and name not in ("zst", "gz", "parquet", "parquet_most", "mix", "mix_most")
+        ):
             wrong.append((name, found))
     assert not wrong
 
 
 # --- nothing is replaced that prepare.py did not make
+
 
 def everything_in(directory):
     """{path: content} of all files below a directory, as far as links lead."""
@@ -702,7 +1000,7 @@ def everything_in(directory):
     for folder, _, names in os.walk(directory, followlinks=True):
         for name in names:
             path = os.path.join(folder, name)
-            found[os.path.relpath(path, directory)] = open(path, "rb").read()
+            found[os.path.relpath(path, directory)] = read_bytes(path)
     return found
 
 
@@ -710,18 +1008,22 @@ def ours_at(directory):
     """A data set of prepare.py's at that path."""
     with open("t.txt", "w", encoding="utf-8") as f:
         f.write(WORDS)
-    return prepare.prepare("t.txt", tokenizer="byte", name=os.path.basename(directory),
-                           data_dir=os.path.dirname(directory))
+    return prepare.prepare(
+        "t.txt",
+        tokenizer="byte",
+        name=os.path.basename(directory),
+        data_dir=os.path.dirname(directory),
+    )
 
 
 def source_in_target():
     os.makedirs("data/book")
-    open("data/book/book.txt", "w").write(WORDS)
+    write("data/book/book.txt", WORDS)
 
 
 def source_is_target():
     os.makedirs("texts")
-    open("texts/a.txt", "w").write(WORDS)
+    write("texts/a.txt", WORDS)
     os.symlink("texts", "link")
     os.makedirs("data")
     os.symlink("../texts", "data/linked")
@@ -729,7 +1031,7 @@ def source_is_target():
 
 def source_of_ours():
     """Records that prepare.py made are a source too."""
-    open("p.jsonl", "w").write(lines(dict(prompt=f"{i}?", chosen="a", rejected="b") for i in range(100)))
+    write("p.jsonl", lines(dict(prompt=f"{i}?", chosen="a", rejected="b") for i in range(100)))
     prepare.prepare("p.jsonl", val_fraction=0.2)
     os.makedirs("links")
     os.symlink("../data/p/train.jsonl", "links/train.jsonl")
@@ -737,40 +1039,65 @@ def source_of_ours():
 
 def something_of_the_users():
     """A directory, a file, and an extra file in a data set, where data should go."""
-    open("t.txt", "w").write(WORDS)
+    write("t.txt", WORDS)
     os.makedirs("data/notes")
-    open("data/notes/notes.txt", "w").write("mine")
+    write("data/notes/notes.txt", "mine")
     os.makedirs("data/bins")
-    open("data/bins/train.bin", "wb").write(b"nanoGPT's")
+    write("data/bins/train.bin", b"nanoGPT's")
     os.makedirs("data/deep/train.bin")
-    open("data/file", "w").write("mine")
+    write("data/file", "mine")
     os.makedirs("data/half.partial")
-    open("data/half.partial/train.bin", "wb").write(b"mine")
-    open("data/halffile.partial", "w").write("mine")
+    write("data/half.partial/train.bin", b"mine")
+    write("data/halffile.partial", "mine")
     ours_at("data/extra")
-    open("data/extra/notes.txt", "w").write("mine")
+    write("data/extra/notes.txt", "mine")
     os.makedirs("data/tok")
-    open("data/tok/tokenizer.json", "w").write("mine")
+    write("data/tok/tokenizer.json", "mine")
 
 
 REFUSED = [
     (source_in_target, "data/book/book.txt", {}, "data/book would replace its own source"),
     (source_in_target, "./data/../data/book", {}, "data/book would replace its own source"),
     (source_is_target, "texts", dict(data_dir="."), "texts would replace its own source"),
-    (source_is_target, "./link/", dict(data_dir=".", name="texts"), "texts would replace its own source"),
+    (
+        source_is_target,
+        "./link/",
+        dict(data_dir=".", name="texts"),
+        "texts would replace its own source",
+    ),
     (source_is_target, "texts", dict(name="linked"), "data/linked would replace its own source"),
-    (source_is_target, "texts/a.txt", dict(name="linked"), "data/linked would replace its own source"),
+    (
+        source_is_target,
+        "texts/a.txt",
+        dict(name="linked"),
+        "data/linked would replace its own source",
+    ),
     (source_is_target, ".", dict(name="t"), "data/t lies in the folder ."),
-    (source_is_target, "texts", dict(data_dir="texts/data"), "texts/data/texts lies in the folder texts"),
+    (
+        source_is_target,
+        "texts",
+        dict(data_dir="texts/data"),
+        "texts/data/texts lies in the folder texts",
+    ),
     (source_of_ours, "data/p", {}, "data/p would replace its own source"),
     (source_of_ours, "data/p/train.jsonl", dict(name="p"), "data/p would replace its own source"),
     (source_of_ours, "links", dict(name="p"), "data/p would replace its own source"),
     (something_of_the_users, "t.txt", dict(name="notes"), "data/notes holds notes.txt"),
-    (something_of_the_users, "t.txt", dict(name="bins"), "data/bins is not a data set that this program made"),
+    (
+        something_of_the_users,
+        "t.txt",
+        dict(name="bins"),
+        "data/bins is not a data set that this program made",
+    ),
     (something_of_the_users, "t.txt", dict(name="deep"), "data/deep holds train.bin"),
     (something_of_the_users, "t.txt", dict(name="file"), "data/file is not a directory"),
     (something_of_the_users, "t.txt", dict(name="half"), "data/half.partial is not a"),
-    (something_of_the_users, "t.txt", dict(name="halffile"), "data/halffile.partial is not a directory"),
+    (
+        something_of_the_users,
+        "t.txt",
+        dict(name="halffile"),
+        "data/halffile.partial is not a directory",
+    ),
     (something_of_the_users, "t.txt", dict(name="extra"), "data/extra holds notes.txt"),
     (something_of_the_users, "t.txt", dict(name="tok"), "data/tok is not a data set"),
     (something_of_the_users, "toy", dict(name="extra"), "data/extra holds notes.txt"),
@@ -780,10 +1107,13 @@ REFUSED = [
 
 @pytest.mark.parametrize("scene, source, options, said", REFUSED)
 def test_what_others_made_is_not_replaced(here, monkeypatch, scene, source, options, said):
-    """Refused in one line before any work, with what to do; no file is touched and none is left behind."""
+    """Refused in one line before any work, with what to do; no file is touched and none is left
+    behind."""
     scene()
     before = everything_in(".")
-    monkeypatch.setattr(prepare, "_make", lambda *args: pytest.fail("work was begun")) if source != "links" else None
+    monkeypatch.setattr(
+        prepare, "_make", lambda *args: pytest.fail("work was begun")
+    ) if source != "links" else None
     with pytest.raises(UserError) as e:
         prepare.prepare(source, **{"tokenizer": "byte", **options})
     assert str(e.value).removeprefix("./").startswith(said) and "\n" not in str(e.value)
@@ -802,11 +1132,12 @@ def test_a_copy_that_someone_made_beside_is_not_removed(here):
 
 
 def test_what_is_ours_is_replaced_and_said(here, capsys):
-    """Also through a link to another disk, which stays; file managers' leavings are no reason to refuse."""
+    """Also through a link to another disk, which stays; file managers' leavings are no reason to
+    refuse."""
     ours_at("elsewhere/t")
     os.makedirs("data")
     os.symlink("../elsewhere/t", "data/t")
-    open("elsewhere/t/.DS_Store", "w").close()
+    write("elsewhere/t/.DS_Store", "")
     prepare.prepare("t.txt", tokenizer="char")
     assert os.path.islink("data/t") and meta_of("elsewhere/t")["tokenizer"] == "char"
     assert "data/t replaces what was made there from t.txt" in capsys.readouterr().out
@@ -817,16 +1148,19 @@ def test_what_is_ours_is_replaced_and_said(here, capsys):
 
 
 def test_what_a_kill_left_is_gone_on_from(here):
-    """An empty .partial, one that holds a whole data set, and a data set that stands aside under publish's name."""
+    """An empty .partial, one that holds a whole data set, and a data set that stands aside under
+    publish's name."""
     directory = ours_at("data/t")
     whole = files_of(directory)
     os.makedirs("data/u.partial")
     shutil.copytree(directory, "data/v.partial")
     os.rename(directory, "data/.t.replaced")
     for name in "uv":
-        assert files_of(prepare.prepare("t.txt", tokenizer="byte", name=name)).keys() == whole.keys()
+        assert (
+            files_of(prepare.prepare("t.txt", tokenizer="byte", name=name)).keys() == whole.keys()
+        )
     with pytest.raises(UserError, match="empty"):
-        open("empty.txt", "w").close()
+        write("empty.txt", "")
         prepare.prepare("empty.txt", name="t")
     assert files_of(directory) == whole
     assert sorted(os.listdir("data")) == ["t", "u", "v"]
@@ -834,14 +1168,18 @@ def test_what_a_kill_left_is_gone_on_from(here):
 
 def test_a_tokenizer_replaces_only_a_tokenizer(here):
     """`prepare.py tokenizer` over a data set would leave bins whose tokens mean something else."""
+
     def train(name, path="t.txt"):
         return command("tokenizer", path, "--vocab_size=300", f"--name={name}", cwd=here)
+
     ours_at("data/t")
     something_of_the_users()
     before = everything_in("data")
     for name in ("t", "notes", "tok", "file", ".."):
         done = train(name)
-        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "--name=" in done.stderr, done.stderr
+        assert (
+            done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "--name=" in done.stderr
+        ), done.stderr
     assert everything_in("data") == before
     assert train("mine").returncode == 0
     again = train("mine")
@@ -860,22 +1198,28 @@ def checkpoint(path, content="weights"):
 
 
 def test_publishing_and_copying_a_checkpoint(here):
-    """publish() and copy_whole() replace a checkpoint by a checkpoint, and nothing that someone else put there."""
+    """publish() and copy_whole() replace a checkpoint by a checkpoint, and nothing that someone
+    else put there."""
     prepare.publish(checkpoint("run/.writing", "new"), "run/step_000002")
     checkpoint("run/best", "old")
     prepare.publish(checkpoint("run/.writing", "new"), "run/best")
-    assert files_of("run/best") == files_of("run/step_000002") and sorted(os.listdir("run")) == ["best", "step_000002"]
+    assert files_of("run/best") == files_of("run/step_000002") and sorted(os.listdir("run")) == [
+        "best",
+        "step_000002",
+    ]
     assert prepare.ours("run/best") and not prepare.ours("run") and not prepare.ours("run/nothing")
     prepare.copy_whole("run/best", "backup/best")
     assert files_of(prepare.copy_whole("run/best", "backup/best")) == files_of("run/best")
-    open("run/best/notes.txt", "w").write("mine")
+    write("run/best/notes.txt", "mine")
     os.makedirs("backup/mine")
-    open("backup/mine/model.safetensors", "w").write("mine")
+    write("backup/mine/model.safetensors", "mine")
     checkpoint("run/.writing", "newer")
     before = everything_in(".")
     assert not prepare.ours("run/best") and not prepare.ours("backup/mine")
-    for publish in (lambda: prepare.publish("run/.writing", "run/best"),
-                    lambda: prepare.copy_whole("run/step_000002", "backup/mine")):
+    for publish in (
+        lambda: prepare.publish("run/.writing", "run/best"),
+        lambda: prepare.copy_whole("run/step_000002", "backup/mine"),
+    ):
         with pytest.raises(UserError, match="holds notes.txt|is not a checkpoint"):
             publish()
     assert everything_in(".") == before
@@ -884,7 +1228,8 @@ def test_publishing_and_copying_a_checkpoint(here):
 
 
 def test_publishing_where_directories_do_not_sync(here, monkeypatch):
-    """Windows opens no directory, and syncs no file that is open for reading only; a full disk is still told."""
+    """Windows opens no directory, and syncs no file that is open for reading only; a full disk is
+    still told."""
     really_open, really_sync, synced = os.open, os.fsync, {}
 
     def windows_open(path, flags, *args, **options):
@@ -909,6 +1254,7 @@ def test_publishing_where_directories_do_not_sync(here, monkeypatch):
 
     def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(prepare.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         prepare.publish(checkpoint("run/.writing"), "run/best")
@@ -917,27 +1263,33 @@ def test_publishing_where_directories_do_not_sync(here, monkeypatch):
 
 # --- chat, preferences, verifiers
 
+
 @pytest.mark.parametrize("kind", ["bpe:600", "smollm2", "gpt2", "llama", "byte"])
 def test_chat_is_what_the_template_renders(kind, tmp_path):
-    """ids as transformers' apply_chat_template gives them; the loss on the assistant's words and <|im_end|>
-    only."""
+    """ids as transformers' apply_chat_template gives them; the loss on the assistant's words and
+    <|im_end|> only."""
     tok = prepare.with_chat_tokens(kinds()[kind]())
     tok.save(tmp_path)
     from transformers import AutoTokenizer
+
     theirs = AutoTokenizer.from_pretrained(str(tmp_path))
-    odd = [dict(role="user", content="  What is <|im_end|> 12 + 3? "),
-           dict(role="assistant", content="\n\n 15, Tom’s.\n")]
+    odd = [
+        dict(role="user", content="  What is <|im_end|> 12 + 3? "),
+        dict(role="assistant", content="\n\n 15, Tom’s.\n"),
+    ]
     for messages in [CHATS[0]["messages"], CHATS[1]["messages"], CHATS[2]["messages"]]:
         ids, mask = prepare.render_chat(messages, tok)
         assert ids == theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
         assert ids[-1] == tok.eos_id and mask[-1] == 0 and len(ids) == len(mask)
         begin, _ = prepare.render_chat(messages[:-1], tok, add_generation_prompt=True)
-        assert ids[:len(begin)] == begin
-        assert begin == theirs.apply_chat_template(messages[:-1], add_generation_prompt=True,
-                                                   return_dict=False)
+        assert ids[: len(begin)] == begin
+        assert begin == theirs.apply_chat_template(
+            messages[:-1], add_generation_prompt=True, return_dict=False
+        )
         told = tok.decode([i for i, m in zip(ids, mask) if m])
-        assert told.replace(" ", "") == "".join(m["content"].strip() + "<|im_end|>" for m in messages
-                                                if m["role"] == "assistant").replace(" ", "")
+        assert told.replace(" ", "") == "".join(
+            m["content"].strip() + "<|im_end|>" for m in messages if m["role"] == "assistant"
+        ).replace(" ", "")
     ids, _ = prepare.render_chat(odd, tok)
     assert ids.count(tok.encode_special("<|im_end|>")) == 2  # the user's own is ordinary text
 
@@ -951,27 +1303,34 @@ def test_chat_bins(here):
     ids, mask = ids.tolist(), mask.tolist()
     for record in CHATS:
         one, told = prepare.render_chat(record["messages"], tok)
-        if ids[:len(one)] == one:
-            assert mask[:len(one)] == told
-            ids, mask = ids[len(one):], mask[len(one):]
+        if ids[: len(one)] == one:
+            assert mask[: len(one)] == told
+            ids, mask = ids[len(one) :], mask[len(one) :]
     assert ids == []
 
 
 def test_preferences(here):
     user, good = dict(role="user", content="Hi?"), dict(role="assistant", content="Hello.")
-    records = [dict(prompt="Hi?", chosen="Hello.", rejected="No."),
-               dict(prompt=[user], chosen=[good], rejected=[dict(good, content="No.")]),
-               dict(prompt="Hi?", chosen=[user, good], rejected=[user, dict(good, content="No.")])]
+    records = [
+        dict(prompt="Hi?", chosen="Hello.", rejected="No."),
+        dict(prompt=[user], chosen=[good], rejected=[dict(good, content="No.")]),
+        dict(prompt="Hi?", chosen=[user, good], rejected=[user, dict(good, content="No.")]),
+    ]
     wanted = dict(prompt=[user], chosen="Hello.", rejected="No.")
     assert [prepare.as_prefs(r) for r in records] == [wanted] * 3
-    (here / "p.jsonl").write_text(lines([dict(prompt=f"Hi {i}?", chosen="Hello.", rejected="No.")
-                                         for i in range(100)]
-                                        + [dict(prompt="Same?", chosen="a", rejected="a")]))
+    (here / "p.jsonl").write_text(
+        lines(
+            [dict(prompt=f"Hi {i}?", chosen="Hello.", rejected="No.") for i in range(100)]
+            + [dict(prompt="Same?", chosen="a", rejected="a")]
+        )
+    )
     directory = prepare.prepare("p.jsonl", val_fraction=0.2)
     meta = meta_of(directory)
     assert meta["kind"] == "prefs" and meta["left_out"] == 1
     assert meta["train_records"] + meta["val_records"] == 100
-    assert json.loads(read(os.path.join(directory, "val.jsonl")).splitlines()[0])["chosen"] == "Hello."
+    assert (
+        json.loads(read(os.path.join(directory, "val.jsonl")).splitlines()[0])["chosen"] == "Hello."
+    )
 
 
 def test_gsm8k_as_chat_and_as_problems(here):
@@ -987,35 +1346,56 @@ def test_gsm8k_as_chat_and_as_problems(here):
             head, result = answer.rsplit("#### ", 1)
             digit = n % sum(c.isdigit() for c in result)
             at = [i for i, c in enumerate(result) if c.isdigit()][digit]
-            changed = result[:at] + str((int(result[at]) + 1 + n % 9) % 10) + result[at + 1:]
-            assert verify("", answer, answer) == 1 and verify("", f"{head}#### {changed}",
-                                                              answer) == 0, answer
+            changed = result[:at] + str((int(result[at]) + 1 + n % 9) % 10) + result[at + 1 :]
+            assert (
+                verify("", answer, answer) == 1 and verify("", f"{head}#### {changed}", answer) == 0
+            ), answer
             assert verify("", f"So it is {result}.", answer) == 1
             n += 1
     assert n == 7473
-    directory = prepare.prepare(path, name="c", as_="chat", tokenizer=shared("smollm2_tokenizer.json"))
+    directory = prepare.prepare(
+        path, name="c", as_="chat", tokenizer=shared("smollm2_tokenizer.json")
+    )
     assert meta_of(directory)["documents"] == 7473
 
 
 def test_verifiers(here):
     number = prepare.verifier("number")
     right = ["7", "So 3 + 4 = 7.", "#### 7", "It is 12. #### 7\n", "7.0", "$7"]
-    wrong = ["", "seven", "8", "#### 8 7", "7 8", "1 2 3 4 5 6 7 8 9 7", "#### 7 #### 7", "-7", "0.7", "77"]
+    wrong = [
+        "",
+        "seven",
+        "8",
+        "#### 8 7",
+        "7 8",
+        "1 2 3 4 5 6 7 8 9 7",
+        "#### 7 #### 7",
+        "-7",
+        "0.7",
+        "77",
+    ]
     assert [number("", t, "7") for t in right] == [1.0] * len(right)
     assert [number("", t, "7") for t in wrong] == [0.0] * len(wrong)
     assert number("", "1,234.50", "#### 1234.5") == 1
-    assert prepare.verifier("exact")("", " yes\n", "yes") == 1 and prepare.verifier("exact")("", "yes.",
-                                                                                             "yes") == 0
+    assert (
+        prepare.verifier("exact")("", " yes\n", "yes") == 1
+        and prepare.verifier("exact")("", "yes.", "yes") == 0
+    )
     boxed = prepare.verifier(r"regex:\\boxed\{(.*?)\}")
     assert boxed("", r"so \boxed{x}", "x") == 1 and boxed("", "x", "x") == 0
-    (here / "mine.py").write_text("def verify(prompt, completion, answer):\n    return len(completion) == "
-                                  "int(answer)\n")
+    (here / "mine.py").write_text(
+        "def verify(prompt, completion, answer):\n    return len(completion) == int(answer)\n"
+    )
     assert prepare.verifier("mine.py")("", "abc", "3") == 1.0
     (here / "none.py").write_text("x = 1\n")
     (here / "broken.py").write_text("def verify(:\n")
-    for spec, said in (("none.py", "must define verify"), ("broken.py", "SyntaxError"),
-                       ("gone.py", "no such file"),
-                       ("regex:(", "regular expression"), ("magic", "no such verifier")):
+    for spec, said in (
+        ("none.py", "must define verify"),
+        ("broken.py", "SyntaxError"),
+        ("gone.py", "no such file"),
+        ("regex:(", "regular expression"),
+        ("magic", "no such verifier"),
+    ):
         with pytest.raises(UserError, match=said):
             prepare.verifier(spec)
 
@@ -1024,40 +1404,64 @@ def test_a_verifier_that_can_never_work_is_told(here):
     """A signature that no call fits, a directory, a coroutine: in one line, when it is loaded."""
     (here / "two.py").write_text("def verify(completion, answer):\n    return 1.0\n")
     (here / "four.py").write_text("def verify(prompt, completion, answer, more):\n    return 1.0\n")
-    (here / "later.py").write_text("async def verify(prompt, completion, answer):\n    return 1.0\n")
+    (here / "later.py").write_text(
+        "async def verify(prompt, completion, answer):\n    return 1.0\n"
+    )
     (here / "raises.py").write_text("raise ValueError('first\\nsecond')\n")
     (here / "bytes.py").write_bytes(b"\xff\x00")
     (here / "dir.py").mkdir()
-    for spec, said in (("two.py", "verify\\(completion, answer\\) does not take three arguments"),
-                       ("four.py", "does not take three arguments"), ("later.py", "coroutine"),
-                       ("raises.py", "ValueError: first"), ("bytes.py", "SyntaxError"), ("dir.py", "not a file"),
-                       ("regex:", "wants a pattern"), ("regex:a{99999999999}", "regular expression")):
+    for spec, said in (
+        ("two.py", "verify\\(completion, answer\\) does not take three arguments"),
+        ("four.py", "does not take three arguments"),
+        ("later.py", "coroutine"),
+        ("raises.py", "ValueError: first"),
+        ("bytes.py", "SyntaxError"),
+        ("dir.py", "not a file"),
+        ("regex:", "wants a pattern"),
+        ("regex:a{99999999999}", "regular expression"),
+    ):
         with pytest.raises(UserError, match=said) as e:
             prepare.verifier(spec)
         assert "\n" not in str(e.value) and str(e.value).startswith("--verifier=")
 
 
 def test_verifiers_as_people_write_them(here):
-    """A byte-order mark, an import from beside it, a dataclass, other names, a constant, a class with __call__."""
+    """A byte-order mark, an import from beside it, a dataclass, other names, a constant, a class
+    with __call__."""
     (here / "folder").mkdir()
-    (here / "folder" / "norm_of_mine.py").write_text("def norm(text):\n    return text.strip().lower()\n")
-    (here / "folder" / "v.py").write_text("from norm_of_mine import norm\ndef verify(p, c, a, strict=False):\n"
-                                          "    return norm(c) == norm(a)\n")
-    (here / "bom.py").write_bytes(b"\xef\xbb\xbfdef verify(prompt, completion, answer):\n"
-                                  b"    return float(answer in completion)\n")
-    (here / "latin.py").write_bytes("# coding: latin-1\nverify = lambda *a: a[1] == 'é'\n".encode("latin-1"))
-    (here / "cls.py").write_text("from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\n"
-                                 "class V:\n    right: float = 1.0\n    def __call__(self, prompt, completion, answer):\n"
-                                 "        return self.right * (completion == answer)\nverify = V()\n")
+    (here / "folder" / "norm_of_mine.py").write_text(
+        "def norm(text):\n    return text.strip().lower()\n"
+    )
+    (here / "folder" / "v.py").write_text(
+        "from norm_of_mine import norm\ndef verify(p, c, a, strict=False):\n"
+        "    return norm(c) == norm(a)\n"
+    )
+    (here / "bom.py").write_bytes(
+        b"\xef\xbb\xbfdef verify(prompt, completion, answer):\n"
+        b"    return float(answer in completion)\n"
+    )
+    (here / "latin.py").write_bytes(
+        "# coding: latin-1\nverify = lambda *a: a[1] == 'é'\n".encode("latin-1")
+    )
+    (here / "cls.py").write_text(
+        "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\n"
+        "class V:\n    right: float = 1.0\n    def __call__(self, prompt, completion, answer):\n"
+        "        return self.right * (completion == answer)\nverify = V()\n"
+    )
     (here / "constant.py").write_text("def verify(prompt, completion, answer):\n    return 0.1\n")
-    for spec, completion, answer, reward in (("folder/v.py", "YES", "yes", 1.0), ("bom.py", "abc", "b", 1.0),
-                                             ("latin.py", "é", "", 1.0), ("cls.py", "x", "x", 1.0),
-                                             ("constant.py", "x", "y", 0.1)):
+    for spec, completion, answer, reward in (
+        ("folder/v.py", "YES", "yes", 1.0),
+        ("bom.py", "abc", "b", 1.0),
+        ("latin.py", "é", "", 1.0),
+        ("cls.py", "x", "x", 1.0),
+        ("constant.py", "x", "y", 0.1),
+    ):
         assert prepare.verifier(spec)("", completion, answer) == reward, spec
 
 
 def test_golds_that_a_verifier_cannot_read(here):
-    """'number' compares nothing to "yes": whoever trains can count such answers before the first step."""
+    """'number' compares nothing to "yes": whoever trains can count such answers before the first
+    step."""
     readable = ["7", "It is 7.", "#### 1,234.50", "-.5", "1e-05", "1e+16", "3 of 4"]
     for answer in readable:
         assert prepare.readable_gold("number", answer), answer
@@ -1072,26 +1476,41 @@ def test_golds_that_a_verifier_cannot_read(here):
 
 
 def test_numbers_as_answers(here):
-    """1e-05 of a .jsonl was read as -5: numbers become what a person would write, and exponents are understood."""
+    """1e-05 of a .jsonl was read as -5: numbers become what a person would write, and exponents are
+    understood."""
     number = prepare.verifier("number")
     assert number("", "0.00001", "1e-05") == number("", "So it is 1E-5.", "1e-05") == 1.0
-    assert number("", "-5", "1e-05") == number("", "5", ".5") == number("", "10", "1e999999999") == 0.0
+    assert (
+        number("", "-5", "1e-05") == number("", "5", ".5") == number("", "10", "1e999999999") == 0.0
+    )
     assert number("", "10,000,000,000,000,000", "1e+16") == 1.0 and number("", "v1.2", "1.2") == 1.0
-    records = [dict(question=f"{i}?", answer=a) for i, a in enumerate([1e-05, 1e16, 2.5, 7, -0.1] * 10)]
-    records += [dict(question="?", answer=a) for a in (float("nan"), float("inf"), None, " ", ["7"])]
+    records = [
+        dict(question=f"{i}?", answer=a) for i, a in enumerate([1e-05, 1e16, 2.5, 7, -0.1] * 10)
+    ]
+    records += [
+        dict(question="?", answer=a) for a in (float("nan"), float("inf"), None, " ", ["7"])
+    ]
     (here / "v.jsonl").write_text(lines(records))
     directory = prepare.prepare("v.jsonl", val_fraction=0.2)
-    answers = {json.loads(line)["answer"] for part in ("train", "val")
-               for line in read(os.path.join(directory, part + ".jsonl")).splitlines()}
-    assert answers == {"0.00001", "10000000000000000", "2.5", "7", "-0.1"} and meta_of(directory)["left_out"] == 5
+    answers = {
+        json.loads(line)["answer"]
+        for part in ("train", "val")
+        for line in read(os.path.join(directory, part + ".jsonl")).splitlines()
+    }
+    assert (
+        answers == {"0.00001", "10000000000000000", "2.5", "7", "-0.1"}
+        and meta_of(directory)["left_out"] == 5
+    )
 
 
 # --- what is fetched: the real clients, against a stand-in on loopback
 
+
 class Hub(http.server.ThreadingHTTPServer):
-    """Serves `repos`: {"datasets/owner/name" or "owner/name": {path: bytes}}. `faults`: a list of (part of a
-    path, what) where what is a status or 'cut', each used up once; `gated`: repos that answer 401 without a
-    token."""
+    """Serves `repos`: {"datasets/owner/name" or "owner/name": {path: bytes}}. `faults`: a list of
+    (part of a path, what) where what is a status or 'cut', each used up once; `gated`: repos that
+    answer 401 without a token."""
+
     daemon_threads = True
 
     def __init__(self, repos, gated=()):
@@ -1099,6 +1518,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.repos, self.gated, self.faults, self.seen, self.swapped = repos, gated, [], [], {}
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}"
+
 
 class Answer(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -1112,14 +1532,23 @@ class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         path = urllib.parse.unquote(self.path.partition("?")[0])
         self.server.seen.append((self.command, path, self.headers.get("Range")))
-        fault = next((f for f in self.server.faults if f[0] in path
-                      and (f[1] != "cut" or self.command == "GET")), None)
+        fault = next(
+            (
+                f
+                for f in self.server.faults
+                if f[0] in path and (f[1] != "cut" or self.command == "GET")
+            ),
+            None,
+        )
         if fault:
             self.server.faults.remove(fault)
         if fault and fault[1] != "cut":
             return self.say(fault[1], b"{}", {"Retry-After": "0"})
-        m = re.match(r"/(?:api/)?(?:models/)?((?:datasets/)?[^/]+/[^/]+)"
-                     r"(?:/(revision|tree|resolve)/([^/]+)(?:/(.*))?)?$", path)
+        m = re.match(
+            r"/(?:api/)?(?:models/)?((?:datasets/)?[^/]+/[^/]+)"
+            r"(?:/(revision|tree|resolve)/([^/]+)(?:/(.*))?)?$",
+            path,
+        )
         if path.startswith("/cdn/"):
             return self.content(path[5:], fault)
         repo, what, _, rest = m.groups()
@@ -1127,29 +1556,55 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if files is None:
             return self.say(401, b"{}", {"X-Error-Code": "RepoNotFound"})
         if repo in self.server.gated and "Bearer good" != self.headers.get("Authorization"):
-            return self.say(401, b"{}", {"X-Error-Code": "GatedRepo",
-                                         "X-Error-Message": "Access is restricted"})
+            return self.say(
+                401, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"}
+            )
         if what in (None, "revision"):
-            return self.json(dict(id=repo.removeprefix("datasets/"), sha=COMMIT, private=False, tags=[],
-                                  downloads=0, likes=0,
-                                  siblings=[dict(rfilename=f) for f in files]))
+            return self.json(
+                dict(
+                    id=repo.removeprefix("datasets/"),
+                    sha=COMMIT,
+                    private=False,
+                    tags=[],
+                    downloads=0,
+                    likes=0,
+                    siblings=[dict(rfilename=f) for f in files],
+                )
+            )
         if what == "tree":
             found = [f for f in files if not rest or f.startswith(rest + "/")]
             if not found:
                 return self.say(404, b"{}", {"X-Error-Code": "EntryNotFound"})
-            return self.json([dict(type="file", path=f, size=len(files[f]), oid="0" * 40,
-                                   lfs=dict(oid=digest(files[f]), size=len(files[f]), pointerSize=130))
-                                   for f in found])
+            return self.json(
+                [
+                    dict(
+                        type="file",
+                        path=f,
+                        size=len(files[f]),
+                        oid="0" * 40,
+                        lfs=dict(oid=digest(files[f]), size=len(files[f]), pointerSize=130),
+                    )
+                    for f in found
+                ]
+            )
         if rest not in files:
             return self.say(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
-        self.say(302, b"", {"Location": f"http://localhost:{self.server.server_port}/cdn/{repo}/{rest}",
-                            "X-Repo-Commit": COMMIT, "X-Linked-Size": str(len(files[rest])),
-                            "X-Linked-Etag": f'"{digest(files[rest])}"', "ETag": f'"{digest(files[rest])}"'})
+        self.say(
+            302,
+            b"",
+            {
+                "Location": f"http://localhost:{self.server.server_port}/cdn/{repo}/{rest}",
+                "X-Repo-Commit": COMMIT,
+                "X-Linked-Size": str(len(files[rest])),
+                "X-Linked-Etag": f'"{digest(files[rest])}"',
+                "ETag": f'"{digest(files[rest])}"',
+            },
+        )
 
     def content(self, path, fault):
         repo = next(r for r in self.server.repos if path.startswith(r + "/"))
-        body = self.server.repos[repo][path[len(repo) + 1:]]
-        body = self.server.swapped.get(path[len(repo) + 1:], body)
+        body = self.server.repos[repo][path[len(repo) + 1 :]]
+        body = self.server.swapped.get(path[len(repo) + 1 :], body)
         begin = re.match(r"bytes=(\d+)-", self.headers.get("Range") or "")
         begin = int(begin[1]) if begin else 0
         headers = {"ETag": f'"{digest(body)}"', "Accept-Ranges": "bytes"}
@@ -1168,13 +1623,15 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        self.wfile.write(body[:len(body) // 2] if cut else body)
+        self.wfile.write(body[: len(body) // 2] if cut else body)
         if cut:
             self.wfile.flush()
             self.close_connection = True
             self.connection.close()
 
+
 COMMIT = "c0ffee" + "0" * 34
+
 
 def digest(body):
     return hashlib.sha256(body).hexdigest()
@@ -1183,28 +1640,48 @@ def digest(body):
 @pytest.fixture
 def hub(here, monkeypatch):
     """The stand-in, with this process's client pointed at it."""
-    shards = {f"data/train-{i:05d}.parquet": parquet(dict(text=STORIES[i * 500:i * 500 + 500],
-                                                          url=["u"] * 500))
-              for i in range(4)}
-    gsm = [dict(question=f"What is {i} + 1?", answer=f"It is {i + 1}.\n#### {i + 1}") for i in range(60)]
+    shards = {
+        f"data/train-{i:05d}.parquet": parquet(
+            dict(text=STORIES[i * 500 : i * 500 + 500], url=["u"] * 500)
+        )
+        for i in range(4)
+    }
+    gsm = [
+        dict(question=f"What is {i} + 1?", answer=f"It is {i + 1}.\n#### {i + 1}")
+        for i in range(60)
+    ]
     tok = json.dumps(make_tokenizer("bpe:500", [WORDS]).spec).encode()
     ids = np.arange(1000, dtype="<u2") % 500
-    server = Hub({
-        "datasets/o/web": dict(shards, **{"README.md": b"# about"}), "datasets/o/gated": shards,
-        "datasets/openai/gsm8k": {"main/train-0.parquet": parquet(columns(gsm[:50])),
-                                  "main/test-0.parquet": parquet(
-            columns(gsm[50:])), "socratic/train-0.parquet": parquet(columns(gsm))},
-        "datasets/roneneldan/TinyStories": {
-            "TinyStoriesV2-GPT4-train.txt": f"\n{EOT}\n".join(STORIES[:100]).encode(),
-            "TinyStories-train.txt": b"old",
-            "TinyStoriesV2-GPT4-valid.txt": f"\n{EOT}\n".join(STORIES[100:110]).encode()},
-        "datasets/weights-and-wires/fineweb-6b": {"tokenized/train.bin": ids.tobytes(),
-                                                  "tokenized/val.bin": ids[:90].tobytes(),
-                                                  "tokenizer/tokenizer.json": tok},
-        "o/model": {"config.json": b"{}", "model.safetensors": b"x" * 1000, "tokenizer.json": tok,
-                    "README.md": b""},
-        "o/empty": {"README.md": b""}, "files/here": {"input.txt": WORDS.encode() * 50}},
-        gated=["datasets/o/gated"])
+    server = Hub(
+        {
+            "datasets/o/web": dict(shards, **{"README.md": b"# about"}),
+            "datasets/o/gated": shards,
+            "datasets/openai/gsm8k": {
+                "main/train-0.parquet": parquet(columns(gsm[:50])),
+                "main/test-0.parquet": parquet(columns(gsm[50:])),
+                "socratic/train-0.parquet": parquet(columns(gsm)),
+            },
+            "datasets/roneneldan/TinyStories": {
+                "TinyStoriesV2-GPT4-train.txt": f"\n{EOT}\n".join(STORIES[:100]).encode(),
+                "TinyStories-train.txt": b"old",
+                "TinyStoriesV2-GPT4-valid.txt": f"\n{EOT}\n".join(STORIES[100:110]).encode(),
+            },
+            "datasets/weights-and-wires/fineweb-6b": {
+                "tokenized/train.bin": ids.tobytes(),
+                "tokenized/val.bin": ids[:90].tobytes(),
+                "tokenizer/tokenizer.json": tok,
+            },
+            "o/model": {
+                "config.json": b"{}",
+                "model.safetensors": b"x" * 1000,
+                "tokenizer.json": tok,
+                "README.md": b"",
+            },
+            "o/empty": {"README.md": b""},
+            "files/here": {"input.txt": WORDS.encode() * 50},
+        },
+        gated=["datasets/o/gated"],
+    )
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_HOME", str(here / "hf"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -1223,8 +1700,12 @@ def fetch(server, *args, **env):
 
 
 def test_hub_data_set(hub, here):
-    hub.faults += [("/tree/", 429), ("resolve/" + COMMIT + "/data/train-00001", 429), ("00002", 503),
-                   ("cdn/datasets/o/web/data/train-00003", 500)]
+    hub.faults += [
+        ("/tree/", 429),
+        ("resolve/" + COMMIT + "/data/train-00001", 429),
+        ("00002", 503),
+        ("cdn/datasets/o/web/data/train-00003", 500),
+    ]
     done = fetch(hub, "hub:o/web", "--tokenizer=byte")
     assert done.returncode == 0, done.stderr
     assert meta_of("data/web")["documents"] == 2000 and "README" not in str(hub.seen)
@@ -1235,15 +1716,17 @@ def test_hub_data_set(hub, here):
 
 
 def test_hub_download_is_resumed(hub):
-    """The connection is cut in the middle of a file: the rest alone is asked for. (The client writes 10 MB at
-    a time.)"""
+    """The connection is cut in the middle of a file: the rest alone is asked for. (The client
+    writes 10 MB at a time.)"""
     hub.repos["datasets/o/large"] = {"a.txt": b"All work and no play. " * 1_100_000}
     hub.faults += [("/cdn/", "cut")]
     done = fetch(hub, "hub:o/large", "--tokenizer=byte")
     assert done.returncode == 0, done.stderr
     assert meta_of("data/large")["bytes"] == 24_200_000
-    assert [r for m, path, r in hub.seen if m == "GET" and path.startswith("/cdn")] == [None,
-                                                                                        f"bytes={10 << 20}-"]
+    assert [r for m, path, r in hub.seen if m == "GET" and path.startswith("/cdn")] == [
+        None,
+        f"bytes={10 << 20}-",
+    ]
 
 
 def test_no_more_shards_than_needed(hub):
@@ -1257,18 +1740,25 @@ def test_known_sets_of_the_hub(hub):
     assert done.returncode == 0, done.stderr
     assert len(split_at(ids_of("data/tinystories", "train").tolist(), 256)) == 100
     assert len(split_at(ids_of("data/tinystories", "val").tolist(), 256)) == 10
-    assert (meta_of("data/gsm8k")["train_records"], meta_of("data/gsm8k")["val_records"]) == (50, 10)
+    assert (meta_of("data/gsm8k")["train_records"], meta_of("data/gsm8k")["val_records"]) == (
+        50,
+        10,
+    )
     meta = meta_of("data/fineweb_6b")
     assert (meta["train_tokens"], meta["val_tokens"], meta["dtype"]) == (1000, 90, "uint16")
     assert ids_of("data/fineweb_6b", "train").tolist() == [i % 500 for i in range(1000)]
 
 
-@pytest.mark.parametrize("args, said", [
-    (["hub:o/gated"], "terms.*/datasets/o/gated.*settings/tokens.*HF_TOKEN"),
-    (["hub:o/nothing"], "no such repository.*private"),
-    (["hub:o/web", "--config=nothere"], "nothere.*--config="),
-    (["hub:o/web", "--field=body"], "no field 'body' in text, url"),
-    (["hub:o/web", "--tokenizer=o/empty"], "no tokenizer.json")])
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["hub:o/gated"], "terms.*/datasets/o/gated.*settings/tokens.*HF_TOKEN"),
+        (["hub:o/nothing"], "no such repository.*private"),
+        (["hub:o/web", "--config=nothere"], "nothere.*--config="),
+        (["hub:o/web", "--field=body"], "no field 'body' in text, url"),
+        (["hub:o/web", "--tokenizer=o/empty"], "no tokenizer.json"),
+    ],
+)
 def test_what_the_hub_refuses(hub, args, said):
     done = fetch(hub, *args)
     assert done.returncode == 1 and re.search(said, done.stderr), done.stderr
@@ -1284,30 +1774,39 @@ def test_damaged_on_the_way(hub):
 
 
 def test_fetch_model(hub):
-    code = (f"import sys; sys.path.insert(0, {ROOT!r}); import prepare; "
-            f"print(prepare.fetch_model(sys.argv[1]))")
+    code = (
+        f"import sys; sys.path.insert(0, {ROOT!r}); import prepare; "
+        f"print(prepare.fetch_model(sys.argv[1]))"
+    )
 
     def fetched(repo):
         return subprocess.run([sys.executable, "-c", code, repo], capture_output=True, text=True)
+
     done = fetched("o/model")
-    assert sorted(os.listdir(done.stdout.strip())) == ["config.json", "model.safetensors",
-                                                       "tokenizer.json"], done.stderr
+    assert sorted(os.listdir(done.stdout.strip())) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ], done.stderr
     assert "no *.safetensors" in fetched("o/empty").stderr
     assert "no such repository" in fetched("o/gone").stderr
 
 
 def test_download_is_tried_again_and_checked(hub, monkeypatch):
-    """requests, from a mirror that cuts the connection and is busy: three tries, and what does not have the SHA-256 that
-    was wanted is not kept."""
+    """requests, from a mirror that cuts the connection and is busy: three tries, and what does not
+    have the SHA-256 that was wanted is not kept."""
     monkeypatch.setenv("NANOSMOL_MIRROR", hub.url + "/cdn/files/here")
     monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
     body, url = hub.repos["files/here"]["input.txt"], "https://example.org/input.txt"
     hub.faults += [("/cdn/", "cut"), ("/cdn/", 503)]
     path = prepare.download(url, digest(body))
-    assert open(path, "rb").read() == body and len(hub.seen) == 3
+    assert read_bytes(path) == body and len(hub.seen) == 3
     assert prepare.download(url, digest(body)) == path and len(hub.seen) == 3
     hub.faults += [("/cdn/", "cut")] * 3
-    for wanted, said in ((b"cut off", "input.txt: could not be fetched in 3 tries"), (b"another", "SHA-256")):
+    for wanted, said in (
+        (b"cut off", "input.txt: could not be fetched in 3 tries"),
+        (b"another", "SHA-256"),
+    ):
         with pytest.raises(UserError, match=said) as e:
             prepare.download(url, digest(wanted))
         assert "\n" not in str(e.value) and "give prepare.py its path" in str(e.value)
@@ -1320,18 +1819,37 @@ def test_download_is_tried_again_and_checked(hub, monkeypatch):
 def test_train_and_sample_from_a_hub_id(hub, here):
     """--init_from=owner/name, as transformers saved it there: trained on, and sampled from."""
     from transformers import LlamaConfig, LlamaForCausalLM
+
     tok = make_tokenizer("byte", [WORDS])
-    LlamaForCausalLM(LlamaConfig(vocab_size=tok.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                 num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)).save_pretrained("m")
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=tok.vocab_size,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+        )
+    ).save_pretrained("m")
     tok.save("m")
-    hub.repos["o/llama"] = {f: open(os.path.join("m", f), "rb").read() for f in os.listdir("m")}
-    open("t.txt", "w").write(f"\n{EOT}\n".join(STORIES[:50]))
+    hub.repos["o/llama"] = files_of("m")
+    write("t.txt", f"\n{EOT}\n".join(STORIES[:50]))
     assert fetch(hub, "t.txt", "--tokenizer=byte", "--val_fraction=0.2").returncode == 0
     env = dict(os.environ, HF_ENDPOINT=hub.url, NO_PROXY="*", OMP_NUM_THREADS="1")
     for script, args, said in (
-            ("train.py", ["--dataset=t", "--block_size=32", "--batch_size=2", "--max_iters=2", "--eval_iters=1"], "weights from"),
-            ("sample.py", ["--max_new_tokens=5", "--num_samples=1", "--start=a"], "a")):
-        run = subprocess.run([sys.executable, os.path.join(ROOT, script), "--init_from=o/llama", *args], env=env,
-                             capture_output=True, text=True)
+        (
+            "train.py",
+            ["--dataset=t", "--block_size=32", "--batch_size=2", "--max_iters=2", "--eval_iters=1"],
+            "weights from",
+        ),
+        ("sample.py", ["--max_new_tokens=5", "--num_samples=1", "--start=a"], "a"),
+    ):
+        run = subprocess.run(
+            [sys.executable, os.path.join(ROOT, script), "--init_from=o/llama", *args],
+            env=env,
+            capture_output=True,
+            text=True,
+        )
         assert run.returncode == 0 and said in run.stdout, run.stderr[-2000:]
     assert os.path.exists("out/toy/step_000002/model.safetensors")
