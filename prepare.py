@@ -2866,10 +2866,13 @@ def prepare(
     counts = dict(max_tokens=max_tokens, block_size=block_size, workers=workers, seed=seed)
     _check_ranges(val_fraction, as_, counts)
     usual = SMOLLM2 if source.startswith("hub:") else "bpe:4096"
+    tokenizer = tokenizer or known.get("tokenizer", "") or usual
     target = os.path.join(data_dir, name)
     partial = _real_place(target) + ".partial"
     replaced = check_target(target, "data set", [source] if is_path and not known else [])
 
+    if "toy" in known and tokenizer == "toy":  # the toy sets share the tokenizer of the toy text
+        tokenizer = _toy_tokenizer(data_dir, workers, seed)
     # what the output depends on; the stamp in meta.json is a hash of it and of the files
     settings = dict(
         version=1,
@@ -2880,7 +2883,7 @@ def prepare(
         shape=as_ or known.get("as_", ""),
         val_fraction=val_fraction,
         block_size=block_size,
-        tokenizer=tokenizer or known.get("tokenizer", "") or usual,
+        tokenizer=tokenizer,
     )
     os.makedirs(partial, exist_ok=True)
     with _locked(partial):
@@ -2890,19 +2893,13 @@ def prepare(
             if "bins" in known:
                 made = _take_bins(known, partial, target)
             else:
-                if (
-                    settings["tokenizer"] == "toy"
-                ):  # all toy sets have the tokenizer of the toy text
-                    settings["tokenizer"] = _toy_tokenizer(data_dir, workers, seed)
                 files = _source_files(source, known, partial, config, split, seed)
                 # a folder may hold links to files of the target
                 check_target(target, "data set", [f.path for f in files if os.path.islink(f.path)])
                 made = _make(files, settings, partial, target, workers)
         except BaseException:
             with contextlib.suppress(OSError):
-                if not any(
-                    f.startswith("part-") for f in os.listdir(partial)
-                ):  # nothing to continue
+                if not _parts_in(partial):  # there is nothing to continue
                     remove_directory(partial, "unfinished data set")
             raise
         if not made:
@@ -3138,13 +3135,17 @@ def _continue_or_clear(partial, stamp):
     marker = os.path.join(partial, "partial.json")
     wanted = dict(stamp=stamp, layout=[BLOCK, BLOCKS_PER_PART, LONGEST])
     if os.path.exists(marker) and read_json(marker) == wanted:
-        parts = [f for f in os.listdir(partial) if f.startswith("part-")]
+        parts = _parts_in(partial)
         size = sum(os.path.getsize(os.path.join(partial, f)) for f in parts)
         if parts:
             print(f"going on after {size / 1e6:.1f} MB that were written before")
         return
     remove_files(partial, "unfinished data set", keep=r"partial\.json|toy\.(txt|jsonl)")
     write_json(marker, wanted)
+
+
+def _parts_in(partial):
+    return [f for f in os.listdir(partial) if f.startswith("part-")]
 
 
 def _finish(partial, meta):
