@@ -391,15 +391,22 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def grow(self, vocab_size):
-        """Adds rows to embedding and head for new tokens; each begins as the mean of the others."""
-        modules = [self.embed] if self.config.tie_embeddings else [self.embed, self.head]
-        for module in modules:
+        """Adds rows to embedding and head for new tokens; each begins as the mean of the others.
+
+        Any other nn.Embedding with a row for each token, of an edited model, grows, too.
+        """
+        tables = [m for m in self.modules() if isinstance(m, nn.Embedding)]
+        tables = [m for m in tables if m is not self.pos_embed]
+        tables = [m for m in tables if m.num_embeddings == self.config.vocab_size]
+        for module in tables if self.config.tie_embeddings else [*tables, self.head]:
             old = module.weight  # (V, n_embd)
             rows = old.mean(dim=0, keepdim=True).expand(vocab_size - old.shape[0], -1)
             module.weight = nn.Parameter(torch.cat([old, rows]))
+        for module in tables:
+            module.num_embeddings = vocab_size
         if self.config.tie_embeddings:
             self.head.weight = self.embed.weight
-        self.embed.num_embeddings = self.head.out_features = vocab_size
+        self.head.out_features = vocab_size
         self.config.vocab_size = vocab_size
 
     def n_params(self):
