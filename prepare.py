@@ -2991,7 +2991,7 @@ def _toy_tokenizer(data_dir, workers, seed):
 
 
 def _toy_files(known, partial, seed):
-    """Writes a text of the toy world, the same for the same seed: documents, or with `as_` records."""
+    """Writes a text of the toy world, the same for the same seed; with `as_` it is records."""
     write = dict(
         stories=toy_stories,
         chat=toy_chat,
