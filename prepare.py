@@ -2201,7 +2201,8 @@ def prepare_missing(config, say, world_size=1):
         if os.path.exists(os.path.join(directory, file)):
             continue
         if name not in KNOWN or world_size > 1:
-            raise UserError(f"{directory}: no such data set; {how_to_prepare(directory)}")
+            how = how_to_prepare(directory, config["stage"])
+            raise UserError(f"{directory}: no such data set; {how}")
         say(f"{directory} is missing; preparing it now: {describe(name)}")
         prepare(name, data_dir=config["data_dir"])
 
@@ -2250,14 +2251,15 @@ def check_kind(directory, stage):
         )
 
 
-def how_to_prepare(directory):
+def how_to_prepare(directory, stage="pretrain"):
     """What to type for a data set that is missing or damaged."""
     name = os.path.basename(os.path.normpath(directory))
-    return (
-        f"python prepare.py {name} makes it"
-        if name in KNOWN
-        else f"python prepare.py YOUR_TEXT.txt --name={name} makes it"
-    )
+    if name in KNOWN:
+        return f"python prepare.py {name} makes it"
+    if stage == "pretrain":
+        return f"python prepare.py YOUR_TEXT.txt --name={name} makes it"
+    kind = {"sft": "chat", "dpo": "prefs", "rlvr": "verify"}[stage]
+    return f"python prepare.py YOUR_FILE.jsonl --as={kind} --name={name} makes it"
 
 
 # -----------------------------------------------------------------------------

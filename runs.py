@@ -364,6 +364,26 @@ def began_with(key, config, setup, start):
     return configs[-1].get(key, config[key]) if configs else config[key]
 
 
+def shape_of(config, setup):
+    """The GPTConfig of the model that a run would train, for --dry_run: of the keys, or of the
+    model that init_from names, unless a config or the command line says its width."""
+    from model import GPT, GPTConfig
+
+    keys = {key: config[key] for key in GPTConfig.__dataclass_fields__}
+    where = config["init_from"]
+    if where in ("scratch", "resume") or "n_embd" in setup.given:
+        vocab_size = config["vocab_size"] or prepare.vocab_size_of(config)
+        return GPTConfig(**keys | {"vocab_size": vocab_size})
+    if not os.path.isdir(where):
+        raise UserError(
+            f"init_from={where!r}: --dry_run asks this model for its shape, and it is not here; put "
+            "the config of the run that makes it before this one, or fetch it"
+        )
+    shape = GPT.from_pretrained(model_directory(where)).config
+    shape.block_size = min(config["block_size"], shape.max_positions)
+    return shape
+
+
 def open_model(start, config, setup, data, say):
     """The model that training continues or begins with. UserError where out_dir holds a run with
     another model or other data, or where the weights contradict what was asked for."""
@@ -1563,8 +1583,11 @@ def summary(config, run, is_saved):
         f"the loss, drawn      {os.path.join(out_dir, PLOT)}",
     ]
     if is_saved:
-        start = config["sample_start"] or "Once upon a time"
-        sample = ["python", "sample.py", f"--out_dir={out_dir}", f"--start={start}"]
+        sample = ["python", "sample.py", f"--out_dir={out_dir}"]
+        if config["stage"] == "pretrain":
+            sample.append(f"--start={config['sample_start'] or 'Once upon a time'}")
+        else:
+            sample.append("--interactive")
         longer = [*command("--max_iters="), f"--max_iters={2 * config['max_iters']}"]
         lines.append(f"write more           {shlex.join(sample)}")
         lines.append(f"train longer         {shlex.join(longer)}")

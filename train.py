@@ -125,7 +125,7 @@ runs.check(config)
 if stage == "rlvr":  # a verifier that is missing is refused before anything is loaded
     verify = prepare.verifier(verifier)
 if dry_run:
-    plan(config, config["vocab_size"] or prepare.vocab_size_of(config), gpu)
+    plan(config, runs.shape_of(config, setup), gpu)
     sys.exit()
 
 # -----------------------------------------------------------------------------
