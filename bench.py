@@ -13,6 +13,7 @@ installed, transformers' own model with our weights in our dtype. They take turn
 speed drifts slows all alike. A row shows medians, and as ratio ours over theirs turn by turn: of a rate more is better,
 of s and GB less.
 """
+
 import collections
 import datetime
 import functools
@@ -33,23 +34,39 @@ import time
 from configurator import UserError, configure
 
 # -----------------------------------------------------------------------------
-only = ''                     # parts, by comma; '': all of them
-pairs = 5                     # turns of each comparison
-new_tokens = 256              # to generate
-run_iters = 100               # loop: steps of the real run
-profile = False               # also write trace.json, for Perfetto, and print the ten operators that take longest
-json = ''                     # keep the figures in this file
-measure = ''                  # internal: what a process of its own measures ...
-scratch = ''                  # ... and the directory that it shares with the one that started it
+only = ""  # parts, by comma; '': all of them
+pairs = 5  # turns of each comparison
+new_tokens = 256  # to generate
+run_iters = 100  # loop: steps of the real run
+profile = (
+    False  # also write trace.json, for Perfetto, and print the ten operators that take longest
+)
+json = ""  # keep the figures in this file
+measure = ""  # internal: what a process of its own measures ...
+scratch = ""  # ... and the directory that it shares with the one that started it
 # -----------------------------------------------------------------------------
 own = set(globals())
-setup = configure(globals(), also='train.py')  # batch_size, block_size, the model's keys and all others of train.py
+setup = configure(
+    globals(), also="train.py"
+)  # batch_size, block_size, the model's keys and all others of train.py
 
-PARTS = ('train', 'startup', 'loop', 'data', 'documents', 'evaluation', 'checkpoint', 'generate', 'muon')
-asked = only.split(',') if only else PARTS
+PARTS = (
+    "train",
+    "startup",
+    "loop",
+    "data",
+    "documents",
+    "evaluation",
+    "checkpoint",
+    "generate",
+    "muon",
+)
+asked = only.split(",") if only else PARTS
 for part in asked:
     if part not in PARTS:
-        raise UserError(f"only={only}: there is no part {part!r}; expected some of {','.join(PARTS)}")
+        raise UserError(
+            f"only={only}: there is no part {part!r}; expected some of {','.join(PARTS)}"
+        )
 if pairs < 1:
     raise UserError(f"pairs={pairs}: expected at least 1")
 
@@ -59,56 +76,87 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import prepare
-from model import (GPT, GPTConfig, Muon, architecture, compile_pays, documents, flops_per_token, gpu_spec, keep_memory,
-                   make_optimizers, multiplies_bf16, pack_weights, pick_attention, pick_device, pick_dtype)
+from model import (
+    GPT,
+    GPTConfig,
+    Muon,
+    architecture,
+    compile_pays,
+    documents,
+    flops_per_token,
+    gpu_spec,
+    keep_memory,
+    make_optimizers,
+    multiplies_bf16,
+    pack_weights,
+    pick_attention,
+    pick_device,
+    pick_dtype,
+)
 
 # -----------------------------------------------------------------------------
 # data, model and machine, as train.py sets them up
 
-shared = None if scratch else tempfile.TemporaryDirectory(prefix='nanosmol_bench_')  # goes when this process ends
+shared = (
+    None if scratch else tempfile.TemporaryDirectory(prefix="nanosmol_bench_")
+)  # goes when this process ends
 scratch = scratch or shared.name
 mixture = prepare.parse_mixture(dataset)
-if dataset == 'toy' and not os.path.exists(os.path.join(data_dir, 'toy', 'train.bin')):
-    prepare.prepare('toy', data_dir=data_dir)
-if not all(os.path.exists(os.path.join(data_dir, name, 'train.bin')) for name, _ in mixture):  # random tokens will do
-    dataset, data_dir, mixture = 'random', os.path.join(scratch, 'data'), [('random', 1.0)]
-    directory, meta = os.path.join(data_dir, 'random'), dict(tokenizer='byte', vocab_size=vocab_size or 50304, eos_id=0)
-    meta['dtype'] = 'uint16' if meta['vocab_size'] <= 2 ** 16 else 'uint32'
+if dataset == "toy" and not os.path.exists(os.path.join(data_dir, "toy", "train.bin")):
+    prepare.prepare("toy", data_dir=data_dir)
+if not all(
+    os.path.exists(os.path.join(data_dir, name, "train.bin")) for name, _ in mixture
+):  # random tokens will do
+    dataset, data_dir, mixture = "random", os.path.join(scratch, "data"), [("random", 1.0)]
+    directory, meta = (
+        os.path.join(data_dir, "random"),
+        dict(tokenizer="byte", vocab_size=vocab_size or 50304, eos_id=0),
+    )
+    meta["dtype"] = "uint16" if meta["vocab_size"] <= 2**16 else "uint32"
     if not os.path.exists(directory):
         os.makedirs(directory)
-        for split, size in (('train', 2 ** 22), ('val', 2 ** 20)):
-            ids = np.random.default_rng(seed).integers(meta['vocab_size'], size=size, dtype=meta['dtype'])
-            ids[::1000] = meta['eos_id']  # documents about as long as those of the web
-            ids.tofile(os.path.join(directory, f'{split}.bin'))
-        prepare.write_json(os.path.join(directory, 'meta.json'), meta)
+        for split, size in (("train", 2**22), ("val", 2**20)):
+            ids = np.random.default_rng(seed).integers(
+                meta["vocab_size"], size=size, dtype=meta["dtype"]
+            )
+            ids[::1000] = meta["eos_id"]  # documents about as long as those of the web
+            ids.tofile(os.path.join(directory, f"{split}.bin"))
+        prepare.write_json(os.path.join(directory, "meta.json"), meta)
 directories = [os.path.join(data_dir, name) for name, _ in mixture]
 meta = prepare.read_meta(directories[0])
-data = prepare.Mixture([prepare.Bins(d, 'train', block_size, seed) for d in directories], [w for _, w in mixture], seed)
-held_out = prepare.Bins(directories[0], 'val', block_size, seed)
-vocab_size = vocab_size or meta['vocab_size']
+data = prepare.Mixture(
+    [prepare.Bins(d, "train", block_size, seed) for d in directories], [w for _, w in mixture], seed
+)
+held_out = prepare.Bins(directories[0], "val", block_size, seed)
+vocab_size = vocab_size or meta["vocab_size"]
 config = GPTConfig(**{k: globals()[k] for k in GPTConfig.__dataclass_fields__})
 held_out.check_vocabulary(vocab_size)
 
 device = pick_device(device)
-device_type = device.split(':')[0]
-muon_dtype = torch.bfloat16 if dtype != 'float32' and multiplies_bf16(device) else torch.float32
+device_type = device.split(":")[0]
+muon_dtype = torch.bfloat16 if dtype != "float32" and multiplies_bf16(device) else torch.float32
 dtype = pick_dtype(dtype, device, config)
-autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
-attention = pick_attention(device, dtype, True, compile, dropout)  # where documents don't see each other
-if device_type == 'cuda':
+autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != "float32")
+attention = pick_attention(
+    device, dtype, True, compile, dropout
+)  # where documents don't see each other
+if device_type == "cuda":
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-elif device_type == 'cpu' and measure not in ('plain', 'transformers'):
+elif device_type == "cpu" and measure not in ("plain", "transformers"):
     keep_memory()
 x, y = (t.to(device) for t in data.batch(range(batch_size)))
 tokens = batch_size * block_size
 kind = architecture(config)[0]
-same_shape = kind == 'gpt2' and config.tie_embeddings and config.ffn_dim == 4 * config.n_embd  # as the plain GPT-2
-first_weights = os.path.join(scratch, 'model')  # a checkpoint of ours before the first step
+same_shape = (
+    kind == "gpt2" and config.tie_embeddings and config.ffn_dim == 4 * config.n_embd
+)  # as the plain GPT-2
+first_weights = os.path.join(scratch, "model")  # a checkpoint of ours before the first step
 results = []
 
 
 # -----------------------------------------------------------------------------
 # measuring
+
 
 def now():
     """Seconds, once the device has done what it was asked to."""
@@ -125,18 +173,32 @@ def timed(work):
         return running
     for phase in running if inspect.isgenerator(running) else ():
         phases[phase], last = now() - last, now()
-    return {'': now() - begun, **phases}
+    return {"": now() - begun, **phases}
 
 
-def report(what, unit, ours, against='', theirs=()):
+def report(what, unit, ours, against="", theirs=()):
     """One row of the table, from our figures and a rival's of the same turns."""
-    figure = lambda values: f"{(v := statistics.median(values)):>10{',.0f' if v >= 1000 else '.3g'}}"
-    row = dict(part=part, what=what, unit=unit, ours=statistics.median(ours), against=against, each=list(ours))
+    figure = lambda values: (
+        f"{(v := statistics.median(values)):>10{',.0f' if v >= 1000 else '.3g'}}"
+    )
+    row = dict(
+        part=part,
+        what=what,
+        unit=unit,
+        ours=statistics.median(ours),
+        against=against,
+        each=list(ours),
+    )
     line = f"{what:30}{figure(ours)} {unit:8} {against:32}"
     if theirs:
         ratios = sorted(a / b for a, b in zip(ours, theirs))
-        row |= dict(theirs=statistics.median(theirs), each_of_theirs=list(theirs), ratio=statistics.median(ratios),
-                    lowest=ratios[0], highest=ratios[-1])
+        row |= dict(
+            theirs=statistics.median(theirs),
+            each_of_theirs=list(theirs),
+            ratio=statistics.median(ratios),
+            lowest=ratios[0],
+            highest=ratios[-1],
+        )
         line += f"{figure(theirs)} {row['ratio']:7.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f})"
     elif len(ours) > 1:
         line += f" ({figure([min(ours)]).strip()} to {figure([max(ours)]).strip()})"
@@ -144,29 +206,38 @@ def report(what, unit, ours, against='', theirs=()):
     print(line.rstrip(), flush=True)
 
 
-def compare(what, ours, rivals, amount=0, unit='s', turns=pairs, factors={}):
+def compare(what, ours, rivals, amount=0, unit="s", turns=pairs, factors={}):
     """Times ours and the rivals {name: work} in turn, and reports `amount` a second, or seconds where it is 0. The time of
     a rival whose work is another amount is multiplied by its factor. Returns our seconds of each turn."""
-    sides = {'ours': ours, **rivals}
+    sides = {"ours": ours, **rivals}
     for work in sides.values():
         timed(work)  # warm-up
     times = [{side: timed(work) for side, work in sides.items()} for _ in range(turns)]
-    for rival in rivals or ['ours']:
-        for phase in times[0]['ours']:
+    for rival in rivals or ["ours"]:
+        for phase in times[0]["ours"]:
             value = lambda seconds: amount / seconds if amount and not phase else seconds
-            mine, theirs = ([value(t[side][phase] * factors.get(side, 1)) for t in times] for side in ('ours', rival))
-            report(f'  {phase}' if phase else what, 's' if phase else unit, mine, *((rival, theirs) if rivals else ()))
-    return [t['ours'][''] for t in times]
+            mine, theirs = (
+                [value(t[side][phase] * factors.get(side, 1)) for t in times]
+                for side in ("ours", rival)
+            )
+            report(
+                f"  {phase}" if phase else what,
+                "s" if phase else unit,
+                mine,
+                *((rival, theirs) if rivals else ()),
+            )
+    return [t["ours"][""] for t in times]
 
 
-def squares(size={'cuda': 8192}.get(device_type, 2048)):
+def squares(size={"cuda": 8192}.get(device_type, 2048)):
     """(work, FLOPs): products of large square matrices, the rate that this machine reaches where nothing is in the way."""
     a, b, out = torch.randn(3, size, size, device=device).to(muon_dtype)
-    return lambda: [torch.mm(a, b, out=out) for _ in range(8)], 8 * 2 * size ** 3
+    return lambda: [torch.mm(a, b, out=out) for _ in range(8)], 8 * 2 * size**3
 
 
 # -----------------------------------------------------------------------------
 # the sides: a model of each and its loss
+
 
 @functools.cache
 def our_model():
@@ -180,27 +251,39 @@ def our_model():
 
 def our_loss(x, y, doc_mask=False):
     with autocast:
-        return our_model()(x, y, documents(x, meta['eos_id'], attention) if doc_mask else None)[1]
+        return our_model()(x, y, documents(x, meta["eos_id"], attention) if doc_mask else None)[1]
 
 
 @functools.cache
 def our_optimizers():
-    return make_optimizers(our_model(), optimizer, learning_rate, muon_lr, muon_momentum, weight_decay, (beta1, beta2),
-                           cautious, decay_embeddings, muon_dtype)
+    return make_optimizers(
+        our_model(),
+        optimizer,
+        learning_rate,
+        muon_lr,
+        muon_momentum,
+        weight_decay,
+        (beta1, beta2),
+        cautious,
+        decay_embeddings,
+        muon_dtype,
+    )
 
 
 def step_of(model, optimizers, loss_of):
     """A training step, one micro-batch and an update. Our forward takes along the gradient of the head, see model.py."""
+
     def step():
         loss = loss_of()
-        yield 'forward'
+        yield "forward"
         loss.backward()
-        yield 'backward'
+        yield "backward"
         nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
         for opt in optimizers:
             opt.step()
             opt.zero_grad(set_to_none=True)
-        yield 'clip and update'
+        yield "clip and update"
+
     return step
 
 
@@ -209,8 +292,13 @@ def our_step():
     """train.py's step, compiled if train.py would compile it in a run of max_iters steps."""
     step = step_of(our_model(), our_optimizers(), lambda: our_loss(x, y, doc_mask))
     timed(step)
-    if compile and compile_pays(device_type, max_iters, timed(step)[''] * gradient_accumulation_steps):
-        print(f"torch.compile, as in a run of {max_iters:,} steps; --compile=False leaves it out", file=sys.stderr)
+    if compile and compile_pays(
+        device_type, max_iters, timed(step)[""] * gradient_accumulation_steps
+    ):
+        print(
+            f"torch.compile, as in a run of {max_iters:,} steps; --compile=False leaves it out",
+            file=sys.stderr,
+        )
         our_model().compile()
     return step
 
@@ -220,14 +308,22 @@ class PlainBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.attn_norm, self.mlp_norm = (nn.LayerNorm(width, bias=bias) for _ in range(2))
-        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=bias), nn.Linear(width, width, bias=bias)
-        self.up, self.down = nn.Linear(width, 4 * width, bias=bias), nn.Linear(4 * width, width, bias=bias)
+        self.qkv, self.proj = (
+            nn.Linear(width, 3 * width, bias=bias),
+            nn.Linear(width, width, bias=bias),
+        )
+        self.up, self.down = (
+            nn.Linear(width, 4 * width, bias=bias),
+            nn.Linear(4 * width, width, bias=bias),
+        )
 
     def forward(self, x):
         B, T, C = x.shape
         q, k, v = self.qkv(self.attn_norm(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        x = x + self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C))
-        return x + self.down(F.gelu(self.up(self.mlp_norm(x)), approximate='tanh'))
+        x = x + self.proj(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C)
+        )
+        return x + self.down(F.gelu(self.up(self.mlp_norm(x)), approximate="tanh"))
 
 
 class PlainGPT2(nn.Module):
@@ -235,35 +331,45 @@ class PlainGPT2(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.embed, self.pos_embed = nn.Embedding(c.vocab_size, c.n_embd), nn.Embedding(c.max_positions, c.n_embd)
-        self.blocks = nn.ModuleList(PlainBlock(c.n_embd, c.n_head, c.bias) for _ in range(c.n_layer))
+        self.embed, self.pos_embed = (
+            nn.Embedding(c.vocab_size, c.n_embd),
+            nn.Embedding(c.max_positions, c.n_embd),
+        )
+        self.blocks = nn.ModuleList(
+            PlainBlock(c.n_embd, c.n_head, c.bias) for _ in range(c.n_layer)
+        )
         self.norm = nn.LayerNorm(c.n_embd, bias=c.bias)
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
 
     def forward(self, x, y):
-        h = self.embed(x) + self.pos_embed.weight[:x.shape[1]]
+        h = self.embed(x) + self.pos_embed.weight[: x.shape[1]]
         for block in self.blocks:
             h = block(h)
-        return F.cross_entropy((self.norm(h) @ self.embed.weight.T).flatten(0, 1), y.flatten(), ignore_index=-1)
+        return F.cross_entropy(
+            (self.norm(h) @ self.embed.weight.T).flatten(0, 1), y.flatten(), ignore_index=-1
+        )
 
 
 def plain_model():
     """With our first weights where ours is the same, so that its loss can be checked; None where heads don't divide."""
     model = None if config.n_embd % config.n_head else PlainGPT2(config)
     if model and same_shape:
-        ours = {k.replace('.attn.', '.').replace('.mlp.', '.'): v
-                for k, v in GPT.from_pretrained(first_weights).state_dict().items()}
+        ours = {
+            k.replace(".attn.", ".").replace(".mlp.", "."): v
+            for k, v in GPT.from_pretrained(first_weights).state_dict().items()
+        }
         model.load_state_dict({k: ours[k] for k in model.state_dict()})
     return model and model.to(device)
 
 
 def transformers_model():
     """transformers' own model of our architecture, with our first weights; None where there is none."""
-    if not importlib.util.find_spec('transformers') or kind == 'nanosmol':
+    if not importlib.util.find_spec("transformers") or kind == "nanosmol":
         return None
     import transformers
+
     transformers.utils.logging.disable_progress_bar()
     return transformers.AutoModelForCausalLM.from_pretrained(first_weights).to(device)
 
@@ -271,44 +377,66 @@ def transformers_model():
 # -----------------------------------------------------------------------------
 # parts in processes of their own
 
+
 def again(what):
     """A process like this one that is to --measure=what. It answers with lines of JSON."""
-    return subprocess.Popen([sys.executable, *sys.argv, f'--measure={what}', f'--scratch={scratch}'], text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, *sys.argv, f"--measure={what}", f"--scratch={scratch}"],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
 
 
 def answer(process):
     for line in process.stdout:
-        if line.startswith('json:'):
+        if line.startswith("json:"):
             return json_lib.loads(line[5:])
     raise UserError(f"{process.args[-2]} ended with status {process.wait()}; why stands above")
 
 
 def say(value):
-    print(f'json:{json_lib.dumps(value)}', flush=True)
+    print(f"json:{json_lib.dumps(value)}", flush=True)
 
 
 def train_py(**keys):
     """The command line of train.py with this very config: from scratch, in a directory of its own, and telling nobody."""
-    keys |= dict(out_dir=os.path.join(tempfile.mkdtemp(dir=scratch), 'run'), dataset=dataset, data_dir=data_dir,
-                 stage='pretrain', init_from='scratch', wandb_log=False, tensorboard=False, hf_repo='', backup_dir='',
-                 terminate_pod=False)
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
-    passed = [a for a in sys.argv[1:] if a.startswith('--') and a[2:].partition('=')[0] not in own]
-    return [script, *setup.files, *passed, *(f'--{k}={v}' for k, v in keys.items() if k in setup.keys)]
+    keys |= dict(
+        out_dir=os.path.join(tempfile.mkdtemp(dir=scratch), "run"),
+        dataset=dataset,
+        data_dir=data_dir,
+        stage="pretrain",
+        init_from="scratch",
+        wandb_log=False,
+        tensorboard=False,
+        hf_repo="",
+        backup_dir="",
+        terminate_pod=False,
+    )
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+    passed = [a for a in sys.argv[1:] if a.startswith("--") and a[2:].partition("=")[0] not in own]
+    return [
+        script,
+        *setup.files,
+        *passed,
+        *(f"--{k}={v}" for k, v in keys.items() if k in setup.keys),
+    ]
 
 
 def part_train():
     """Every side has a process of its own, so that neither memory nor allocator is shared, and steps when it is its turn."""
-    names = dict(ours='ours', plain='plain float32 GPT-2', transformers=f'transformers + AdamW, {dtype}')
+    names = dict(
+        ours="ours", plain="plain float32 GPT-2", transformers=f"transformers + AdamW, {dtype}"
+    )
     sides, losses, peaks, compiled = {}, {}, {}, False
 
     def turn(side):
         def work():
             print(file=sides[side].stdin, flush=True)
             times = answer(sides[side])
-            peaks[side] = times.pop('peak')
+            peaks[side] = times.pop("peak")
             return times
+
         return work
 
     for side in names:
@@ -316,39 +444,49 @@ def part_train():
         try:
             start = answer(process)
         except UserError as e:  # for want of memory, most often
-            if side == 'ours':
+            if side == "ours":
                 raise
             print(f"{names[side]} is no rival here: {e}")
             continue
         if start:
             sides[side] = process
             names[side] += f", {start['parameters'] / 1e6:.0f}M"
-            compiled = compiled or start['compiled']
-            if side != 'plain' or same_shape:
-                losses[side] = start['loss']
-    print("first loss: " + ', '.join(f"{side} {loss:.4f}" for side, loss in losses.items()))
-    if max(losses.values()) - min(losses.values()) > 0.005 * losses['ours']:
+            compiled = compiled or start["compiled"]
+            if side != "plain" or same_shape:
+                losses[side] = start["loss"]
+    print("first loss: " + ", ".join(f"{side} {loss:.4f}" for side, loss in losses.items()))
+    if max(losses.values()) - min(losses.values()) > 0.005 * losses["ours"]:
         raise UserError("the sides don't compute the same loss, so there is no speed to compare")
-    rivals = [side for side in sides if side != 'ours']
-    what = 'training step, compiled' if compiled else 'training step'
-    seconds = compare(what, turn('ours'), {names[side]: turn(side) for side in rivals}, tokens, 'tok/s')
+    rivals = [side for side in sides if side != "ours"]
+    what = "training step, compiled" if compiled else "training step"
+    seconds = compare(
+        what, turn("ours"), {names[side]: turn(side) for side in rivals}, tokens, "tok/s"
+    )
     for side in rivals:
-        report('peak memory of the process', 'GB', [peaks['ours']], names[side], [peaks[side]])
+        report("peak memory of the process", "GB", [peaks["ours"]], names[side], [peaks[side]])
     for process in sides.values():
         process.communicate()
 
     multiply, flops = squares()
-    rates = [flops / timed(multiply)[''] for _ in range(pairs + 1)][1:]
-    report(f'squares, {muon_dtype}', 'GFLOP/s', [rate / 1e9 for rate in rates])
+    rates = [flops / timed(multiply)[""] for _ in range(pairs + 1)][1:]
+    report(f"squares, {muon_dtype}", "GFLOP/s", [rate / 1e9 for rate in rates])
     reached = [flops_per_token(shape) * tokens / s for s in seconds]
-    report('training step, of that rate', '%', [100 * r / statistics.median(rates) for r in reached])
-    if device_type == 'cuda' and (spec := gpu_spec(torch.cuda.get_device_name(device))):
-        report('training step, MFU', '%', [100 * r / spec[0] for r in reached], f'of {spec[0] / 1e12:.0f} TFLOP/s')
+    report(
+        "training step, of that rate", "%", [100 * r / statistics.median(rates) for r in reached]
+    )
+    if device_type == "cuda" and (spec := gpu_spec(torch.cuda.get_device_name(device))):
+        report(
+            "training step, MFU",
+            "%",
+            [100 * r / spec[0] for r in reached],
+            f"of {spec[0] / 1e12:.0f} TFLOP/s",
+        )
 
 
 def take_steps(side):
     """In the process of a side: says how it starts, null where there is no such side, and the times of a step whenever it
     is given a line."""
+
     def transformers_loss(x, y):
         with autocast:
             return model(x, labels=x, use_cache=False).loss
@@ -359,52 +497,74 @@ def take_steps(side):
         return say(None)
     with torch.no_grad():
         model.eval()
-        loss = loss_of(x, F.pad(x[:, 1:], (0, 1), value=-1)).item()  # on the targets that transformers makes of labels
+        loss = loss_of(
+            x, F.pad(x[:, 1:], (0, 1), value=-1)
+        ).item()  # on the targets that transformers makes of labels
         model.train()
-    step = our_step() if side == 'ours' else \
-        step_of(model, [torch.optim.AdamW(model.parameters(), lr=1e-4)], lambda: loss_of(x, y))
+    step = (
+        our_step()
+        if side == "ours"
+        else step_of(model, [torch.optim.AdamW(model.parameters(), lr=1e-4)], lambda: loss_of(x, y))
+    )
     for _ in range(3):  # allocators settle
         timed(step)
-    say(dict(loss=loss, compiled=model._compiled_call_impl is not None,
-             parameters=sum(p.numel() for p in model.parameters())))
+    say(
+        dict(
+            loss=loss,
+            compiled=model._compiled_call_impl is not None,
+            parameters=sum(p.numel() for p in model.parameters()),
+        )
+    )
     for _ in sys.stdin:
-        say(timed(step) | {'peak': peak_memory()})
+        say(timed(step) | {"peak": peak_memory()})
 
 
 def peak_memory():
     """GB. Not ru_maxrss, which begins at the peak of the process that started this one."""
-    if device_type == 'cuda':
+    if device_type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    if not os.path.exists('/proc/self/status'):
+    if not os.path.exists("/proc/self/status"):
         return math.nan  # only Linux tells
-    with open('/proc/self/status') as f:
-        return next(int(line.split()[1]) for line in f if line.startswith('VmHWM')) * 1024 / 1e9
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) * 1024 / 1e9
 
 
 def part_startup():
     """From the command to the line of the first step; of the evaluation before it one micro-batch is left."""
+
     def first_step():
         command = [sys.executable, *train_py(log_interval=1, eval_iters=1)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
-            seen = any('tok/s' in line for line in run.stdout)
+            seen = any("tok/s" in line for line in run.stdout)
             run.kill()
         if not seen:
             raise UserError("train.py ended before its first step; why stands above")
-    imports = lambda: subprocess.run([sys.executable, '-c', 'import torch'], check=True)
-    compare('start-up to the first step', first_step, {'python -c "import torch"': imports}, turns=min(pairs, 3))
+
+    imports = lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    compare(
+        "start-up to the first step",
+        first_step,
+        {'python -c "import torch"': imports},
+        turns=min(pairs, 3),
+    )
 
 
 def part_loop():
     """Where the time of a real run of train.py goes."""
     begun = time.perf_counter()
-    process = again('loop')
+    process = again("loop")
     spent = answer(process)
     process.communicate()
-    whole, loop = time.perf_counter() - begun, spent.pop('loop')
+    whole, loop = time.perf_counter() - begun, spent.pop("loop")
     for phase, seconds in spent.items():
-        report(f'  {phase}', 's', [seconds])
-    for what, wall in ((f'{run_iters} steps', loop), ('the whole process', whole)):
-        report('share outside these', '%', [100 * (1 - sum(spent.values()) / wall)], f'of the {wall:.1f} s of {what}')
+        report(f"  {phase}", "s", [seconds])
+    for what, wall in ((f"{run_iters} steps", loop), ("the whole process", whole)):
+        report(
+            "share outside these",
+            "%",
+            [100 * (1 - sum(spent.values()) / wall)],
+            f"of the {wall:.1f} s of {what}",
+        )
 
 
 def instrumented_run():
@@ -418,72 +578,117 @@ def instrumented_run():
         def watched(*args, **kwargs):
             begun = now()
             result = original(*args, **kwargs)
-            if phase != 'forward' or torch.is_grad_enabled():
+            if phase != "forward" or torch.is_grad_enabled():
                 times.extend((begun, now()))
                 spent[phase] += times[-1] - begun
             return result
+
         setattr(owner, name, watched)
 
-    stopwatch(GPT, '__call__', 'forward')
-    stopwatch(torch.Tensor, 'backward', 'backward')
-    for owner, name in ((nn.utils, 'clip_grad_norm_'), (torch.optim.AdamW, 'step'), (Muon, 'step')):
-        stopwatch(owner, name, 'clip and update')
+    stopwatch(GPT, "__call__", "forward")
+    stopwatch(torch.Tensor, "backward", "backward")
+    for owner, name in ((nn.utils, "clip_grad_norm_"), (torch.optim.AdamW, "step"), (Muon, "step")):
+        stopwatch(owner, name, "clip and update")
     sys.argv = train_py(max_iters=run_iters)
-    runpy.run_path(sys.argv[0], run_name='__main__')
-    say(spent | {'loop': times[-1] - times[0]})
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    say(spent | {"loop": times[-1] - times[0]})
 
 
 # -----------------------------------------------------------------------------
 # parts in this process
 
+
 def part_data():
-    batches, path, bin_type = max(1, 2 ** 20 // tokens), data.bins[0].path, data.bins[0].tokens.dtype
+    batches, path, bin_type = max(1, 2**20 // tokens), data.bins[0].path, data.bins[0].tokens.dtype
 
     def get_batch():
-        memmap = np.memmap(path, dtype=bin_type, mode='r')
+        memmap = np.memmap(path, dtype=bin_type, mode="r")
         ix = torch.randint(len(memmap) - block_size, (batch_size,))
-        torch.stack([torch.from_numpy(memmap[i:i + block_size].astype(np.int64)) for i in ix])
-        torch.stack([torch.from_numpy(memmap[i + 1:i + 1 + block_size].astype(np.int64)) for i in ix])
+        torch.stack([torch.from_numpy(memmap[i : i + block_size].astype(np.int64)) for i in ix])
+        torch.stack(
+            [torch.from_numpy(memmap[i + 1 : i + 1 + block_size].astype(np.int64)) for i in ix]
+        )
 
-    compare('data loading', lambda: [data.batch(range(i * batch_size, (i + 1) * batch_size)) for i in range(batches)],
-            {"nanoGPT's get_batch": lambda: [get_batch() for _ in range(batches)]}, batches * tokens, 'tok/s')
+    compare(
+        "data loading",
+        lambda: [data.batch(range(i * batch_size, (i + 1) * batch_size)) for i in range(batches)],
+        {"nanoGPT's get_batch": lambda: [get_batch() for _ in range(batches)]},
+        batches * tokens,
+        "tok/s",
+    )
 
 
 def part_documents():
     """What it costs that documents don't see each other. More than 1 is a gain: what is masked need not be computed."""
+
     def work(doc_mask):
         our_loss(x, y, doc_mask).backward()
         our_model().zero_grad(set_to_none=True)
-    compare('documents apart, no update', lambda: work(True), {'ours, plain causal': lambda: work(False)}, tokens, 'tok/s')
+
+    compare(
+        "documents apart, no update",
+        lambda: work(True),
+        {"ours, plain causal": lambda: work(False)},
+        tokens,
+        "tok/s",
+    )
 
 
 @torch.no_grad()
 def part_evaluation():
     """Not compiled, as in a short run."""
     our_model().eval()  # also keeps the first weights, which the rival may take
-    rows, plain = max(batch_size, 4096 // block_size), plain_model()  # as many as train.py evaluates at once
+    rows, plain = (
+        max(batch_size, 4096 // block_size),
+        plain_model(),
+    )  # as many as train.py evaluates at once
     starts = held_out.held_out(rows)
     read = lambda some: (t.to(device) for t in held_out.read(some))
-    rivals = {'plain float32 GPT-2': lambda: [plain(*read(starts[i:i + batch_size])).item()
-                                              for i in range(0, len(starts), batch_size)]} if plain else {}
-    compare('evaluation', lambda: our_loss(*read(starts), doc_mask).item(), rivals, len(starts) * block_size, 'tok/s')
+    rivals = (
+        {
+            "plain float32 GPT-2": lambda: [
+                plain(*read(starts[i : i + batch_size])).item()
+                for i in range(0, len(starts), batch_size)
+            ]
+        }
+        if plain
+        else {}
+    )
+    compare(
+        "evaluation",
+        lambda: our_loss(*read(starts), doc_mask).item(),
+        rivals,
+        len(starts) * block_size,
+        "tok/s",
+    )
     our_model().train()
 
 
 def part_checkpoint():
     """Weights and the optimizers' state; nobody waits for the disk itself."""
-    timed(step_of(our_model(), our_optimizers(), lambda: our_loss(x, y)))  # from the first step on there is a state
-    model, directory, single = our_model(), os.path.join(scratch, 'ours'), os.path.join(scratch, 'theirs.pt')
-    trainer = os.path.join(directory, 'trainer.pt')
+    timed(
+        step_of(our_model(), our_optimizers(), lambda: our_loss(x, y))
+    )  # from the first step on there is a state
+    model, directory, single = (
+        our_model(),
+        os.path.join(scratch, "ours"),
+        os.path.join(scratch, "theirs.pt"),
+    )
+    trainer = os.path.join(directory, "trainer.pt")
     states = lambda: [opt.state_dict() for opt in our_optimizers()]
     save = lambda: (model.save_pretrained(directory), torch.save(states(), trainer))
-    load = lambda: (GPT.from_pretrained(directory), torch.load(trainer, weights_only=True, map_location='cpu'))
+    load = lambda: (
+        GPT.from_pretrained(directory),
+        torch.load(trainer, weights_only=True, map_location="cpu"),
+    )
     save_single = lambda: torch.save((model.state_dict(), states()), single)
-    load_single = lambda: GPT(config).load_state_dict(torch.load(single, weights_only=True, map_location='cpu')[0])
+    load_single = lambda: GPT(config).load_state_dict(
+        torch.load(single, weights_only=True, map_location="cpu")[0]
+    )
     save()
     size = sum(os.path.getsize(os.path.join(directory, f)) for f in os.listdir(directory)) / 1e6
-    compare(f'save {size:,.0f} MB', save, {'torch.save': save_single}, size, 'MB/s')
-    compare(f'load {size:,.0f} MB', load, {'torch.load into a new GPT': load_single}, size, 'MB/s')
+    compare(f"save {size:,.0f} MB", save, {"torch.save": save_single}, size, "MB/s")
+    compare(f"load {size:,.0f} MB", load, {"torch.load into a new GPT": load_single}, size, "MB/s")
 
 
 def part_generate():
@@ -491,7 +696,7 @@ def part_generate():
     in bfloat16 rounding parts the texts, with --dtype=float32 the ids have to be the same."""
     theirs, low = our_model() and transformers_model(), getattr(torch, dtype)
     model = GPT.from_pretrained(first_weights).to(device, low).eval()
-    if device_type == 'cpu':
+    if device_type == "cpu":
         pack_weights(model)
     if theirs:
         theirs.eval().to(low).generation_config.eos_token_id = None  # never ends early
@@ -500,26 +705,35 @@ def part_generate():
     for rows in (1, 8):
         idx = prompts[:rows]
         ours = lambda: model.generate(idx, length, temperature=0)
-        rival = lambda: theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=length, do_sample=False,
-                                        pad_token_id=0)
-        rivals = {f'transformers, {dtype}': rival} if theirs else {}
-        compare(f'generation, batch {rows}', ours, rivals, rows * length, 'tok/s')
+        rival = lambda: theirs.generate(
+            idx,
+            attention_mask=torch.ones_like(idx),
+            max_new_tokens=length,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        rivals = {f"transformers, {dtype}": rival} if theirs else {}
+        compare(f"generation, batch {rows}", ours, rivals, rows * length, "tok/s")
         if theirs:
-            same = (ours() == rival())[:, prompts.shape[1]:].cummin(dim=1).values  # up to each row's first difference
+            same = (
+                (ours() == rival())[:, prompts.shape[1] :].cummin(dim=1).values
+            )  # up to each row's first difference
             print(f"  the same ids: {same.sum()} of {same.numel()}")
 
 
 def part_muon():
     """The update of the matrices inside the blocks, against what its matrix products alone would take."""
-    muon = make_optimizers(GPT(config).to(device), 'muon', muon_dtype=muon_dtype)[-1]
+    muon = make_optimizers(GPT(config).to(device), "muon", muon_dtype=muon_dtype)[-1]
     shapes = collections.Counter()
-    for p in muon.param_groups[0]['params']:
+    for p in muon.param_groups[0]["params"]:
         p.grad = torch.randn_like(p)
-        for rows in getattr(p, 'parts', [p.shape[0]]):
+        for rows in getattr(p, "parts", [p.shape[0]]):
             shapes[min(rows, p.shape[1]), max(rows, p.shape[1])] += 1
     # each of five iterations on an m x n matrix, m <= n, is X X^T (2 m^2 n FLOPs), A A (2 m^3) and B X (2 m^2 n)
-    flops = sum(count * 5 * (4 * m * m * n + 2 * m ** 3) for (m, n), count in shapes.items())
-    stacks = [torch.randn(count, m, n, device=device).to(muon_dtype) for (m, n), count in shapes.items()]
+    flops = sum(count * 5 * (4 * m * m * n + 2 * m**3) for (m, n), count in shapes.items())
+    stacks = [
+        torch.randn(count, m, n, device=device).to(muon_dtype) for (m, n), count in shapes.items()
+    ]
     stacks = [(X, X @ X.mT, torch.empty_like(X)) for X in stacks]
 
     def products():
@@ -529,57 +743,85 @@ def part_muon():
                 torch.bmm(X, X.mT, out=A), torch.bmm(A, A, out=B), torch.bmm(B, X, out=out)
 
     multiply, square_flops = squares()
-    at_that_rate = f'{flops / 1e12:.3g} TFLOP at the rate of squares'
-    compare('Muon update', muon.step, {at_that_rate: multiply, 'its products alone': products},
-            factors={at_that_rate: flops / square_flops})
+    at_that_rate = f"{flops / 1e12:.3g} TFLOP at the rate of squares"
+    compare(
+        "Muon update",
+        muon.step,
+        {at_that_rate: multiply, "its products alone": products},
+        factors={at_that_rate: flops / square_flops},
+    )
 
 
 def trace(step):
     """Three training steps for Perfetto, and the operators that take longest."""
     from torch.profiler import ProfilerActivity, profile
+
     timed(step)
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device_type == 'cuda')) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device_type == "cuda")
+    ) as profiler:
         for _ in range(3):
             timed(step)
-    profiler.export_chrome_trace('trace.json')
-    cost = lambda event: event.self_device_time_total if device_type == 'cuda' else event.self_cpu_time_total
+    profiler.export_chrome_trace("trace.json")
+    cost = lambda event: (
+        event.self_device_time_total if device_type == "cuda" else event.self_cpu_time_total
+    )
     events = sorted(profiler.key_averages(), key=cost, reverse=True)
     total = sum(map(cost, events))
-    print(f"\n{os.path.abspath('trace.json')}: open it in https://ui.perfetto.dev. Three steps, {total / 1e6:.2f} s:")
+    print(
+        f"\n{os.path.abspath('trace.json')}: open it in https://ui.perfetto.dev. Three steps, {total / 1e6:.2f} s:"
+    )
     for event in events[:10]:
-        print(f"{cost(event) / 1e6:9.3f} s {cost(event) / total:6.1%} {event.count:8,} x  {event.key[:80]}")
+        print(
+            f"{cost(event) / 1e6:9.3f} s {cost(event) / total:6.1%} {event.count:8,} x  {event.key[:80]}"
+        )
 
 
 # -----------------------------------------------------------------------------
 
 if measure:
-    instrumented_run() if measure == 'loop' else take_steps(measure)
+    instrumented_run() if measure == "loop" else take_steps(measure)
     sys.exit()
 
 machine = platform.processor() or platform.machine()
-if device_type == 'cuda':
+if device_type == "cuda":
     machine = torch.cuda.get_device_name(device)
-elif os.path.exists('/proc/cpuinfo'):
-    with open('/proc/cpuinfo') as f:
-        machine = next((line.partition(':')[2].strip() for line in f if line.startswith('model name')), machine)
-found = filter(importlib.util.find_spec, ('torch', 'numpy', 'transformers'))
+elif os.path.exists("/proc/cpuinfo"):
+    with open("/proc/cpuinfo") as f:
+        machine = next(
+            (line.partition(":")[2].strip() for line in f if line.startswith("model name")), machine
+        )
+found = filter(importlib.util.find_spec, ("torch", "numpy", "transformers"))
 versions = {name: importlib.metadata.version(name) for name in found}
-with torch.device('meta'):
+with torch.device("meta"):
     shape = GPT(config)
-print(f"{shape.n_params():,} parameters ({kind}), {flops_per_token(shape):.3g} FLOPs a token, {batch_size} x {block_size} "
-      f"tokens; {machine}, {torch.get_num_threads()} threads, {dtype}; " + ', '.join(map(' '.join, versions.items())))
-if 'transformers' not in versions:
+print(
+    f"{shape.n_params():,} parameters ({kind}), {flops_per_token(shape):.3g} FLOPs a token, {batch_size} x {block_size} "
+    f"tokens; {machine}, {torch.get_num_threads()} threads, {dtype}; "
+    + ", ".join(map(" ".join, versions.items()))
+)
+if "transformers" not in versions:
     print("transformers is not installed, so it is no rival here: pip install transformers")
 for part in PARTS:
     if part in asked:
         print(f"\n{part}", flush=True)
-        globals()[f'part_{part}']()
+        globals()[f"part_{part}"]()
 if profile:
     trace(our_step())
 if json:
-    about = dict(date=f"{datetime.datetime.now():%Y-%m-%d %H:%M}", command='python ' + ' '.join(sys.argv), machine=machine,
-                 device=device, dtype=dtype, threads=torch.get_num_threads(), python=platform.python_version(), **versions,
-                 parameters=shape.n_params(), batch_size=batch_size, config=vars(config))
-    with open(json, 'w', encoding='utf-8') as f:
-        json_lib.dump(about | {'results': results}, f, indent=1)
+    about = dict(
+        date=f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
+        command="python " + " ".join(sys.argv),
+        machine=machine,
+        device=device,
+        dtype=dtype,
+        threads=torch.get_num_threads(),
+        python=platform.python_version(),
+        **versions,
+        parameters=shape.n_params(),
+        batch_size=batch_size,
+        config=vars(config),
+    )
+    with open(json, "w", encoding="utf-8") as f:
+        json_lib.dump(about | {"results": results}, f, indent=1)
     print(f"\nkept in {os.path.abspath(json)}")

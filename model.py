@@ -60,7 +60,7 @@ class GPTConfig:
 
     # fmt: off
     block_size: int = 256         # tokens in a training window (>= 1, <= 2**31)
-    vocab_size: int = 0           # rows of the embedding; 0: the data's; not smaller (>= 0, <= 2**31)
+    vocab_size: int = 0           # rows of the embedding; 0: the data's (>= 0, <= 2**31)
     n_layer: int = 4              # blocks (>= 1, <= 2**14)
     n_head: int = 4               # query heads (>= 1, <= 2**16)
     n_embd: int = 128             # width of the residual stream (>= 1, <= 2**20)

@@ -1555,20 +1555,33 @@ def _first_keys(file, block):
 # -----------------------------------------------------------------------------
 # Prepared data, read back for training
 
-class Batch(types.SimpleNamespace):
-    """A micro-batch: x, y (B, T) token ids and targets (-1: not counted), and what else its stage needs.
 
-    `units` is what its loss is a mean over: targets, or for preferences pairs. `tokens` counts the tokens in it.
-    `with_signal` counts the units that can change the weights: with RLVR those whose advantage is not 0.
-    `metrics` holds what was measured when it was made.
+class Batch(types.SimpleNamespace):
+    """A micro-batch: x, y (B, T) token ids and targets (-1: not counted), and what else its stage
+    needs.
+
+    `units` is what its loss is a mean over: targets, or for preferences pairs. `tokens` counts the
+    tokens in it. `with_signal` counts the units that can change the weights: with RLVR those whose
+    advantage is not 0. `metrics` holds what was measured when it was made.
     """
 
     def __init__(self, x, y, units, tokens, **more):
-        super().__init__(**{"x": x, "y": y, "units": units, "tokens": tokens, "with_signal": units, "metrics": {}, **more})
+        super().__init__(
+            **{
+                "x": x,
+                "y": y,
+                "units": units,
+                "tokens": tokens,
+                "with_signal": units,
+                "metrics": {},
+                **more,
+            }
+        )
 
     def to(self, device):
         """Moves its tensors to a device, in place, without waiting for the copy. Returns itself."""
         import torch
+
         for name, value in vars(self).items():
             if torch.is_tensor(value):
                 if device.startswith("cuda") and value.device.type == "cpu":
@@ -1578,16 +1591,19 @@ class Batch(types.SimpleNamespace):
 
 
 def padded(rows, pad_id):
-    """Sequences of different lengths as (x, y), each (len(rows), longest - 1), padded at the right with pad_id.
+    """Sequences of different lengths as (x, y), each (len(rows), longest - 1), padded at the right
+    with pad_id.
 
-    A row is (ids, mask): its targets in y are the ids whose mask is 1, all other entries of y are -1.
+    A row is (ids, mask): its targets in y are the ids whose mask is 1, all other entries of y are
+    -1.
     """
     import torch
+
     x = torch.full((len(rows), max(len(ids) for ids, _ in rows) - 1), pad_id)
     y = torch.full_like(x, -1)
     for i, (ids, mask) in enumerate(rows):
-        x[i, :len(ids) - 1] = torch.tensor(ids[:-1])
-        y[i, :len(ids) - 1] = torch.where(torch.tensor(mask[1:]) == 1, torch.tensor(ids[1:]), -1)
+        x[i, : len(ids) - 1] = torch.tensor(ids[:-1])
+        y[i, : len(ids) - 1] = torch.where(torch.tensor(mask[1:]) == 1, torch.tensor(ids[1:]), -1)
     return x, y
 
 
@@ -1600,11 +1616,12 @@ class Bins:
     """The windows of one split of a prepared data set, in an order that is a pure function of
     (seed, position): `position` counts the windows consumed since the start of training.
 
-    Every epoch visits every window once, shuffled, on a grid shifted by an offset of its own, so that
-    two epochs over a small text differ. Any process can make any batch, in any order, at any time.
+    Every epoch visits every window once, shuffled, on a grid shifted by an offset of its own, so
+    that two epochs over a small text differ. Any process can make any batch, in any order, at any
+    time.
 
-    Raises UserError where the file is no bin, or too short: for training less than a window and its targets,
-    for validation less than two tokens.
+    Raises UserError where the file is no bin, or too short: for training less than a window and its
+    targets, for validation less than two tokens.
     """
 
     def __init__(self, directory, split, block_size, seed=1337):
@@ -1618,18 +1635,26 @@ class Bins:
         if size == 0:
             raise UserError(f"{self.path}: 0 bytes are no tokens; {how_to_prepare(directory)}")
         if size % dtype.itemsize:
-            raise UserError(f"{self.path}: {size:,} bytes are no whole number of {dtype.name} tokens; "
-                            f"{how_to_prepare(directory)}")
+            raise UserError(
+                f"{self.path}: {size:,} bytes are no whole number of {dtype.name} tokens; "
+                f"{how_to_prepare(directory)}"
+            )
         self.tokens = np.memmap(self.path, dtype=dtype, mode="r")
         enough = block_size + 1 if split == "train" else 2
         if len(self.tokens) < enough:
-            raise UserError(f"{self.path}: {len(self.tokens):,} tokens are too few for one window of "
-                            f"block_size={block_size} and its targets; set --block_size={max(1, len(self.tokens) - 1)} "
-                            "or less, or prepare more text")
+            raise UserError(
+                f"{self.path}: {len(self.tokens):,} tokens are too few for one window of "
+                f"block_size={block_size} and its targets; set "
+                f"--block_size={max(1, len(self.tokens) - 1)} "
+                "or less, or prepare more text"
+            )
         mask = os.path.join(directory, f"{split}.mask")
         self.mask = np.memmap(mask, dtype=np.uint8, mode="r") if os.path.exists(mask) else None
         if self.mask is not None and len(self.mask) != len(self.tokens):
-            raise UserError(f"{mask}: {len(self.mask):,} bytes for {len(self.tokens):,} tokens; {how_to_prepare(directory)}")
+            raise UserError(
+                f"{mask}: {len(self.mask):,} bytes for {len(self.tokens):,} tokens; "
+                f"{how_to_prepare(directory)}"
+            )
         self.amount = f"{len(self.tokens):,} tokens"
         # one window less than fit leaves the grid room to shift by up to a whole window
         self.per_epoch = max(1, (len(self.tokens) - 1) // block_size - 1)
@@ -1640,17 +1665,24 @@ class Bins:
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, epoch])
             room = min(self.block_size, len(self.tokens) - self.per_epoch * self.block_size)
-            self._epoch, self._offset, self._order = epoch, int(rng.integers(room)), rng.permutation(self.per_epoch)
+            self._epoch, self._offset, self._order = (
+                epoch,
+                int(rng.integers(room)),
+                rng.permutation(self.per_epoch),
+            )
         return self._offset + int(self._order[index]) * self.block_size
 
     def batch(self, positions):
-        """(x, y), int64 (len(positions), block_size): inputs and targets; a target that does not count is -1."""
+        """(x, y), int64 (len(positions), block_size): inputs and targets; a target that does not
+        count is -1."""
         return self.read([self.start(p) for p in positions])
 
     def read(self, starts):
-        """The windows that begin at the tokens `starts`: (x, y), as `batch`. A window that reaches beyond the end of
-        the text is filled up with the end-of-text token, and what is missing is no target."""
+        """The windows that begin at the tokens `starts`: (x, y), as `batch`. A window that
+        reaches beyond the end of the text is filled up with the end-of-text token, and what is
+        missing is no target."""
         import torch
+
         where = np.asarray(starts)[:, None] + np.arange(self.block_size + 1)
         beyond = where >= len(self.tokens)
         where = np.minimum(where, len(self.tokens) - 1)
@@ -1664,18 +1696,23 @@ class Bins:
         return x, y
 
     def held_out(self, windows):
-        """Starts of at most `windows` windows spread evenly over the split, the last one perhaps a partial one; the
-        same at every call."""
+        """Starts of at most `windows` windows spread evenly over the split, the last one perhaps
+        a partial one; the same at every call."""
         fit = -(-(len(self.tokens) - 1) // self.block_size)
         return [i * self.block_size for i in spread(fit, windows)]
 
     def check_vocabulary(self, vocab_size):
-        """UserError if a token exceeds the vocabulary. Reads all of a small file, 256 pieces of a large one:
-        12 GB would delay the first step by a minute."""
-        largest = max(int(piece[:2 ** 20].max()) for piece in np.array_split(self.tokens, 256) if len(piece))
+        """UserError if a token exceeds the vocabulary. Reads all of a small file, 256 pieces of
+        a large one: 12 GB would delay the first step by a minute."""
+        largest = max(
+            int(piece[: 2**20].max()) for piece in np.array_split(self.tokens, 256) if len(piece)
+        )
         if largest >= vocab_size:
-            raise UserError(f"{self.path}: token {largest} exceeds the vocabulary of {vocab_size}; was it made with "
-                            f"another tokenizer than {self.meta['tokenizer']!r}? {how_to_prepare(self.directory)}")
+            raise UserError(
+                f"{self.path}: token {largest} exceeds the vocabulary of {vocab_size}; was it made "
+                f"with another tokenizer than {self.meta['tokenizer']!r}? "
+                f"{how_to_prepare(self.directory)}"
+            )
 
     def fingerprint(self):
         """Changes when the bin does: its size and 64 pieces of 64 KiB spread evenly over it."""
@@ -1684,15 +1721,17 @@ class Bins:
         with open(self.path, "rb") as f:
             for i in range(64):
                 f.seek(i * size // 64)
-                digest.update(f.read(2 ** 16))
+                digest.update(f.read(2**16))
         return digest.hexdigest()
 
 
 class Mixture:
-    """Several Bins read by weight, as one: position -> (which, position in it), again a pure function.
+    """Several Bins read by weight, as one: position -> (which, position in it), again a pure
+    function.
 
     In every 1,000 positions each has its exact share (to within one window), in a seeded order.
     """
+
     BLOCK = 1000
 
     def __init__(self, bins, weights, seed=1337):
@@ -1706,7 +1745,10 @@ class Mixture:
         block, index = divmod(position, self.BLOCK)
         if block != self._block:
             # cumulative shares rounded at block edges: nothing drifts however long the run is
-            edges = [[round(s * b * self.BLOCK) for s in np.cumsum(self.shares)] for b in (block, block + 1)]
+            edges = [
+                [round(s * b * self.BLOCK) for s in np.cumsum(self.shares)]
+                for b in (block, block + 1)
+            ]
             before, after = (np.diff([0, *e]) for e in edges)
             which = np.repeat(np.arange(len(self.bins)), after - before)
             which = np.random.default_rng([self.seed, block, 1]).permutation(which)
@@ -1719,6 +1761,7 @@ class Mixture:
     def batch(self, positions):
         """(x, y), int64 (len(positions), block_size), of any Bins each."""
         import torch
+
         if len(self.bins) == 1:
             return self.bins[0].batch(positions)
         rows = [self.bins[i].batch([p]) for i, p in map(self.where, positions)]
@@ -1726,9 +1769,11 @@ class Mixture:
 
 
 class Records:
-    """The lines of one .jsonl split, tokenized, in an order that is a function of (seed, position) as that of Bins.
+    """The lines of one .jsonl split, tokenized, in an order that is a function of (seed, position)
+    as that of Bins.
 
-    `encode(record)` gives what is kept of a line, or a reason (a text) to leave it out: it is counted in `left_out`.
+    `encode(record)` gives what is kept of a line, or a reason (a text) to leave it out: it is
+    counted in `left_out`.
     """
 
     def __init__(self, directory, split, encode, seed=1337):
@@ -1741,22 +1786,32 @@ class Records:
                 try:
                     record = json.loads(line)
                 except ValueError as e:
-                    raise UserError(f"{self.path}, line {n}: not JSON ({e}); {how_to_prepare(directory)}") from None
+                    raise UserError(
+                        f"{self.path}, line {n}: not JSON ({e}); {how_to_prepare(directory)}"
+                    ) from None
                 row = encode(record)
                 if isinstance(row, str):
                     self.left_out[row] += 1
                 else:
                     self.rows.append(row)
         if not self.rows:
-            why = "; ".join(f"{count} left out: {reason}" for reason, count in self.left_out.items()) or "it is empty"
-            raise UserError(f"{self.path}: nothing in it can be used ({why}); {how_to_prepare(directory)}")
+            why = (
+                "; ".join(f"{count} left out: {reason}" for reason, count in self.left_out.items())
+                or "it is empty"
+            )
+            raise UserError(
+                f"{self.path}: nothing in it can be used ({why}); {how_to_prepare(directory)}"
+            )
         self.per_epoch, self.amount = len(self.rows), f"{len(self.rows):,} records"
 
     def __getitem__(self, position):
         """(index in rows, row) at a position."""
         epoch, index = divmod(position, self.per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.per_epoch)
+            self._epoch, self._order = (
+                epoch,
+                np.random.default_rng([self.seed, epoch]).permutation(self.per_epoch),
+            )
         return int(self._order[index]), self.rows[self._order[index]]
 
     def held_out(self, count):
@@ -1767,27 +1822,41 @@ class Records:
         return sha256(self.path)
 
 
-# What train.py reads, a class for each kind of data. All have .tokenizer, .vocab_size, .ends (ids that end a text),
-# .amount, .per_epoch, .fingerprint, .notes (lines to print), .shares ({domain: share}), .batch(positions),
-# .held_out(sequences, rows, rank, world_size): (domain, batch) pairs, and .check_vocabulary(vocab_size).
+# What train.py reads, a class for each kind of data. All have .tokenizer, .vocab_size, .ends (ids
+# that end a text),
+# .amount, .per_epoch, .fingerprint, .notes (lines to print), .shares ({domain: share}),
+# .batch(positions),
+# .held_out(sequences, rows, rank, world_size): (domain, batch) pairs, and
+# .check_vocabulary(vocab_size).
+
 
 class Windows:
-    """Text and conversations: windows of block_size tokens of a data set, or of a mixture, as Batches."""
+    """Text and conversations: windows of block_size tokens of a data set, or of a mixture, as
+    Batches."""
 
     def __init__(self, config):
         self.mixture = parse_mixture(config["dataset"])
         directories = [os.path.join(config["data_dir"], name) for name, _ in self.mixture]
         metas = [read_meta(directory) for directory in directories]
         for directory, meta in zip(directories, metas):
-            if (meta["tokenizer"], meta["vocab_size"]) != (metas[0]["tokenizer"], metas[0]["vocab_size"]):
-                raise UserError(f"{directory} was made with the tokenizer {meta['tokenizer']!r}, {directories[0]} with "
-                                f"{metas[0]['tokenizer']!r}; a mixture has to share one")
+            if (meta["tokenizer"], meta["vocab_size"]) != (
+                metas[0]["tokenizer"],
+                metas[0]["vocab_size"],
+            ):
+                raise UserError(
+                    f"{directory} was made with the tokenizer {meta['tokenizer']!r}, "
+                    f"{directories[0]} with "
+                    f"{metas[0]['tokenizer']!r}; a mixture has to share one"
+                )
         block_size, seed = config["block_size"], config["seed"]
         self.train = [Bins(d, "train", block_size, seed) for d in directories]
         self.val = [Bins(d, "val", block_size, seed) for d in directories]
         if config["stage"] == "sft" and any(bins.mask is None for bins in self.train + self.val):
-            raise UserError(f"{config['dataset']}: stage='sft' wants conversations, with a train.mask and a val.mask beside "
-                            "the bins; python prepare.py CHATS.jsonl --as=chat makes them")
+            raise UserError(
+                f"{config['dataset']}: stage='sft' wants conversations, with a train.mask and a "
+                "val.mask beside "
+                "the bins; python prepare.py CHATS.jsonl --as=chat makes them"
+            )
         self.order = Mixture(self.train, [weight for _, weight in self.mixture], seed)
         self.per_epoch = self.order.per_epoch
         self.shares = dict(zip([name for name, _ in self.mixture], self.order.shares))
@@ -1807,12 +1876,13 @@ class Windows:
         return Batch(x, y, units=(y >= 0).sum().item(), tokens=x.numel())
 
     def held_out(self, sequences, rows, rank=0, world_size=1):
-        """Batches of `rows` windows of this process's share of at most `sequences` of each domain."""
+        """Batches of `rows` windows of this process's share of at most `sequences` of each
+        domain."""
         for domain, bins in zip(self.shares, self.val):
             starts = bins.held_out(sequences)[rank::world_size]
             rows = max(rows, 4096 // bins.block_size)  # small windows are read in larger batches
             for i in range(0, len(starts), rows):
-                yield domain, self._batch(*bins.read(starts[i:i + rows]))
+                yield domain, self._batch(*bins.read(starts[i : i + rows]))
 
     def held_out_count(self, sequences):
         """How many windows of the smallest domain held_out gives to all processes together."""
@@ -1820,25 +1890,36 @@ class Windows:
 
     def check_vocabulary(self, vocab_size):
         if vocab_size < self.vocab_size:
-            raise UserError(f"vocab_size={vocab_size} of the model is smaller than the data's {self.vocab_size}")
+            raise UserError(
+                f"vocab_size={vocab_size} of the model is smaller than the data's {self.vocab_size}"
+            )
         for bins in self.train + self.val:
             bins.check_vocabulary(vocab_size)
 
 
 class _Conversations:
-    """What Pairs and Problems share: records stay text until the tokenizer of the model that is trained meets them."""
+    """What Pairs and Problems share: records stay text until the tokenizer of the model that is
+    trained meets them."""
 
     def __init__(self, config, tokenizer):
         (name, _), *others = parse_mixture(config["dataset"])
         if others:
-            raise UserError(f"dataset={config['dataset']!r}: stage={config['stage']!r} takes one data set, not a mixture")
+            raise UserError(
+                f"dataset={config['dataset']!r}: stage={config['stage']!r} takes one data set, not "
+                "a mixture"
+            )
         self.directory, self.tokenizer = os.path.join(config["data_dir"], name), tokenizer
         self.vocab_size, self.shares = tokenizer.vocab_size, {name: 1.0}
         self.ends = [tokenizer.eos_id, tokenizer.encode_special(IM_END)]
-        self.train, self.val = (Records(self.directory, split, self.encode, config["seed"]) for split in ("train", "val"))
-        self.notes = [f"left out {count} of {sum(records.left_out.values()) + records.per_epoch} {what} of {name}: {reason}"
-                      for records, what in ((self.train, "records"), (self.val, "held-out records"))
-                      for reason, count in records.left_out.items()]
+        self.train, self.val = (
+            Records(self.directory, split, self.encode, config["seed"])
+            for split in ("train", "val")
+        )
+        self.notes = []
+        for records, what in ((self.train, "records"), (self.val, "held-out records")):
+            total = sum(records.left_out.values()) + records.per_epoch
+            for reason, count in records.left_out.items():
+                self.notes.append(f"left out {count} of {total} {what} of {name}: {reason}")
         self.per_epoch, self.amount = self.train.per_epoch, self.train.amount
         self.fingerprint = [self.train.fingerprint()]
 
@@ -1846,18 +1927,24 @@ class _Conversations:
         """Batches of `rows` of this process's share of at most `sequences` held-out records."""
         indices = self.val.held_out(sequences)[rank::world_size]
         for i in range(0, len(indices), rows):
-            yield next(iter(self.shares)), self._batch([(j, self.val.rows[j]) for j in indices[i:i + rows]])
+            yield (
+                next(iter(self.shares)),
+                self._batch([(j, self.val.rows[j]) for j in indices[i : i + rows]]),
+            )
 
     def held_out_count(self, sequences):
         return len(self.val.held_out(sequences))
 
     def check_vocabulary(self, vocab_size):
         if vocab_size < self.vocab_size:
-            raise UserError(f"vocab_size={vocab_size} of the model is smaller than the data's {self.vocab_size}")
+            raise UserError(
+                f"vocab_size={vocab_size} of the model is smaller than the data's {self.vocab_size}"
+            )
 
 
 class Pairs(_Conversations):
-    """Preferences: a Batch holds the chosen answers of its pairs in its first half, the rejected in its second."""
+    """Preferences: a Batch holds the chosen answers of its pairs in its first half, the rejected
+    in its second."""
 
     def __init__(self, config, tokenizer):
         self.block_size = config["block_size"]
@@ -1865,8 +1952,12 @@ class Pairs(_Conversations):
 
     def encode(self, record):
         """[(ids, mask) chosen, (ids, mask) rejected], or why the pair is left out."""
-        sides = [render_chat(record["prompt"] + [dict(role="assistant", content=record[side])], self.tokenizer)
-                 for side in ("chosen", "rejected")]
+        sides = [
+            render_chat(
+                record["prompt"] + [dict(role="assistant", content=record[side])], self.tokenizer
+            )
+            for side in ("chosen", "rejected")
+        ]
         if sides[0] == sides[1]:
             return "both sides are equal"
         if max(len(ids) for ids, _ in sides) > self.block_size + 1:
@@ -1883,8 +1974,9 @@ class Pairs(_Conversations):
 
 
 class Problems(_Conversations):
-    """Verifiable problems. `batch` gives a list of (place, (prompt ids, question, answer)): train.py makes a Batch of it
-    by sampling. `place` tells problems apart, so that each completion draws from a seed of its own."""
+    """Verifiable problems. `batch` gives a list of (place, (prompt ids, question, answer)):
+    train.py makes a Batch of it by sampling. `place` tells problems apart, so that each
+    completion draws from a seed of its own."""
 
     def __init__(self, config, tokenizer):
         self.longest = config["block_size"] - config["max_completion"]
@@ -1907,13 +1999,17 @@ class Problems(_Conversations):
         return problems
 
     def complete(self, problems, copies, first_seed, generate, grade):
-        """[(prompt ids, completion ids, ended, reward)]: `copies` completions of each problem, one after the other.
+        """[(prompt ids, completion ids, ended, reward)]: `copies` completions of each problem, one
+        after the other.
 
-        generate(prompts, seeds) -> [(ids, ended)]; `grade` is a Grader. The seed of a completion follows from its
-        problem's place in the data, not from the process or the batch that samples it.
+        generate(prompts, seeds) -> [(ids, ended)]; `grade` is a Grader. The seed of a completion
+        follows from its problem's place in the data, not from the process or the batch that samples
+        it.
         """
         prompts = [ids for _, (ids, _, _) in problems for _ in range(copies)]
-        seeds = [first_seed + place * copies + copy for place, _ in problems for copy in range(copies)]
+        seeds = [
+            first_seed + place * copies + copy for place, _ in problems for copy in range(copies)
+        ]
         completions = []
         for i, (ids, ended) in enumerate(generate(prompts, seeds)):
             _, question, answer = problems[i // copies][1]
@@ -1929,39 +2025,60 @@ class Problems(_Conversations):
         return ids, self.tokenizer.encode("yes")[0], self.tokenizer.encode("no")[0]
 
     def rollouts(self, completions, advantages=None):
-        """A Batch of completions with the advantage of each, a tensor. A truncated completion has no reward to speak of:
-        it is left out of the loss, and counted. Without advantages every token of every completion is a target."""
+        """A Batch of completions with the advantage of each, a tensor. A truncated completion
+        has no reward to speak of: it is left out of the loss, and counted. Without advantages
+        every token of every completion is a target."""
         masks = [ended or advantages is None for _, _, ended, _ in completions]
-        rows = [(prompt + ids, [0] * len(prompt) + [int(mask)] * len(ids))
-                for (prompt, ids, _, _), mask in zip(completions, masks)]
+        rows = [
+            (prompt + ids, [0] * len(prompt) + [int(mask)] * len(ids))
+            for (prompt, ids, _, _), mask in zip(completions, masks)
+        ]
         x, y = padded(rows, self.tokenizer.eos_id)
-        batch = Batch(x, y, units=(y >= 0).sum().item(), tokens=sum(len(ids) for ids, _ in rows), advantages=advantages)
-        batch.metrics = {"completions/length": sum(len(ids) for _, ids, _, _ in completions) / len(completions),
-                         "completions/cut": sum(not ended for _, _, ended, _ in completions) / len(completions)}
+        batch = Batch(
+            x,
+            y,
+            units=(y >= 0).sum().item(),
+            tokens=sum(len(ids) for ids, _ in rows),
+            advantages=advantages,
+        )
+        batch.metrics = {
+            "completions/length": sum(len(ids) for _, ids, _, _ in completions) / len(completions),
+            "completions/cut": sum(not ended for _, _, ended, _ in completions) / len(completions),
+        }
         if advantages is not None:
             batch.with_signal = (y[advantages != 0] >= 0).sum().item()
         return batch
 
 
 def pass_rates(greedy, sampled, group_size, passing=1.0):
-    """{name: (mean, count)} of what Problems.complete gave for held-out problems: greedily, and sampled group_size times
-    each. A completion passes if its reward is at least `passing`."""
+    """{name: (mean, count)} of what Problems.complete gave for held-out problems: greedily, and
+    sampled group_size times each. A completion passes if its reward is at least `passing`."""
     rewards = [reward for _, _, _, reward in sampled]
-    groups = [rewards[i:i + group_size] for i in range(0, len(rewards), group_size)]
+    groups = [rewards[i : i + group_size] for i in range(0, len(rewards), group_size)]
     passed = sum(reward >= passing for _, _, _, reward in greedy)
     passed_any = sum(max(group) >= passing for group in groups)
-    return {"pass@1": (passed / len(greedy), len(greedy)), f"pass@{group_size}": (passed_any / len(groups), len(groups)),
-            "reward/mean": (sum(rewards) / len(rewards), len(rewards)),
-            "completions/length": (sum(len(ids) for _, ids, _, _ in sampled) / len(sampled), len(sampled))}
+    return {
+        "pass@1": (passed / len(greedy), len(greedy)),
+        f"pass@{group_size}": (passed_any / len(groups), len(groups)),
+        "reward/mean": (sum(rewards) / len(rewards), len(rewards)),
+        "completions/length": (
+            sum(len(ids) for _, ids, _, _ in sampled) / len(sampled),
+            len(sampled),
+        ),
+    }
 
 
 class Grader:
     """Rewards of completions by a verifier: verify(question, completion, answer) -> a number.
 
-    A completion that is empty or never ends gets 0. So does one at which the verifier raises, or gives a number that
-    is not finite or beyond LARGEST: it is counted in `raised`, and the first time said once.
+    A completion that is empty or never ends gets 0. So does one at which the verifier raises, or
+    gives a number that is not finite or beyond LARGEST: it is counted in `raised`, and the first
+    time said once.
     """
-    LARGEST = 1e6  # a reward is usually between 0 and 1; gradients overflow long before float32 does
+
+    LARGEST = (
+        1e6  # a reward is usually between 0 and 1; gradients overflow long before float32 does
+    )
 
     def __init__(self, verify, name, say):
         self.verify, self.name, self.say = verify, name, say
@@ -1975,21 +2092,30 @@ class Grader:
         try:
             reward = float(self.verify(question, completion, answer))
             if not abs(reward) <= self.LARGEST:  # NaN is not, either
-                raise ValueError(f"its reward is {reward:g}; expected a finite number of at most {self.LARGEST:g} in size")
+                raise ValueError(
+                    f"its reward is {reward:g}; expected a finite number of at most "
+                    f"{self.LARGEST:g} in size"
+                )
             return reward
         except (Exception, SystemExit) as e:
             self.raised += 1
             self.last_error = f"{type(e).__name__}: {e}".splitlines()[0]
             if self.raised == 1:
-                self.say(f"warning: the verifier raised on {completion[:60]!r}, which counts as no reward: "
-                         f"{self.last_error}")
+                self.say(
+                    f"warning: the verifier raised on {completion[:60]!r}, which counts as no "
+                    "reward: "
+                    f"{self.last_error}"
+                )
             return 0.0
 
     def check_step(self, patience, over_processes):
-        """To be called once a step, on all processes. UserError if the verifier raised at every call of the step, and never
-        worked before, or did not for `patience` steps in a row: nothing can be learned from it."""
+        """To be called once a step, on all processes. UserError if the verifier raised at every
+        call of the step, and never worked before, or did not for `patience` steps in a row:
+        nothing can be learned from it."""
         calls, raised, worked = over_processes(
-            self.calls - self.calls_before, self.raised - self.raised_before, self.calls - self.raised
+            self.calls - self.calls_before,
+            self.raised - self.raised_before,
+            self.calls - self.raised,
         )
         self.calls_before, self.raised_before = self.calls, self.raised
         if calls == 0:
@@ -1997,16 +2123,17 @@ class Grader:
         self.failing_steps = self.failing_steps + 1 if calls == raised else 0
         if self.failing_steps and (worked == 0 or self.failing_steps >= patience):
             raise UserError(
-                f"verifier={self.name}: the verifier raised at each of the {int(calls)} calls of a step, so "
-                f"nothing can be learned from it: {self.last_error}. Mend verify(prompt, completion, answer)"
+                f"verifier={self.name}: the verifier raised at each of the {int(calls)} calls of a "
+                f"step, so nothing can be learned from it: {self.last_error}. Mend "
+                "verify(prompt, completion, answer)"
             )
 
 
 def open_data(config, model_directory, say, world_size=1):
     """Windows, Pairs or Problems, by config["stage"].
 
-    Pairs and Problems are tokenized with the tokenizer of the model in `model_directory`, to which chat tokens are added
-    if it has none.
+    Pairs and Problems are tokenized with the tokenizer of the model in `model_directory`, to which
+    chat tokens are added if it has none.
     """
     if config["stage"] in ("pretrain", "sft"):
         data = Windows(config)
@@ -2016,8 +2143,10 @@ def open_data(config, model_directory, say, world_size=1):
     for note in data.notes:
         say(note)
     if data.held_out_count(config["eval_iters"] * config["batch_size"]) < world_size:
-        raise UserError(f"{config['dataset']}: {world_size} processes need as many held-out windows or records, there are "
-                        "fewer")
+        raise UserError(
+            f"{config['dataset']}: {world_size} processes need as many held-out windows or "
+            "records, there are fewer"
+        )
     return data
 
 
@@ -2028,8 +2157,9 @@ def vocab_size_of(config):
 
 
 def means(measured, shares, over_processes):
-    """{'val/loss': mean, ...} from [(domain, {name: (mean, count)})] of all processes: each batch counts by its size, each
-    domain of a mixture by its share. NaN where nothing was counted. Losses have a perplexity beside them."""
+    """{'val/loss': mean, ...} from [(domain, {name: (mean, count)})] of all processes: each
+    batch counts by its size, each domain of a mixture by its share. NaN where nothing was
+    counted. Losses have a perplexity beside them."""
     sums = collections.Counter()
     for domain, measures in measured:
         for name, (mean, count) in measures.items():
@@ -2045,7 +2175,9 @@ def means(measured, shares, over_processes):
         if len(shares) > 1:
             row[f"val/{domain}/{name}"] = mean
     if sums and all(name == "loss" for _, name in dict.fromkeys(key[:2] for key in keys)):
-        row |= {f"{key.removesuffix('loss')}ppl": math.exp(min(loss, 700)) for key, loss in row.items()}
+        row |= {
+            f"{key.removesuffix('loss')}ppl": math.exp(min(loss, 700)) for key, loss in row.items()
+        }
     return row
 
 
@@ -2058,8 +2190,9 @@ def batch_means(batches, over_processes):
 
 
 def prepare_missing(config, say, world_size=1):
-    """Prepares the data sets of a run that are missing and known by name, after their size is said; UserError for others,
-    for data of another kind than the stage learns from, and where other processes, which are paid for, would wait."""
+    """Prepares the data sets of a run that are missing and known by name, after their size is
+    said; UserError for others, for data of another kind than the stage learns from, and where
+    other processes, which are paid for, would wait."""
     for name, _ in parse_mixture(config["dataset"]):
         directory = os.path.join(config["data_dir"], name)
         if os.path.exists(os.path.join(directory, "meta.json")):
@@ -2077,13 +2210,18 @@ def parse_mixture(dataset):
     """'web:0.87,code:0.13' -> [('web', 0.87), ('code', 0.13)]; a single name needs no weight."""
     parts = []
     for part in dataset.split(","):
-        name, colon, weight = part.strip().rpartition(":") if ":" in part else (part.strip(), "", "1")
+        name, colon, weight = (
+            part.strip().rpartition(":") if ":" in part else (part.strip(), "", "1")
+        )
         try:
             value = float(weight)
         except ValueError:
             value = -1.0
         if not name or not 0 < value < float("inf"):
-            raise UserError(f"dataset={dataset!r}: {part.strip()!r} is not NAME or NAME:WEIGHT with a weight above 0")
+            raise UserError(
+                f"dataset={dataset!r}: {part.strip()!r} is not NAME or NAME:WEIGHT with a weight "
+                "above 0"
+            )
         parts.append((name, value))
     return parts
 
@@ -2098,20 +2236,28 @@ def read_meta(directory):
 
 
 def check_kind(directory, stage):
-    """UserError where a prepared data set is not what a stage learns from. Bins without meta.json may be anything."""
-    names = dict(text="text", chat="conversations", prefs="pairs of answers", verify="problems with answers")
+    """UserError where a prepared data set is not what a stage learns from. Bins without
+    meta.json may be anything."""
+    names = dict(
+        text="text", chat="conversations", prefs="pairs of answers", verify="problems with answers"
+    )
     wanted = dict(pretrain=("text", "chat"), sft=("chat",), dpo=("prefs",), rlvr=("verify",))[stage]
     kind = read_meta(directory).get("kind", wanted[0])
     if kind not in wanted:
-        raise UserError(f"{directory} holds {names[kind]}, stage={stage!r} wants {names[wanted[0]]}; "
-                        f"python prepare.py FILE --as={wanted[0]} makes them")
+        raise UserError(
+            f"{directory} holds {names[kind]}, stage={stage!r} wants {names[wanted[0]]}; "
+            f"python prepare.py FILE --as={wanted[0]} makes them"
+        )
 
 
 def how_to_prepare(directory):
     """What to type for a data set that is missing or damaged."""
     name = os.path.basename(os.path.normpath(directory))
-    return f"python prepare.py {name} makes it" if name in KNOWN else \
-        f"python prepare.py YOUR_TEXT.txt --name={name} makes it"
+    return (
+        f"python prepare.py {name} makes it"
+        if name in KNOWN
+        else f"python prepare.py YOUR_TEXT.txt --name={name} makes it"
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -2720,10 +2866,13 @@ def prepare(
     counts = dict(max_tokens=max_tokens, block_size=block_size, workers=workers, seed=seed)
     _check_ranges(val_fraction, as_, counts)
     usual = SMOLLM2 if source.startswith("hub:") else "bpe:4096"
+    tokenizer = tokenizer or known.get("tokenizer", "") or usual
     target = os.path.join(data_dir, name)
     partial = _real_place(target) + ".partial"
     replaced = check_target(target, "data set", [source] if is_path and not known else [])
 
+    if "toy" in known and tokenizer == "toy":  # the toy sets share the tokenizer of the toy text
+        tokenizer = _toy_tokenizer(data_dir, workers, seed)
     # what the output depends on; the stamp in meta.json is a hash of it and of the files
     settings = dict(
         version=1,
@@ -2734,7 +2883,7 @@ def prepare(
         shape=as_ or known.get("as_", ""),
         val_fraction=val_fraction,
         block_size=block_size,
-        tokenizer=tokenizer or known.get("tokenizer", "") or usual,
+        tokenizer=tokenizer,
     )
     os.makedirs(partial, exist_ok=True)
     with _locked(partial):
@@ -2744,19 +2893,13 @@ def prepare(
             if "bins" in known:
                 made = _take_bins(known, partial, target)
             else:
-                if (
-                    settings["tokenizer"] == "toy"
-                ):  # all toy sets have the tokenizer of the toy text
-                    settings["tokenizer"] = _toy_tokenizer(data_dir, workers, seed)
                 files = _source_files(source, known, partial, config, split, seed)
                 # a folder may hold links to files of the target
                 check_target(target, "data set", [f.path for f in files if os.path.islink(f.path)])
                 made = _make(files, settings, partial, target, workers)
         except BaseException:
             with contextlib.suppress(OSError):
-                if not any(
-                    f.startswith("part-") for f in os.listdir(partial)
-                ):  # nothing to continue
+                if not _parts_in(partial):  # there is nothing to continue
                     remove_directory(partial, "unfinished data set")
             raise
         if not made:
@@ -2992,13 +3135,17 @@ def _continue_or_clear(partial, stamp):
     marker = os.path.join(partial, "partial.json")
     wanted = dict(stamp=stamp, layout=[BLOCK, BLOCKS_PER_PART, LONGEST])
     if os.path.exists(marker) and read_json(marker) == wanted:
-        parts = [f for f in os.listdir(partial) if f.startswith("part-")]
+        parts = _parts_in(partial)
         size = sum(os.path.getsize(os.path.join(partial, f)) for f in parts)
         if parts:
             print(f"going on after {size / 1e6:.1f} MB that were written before")
         return
     remove_files(partial, "unfinished data set", keep=r"partial\.json|toy\.(txt|jsonl)")
     write_json(marker, wanted)
+
+
+def _parts_in(partial):
+    return [f for f in os.listdir(partial) if f.startswith("part-")]
 
 
 def _finish(partial, meta):

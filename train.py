@@ -10,7 +10,6 @@ Trains a small language model: one flat loop, read from top to bottom.
 A run lives in out_dir. The same command again resumes it.
 """
 
-import collections
 import math
 import os
 import sys
@@ -304,7 +303,7 @@ else:
 
 
 def measure(batch):
-    """{name: (mean, count)} of a held-out batch; RLVR's problems are solved greedily and sampled."""
+    """{name: (mean, count)} of a held-out batch; RLVR solves its problems greedily and samples."""
     if stage == "rlvr":
         greedy = complete(batch, 1, 0.0, seed)
         sampled = complete(batch, group_size, rollout_temperature, seed)
@@ -326,7 +325,9 @@ def evaluate():
     model.train()
     row = prepare.means(measured, data.shares, over_processes)
     if math.isnan(score_of(row)[0]):
-        log.warn_once("no target", f"{dataset}: no held-out token is a target: no val/loss, no best/")
+        log.warn_once(
+            "no target", f"{dataset}: no held-out token is a target: no val/loss, no best/"
+        )
     return row
 
 

@@ -9,7 +9,9 @@ sys.path.insert(0, ROOT)
 SHARED = os.path.join(os.path.dirname(ROOT), "shared", "data")
 
 
-torch.set_num_threads(1)  # models this small lose more to waiting for a second thread than they gain
+torch.set_num_threads(
+    1
+)  # models this small lose more to waiting for a second thread than they gain
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,5 @@
 """bench.py as a user runs it, on a model so small that the figures mean nothing: every part has to report."""
+
 import importlib.util
 import json
 import math
@@ -8,15 +9,37 @@ import sys
 
 from conftest import ROOT
 
-TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=2", "--vocab_size=300",
-        "--dataset=none", "--pairs=1", "--new_tokens=4", "--run_iters=2"]
+TINY = [
+    "--n_layer=1",
+    "--n_head=2",
+    "--n_embd=32",
+    "--block_size=16",
+    "--batch_size=2",
+    "--vocab_size=300",
+    "--dataset=none",
+    "--pairs=1",
+    "--new_tokens=4",
+    "--run_iters=2",
+]
 # a GPT-2, so that the plain one too has our weights, and the first losses of all three are compared
-GPT2 = ["--norm=layernorm", "--mlp=gelu", "--pos=learned", "--qk_norm=False", "--unit_embed=False", "--bias"]
+GPT2 = [
+    "--norm=layernorm",
+    "--mlp=gelu",
+    "--pos=learned",
+    "--qk_norm=False",
+    "--unit_embed=False",
+    "--bias",
+]
 
 
 def bench(directory, *args):
-    return subprocess.run([sys.executable, os.path.join(ROOT, "bench.py"), *args], cwd=directory, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    return subprocess.run(
+        [sys.executable, os.path.join(ROOT, "bench.py"), *args],
+        cwd=directory,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+    )
 
 
 def test_every_part_reports(tmp_path):
@@ -24,10 +47,21 @@ def test_every_part_reports(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     rows = found["results"]
-    assert {row["part"] for row in rows} == {"train", "startup", "loop", "data", "documents", "evaluation", "checkpoint",
-                                             "generate", "muon"}
+    assert {row["part"] for row in rows} == {
+        "train",
+        "startup",
+        "loop",
+        "data",
+        "documents",
+        "evaluation",
+        "checkpoint",
+        "generate",
+        "muon",
+    }
     for row in rows:
-        assert all(math.isfinite(row[key]) for key in ("ours", "theirs", "ratio") if key in row), row
+        assert all(math.isfinite(row[key]) for key in ("ours", "theirs", "ratio") if key in row), (
+            row
+        )
         assert row["what"] in done.stdout
     rivals = {row["against"] for row in rows if row["what"] == "training step" and "ratio" in row}
     assert len(rivals) == 1 + bool(importlib.util.find_spec("transformers"))
@@ -41,5 +75,7 @@ def test_every_part_reports(tmp_path):
 
 def test_unknown_part(tmp_path):
     done = bench(tmp_path, "--only=train,lunch")
-    assert done.returncode == 1 and done.stderr.startswith("bench.py: only=train,lunch: there is no part 'lunch'")
+    assert done.returncode == 1 and done.stderr.startswith(
+        "bench.py: only=train,lunch: there is no part 'lunch'"
+    )
     assert done.stderr.count("\n") == 1
