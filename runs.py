@@ -704,7 +704,7 @@ class Log:
         )
 
     def __call__(self, step, row):
-        """A row of log.jsonl, and of W&B and TensorBoard where they run."""
+        """A row of log.jsonl, and if it is no event of W&B and TensorBoard where they run."""
         if not self.master:
             return
         in_json = {"step": step} | row
@@ -717,6 +717,8 @@ class Log:
                 f.write(line)
         except (OSError, TypeError, ValueError) as e:
             self._gap(e)
+        if "event" in row:  # an upload's step is past by then, and W&B refuses steps out of order
+            return
         numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
         try:
             if self.wandb_run:

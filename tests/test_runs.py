@@ -523,6 +523,15 @@ def test_a_log_never_stops_a_run(out, capsys, monkeypatch):
         assert text.count(part) == 1
 
 
+def test_events_are_not_sent_to_wandb(out):
+    """An upload of step 10 ends while step 15 is logged: W&B would complain on standard error."""
+    log, sent = runs.Log(str(out)), []
+    log.wandb_run = types.SimpleNamespace(log=lambda row, step: sent.append((step, row)))
+    log(15, {"train/loss": 1.0, "note": "text"})
+    log(10, {"event": "upload", "seconds": 3.0})
+    assert sent == [(15, {"train/loss": 1.0})] and len(log.rows()) == 2
+
+
 def test_only_the_master_process_logs(out, capsys):
     log = runs.Log(str(out), master=False)
     log.start({}, 0, False, "")
