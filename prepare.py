@@ -3414,6 +3414,8 @@ def publish(partial, target):
     kind = kind_of_directory(partial)
     target = _real_place(target)
     aside = _aside(target)
+    if kind:
+        restore(target, kind)
     for directory in (target, aside):
         reason = not_ours(directory, kind) if kind else ""
         if not kind and os.path.lexists(directory):
@@ -3423,7 +3425,6 @@ def publish(partial, target):
     for name in os.listdir(partial):
         _sync(os.path.join(partial, name))
     _sync(partial)
-    restore(target, kind)
     if os.path.exists(target):
         os.rename(target, aside)
     os.rename(partial, target)
@@ -3442,11 +3443,10 @@ def restore(target, kind):
     """Undoes or completes a publish() that was killed: what it set aside gets its name back, or is
     removed if the new directory is in place."""
     aside = _aside(target)
-    if not os.path.exists(aside) or not_ours(aside, kind):
-        return
-    if os.path.exists(target):
+    if os.path.isdir(aside) and os.path.exists(target):
+        # perhaps half removed, without the file that tells its kind: only our files go, by name
         remove_directory(aside, kind)
-    else:
+    elif os.path.isdir(aside) and not not_ours(aside, kind):
         os.rename(aside, target)
 
 

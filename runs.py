@@ -376,8 +376,8 @@ def shape_of(config, setup):
         return GPTConfig(**keys | {"vocab_size": vocab_size})
     if not os.path.isdir(where):
         raise UserError(
-            f"init_from={where!r}: --dry_run asks this model for its shape, and it is not here; put "
-            "the config of the run that makes it before this one, or fetch it"
+            f"init_from={where!r}: --dry_run asks this model for its shape, and it is not here; "
+            "put the config of the run that makes it before this one, or fetch it"
         )
     shape = GPT.from_pretrained(model_directory(where)).config
     shape.block_size = min(config["block_size"], shape.max_positions)
@@ -1548,19 +1548,24 @@ class Diverged(UserError):
     """Too many bad steps: the weights are not worth keeping."""
 
 
-def last_checkpoint(out_dir, run, why, max_bad_steps, max_rollbacks):
-    """The checkpoint to roll back to; UserError if there is none, or after max_rollbacks."""
-    saved = checkpoints(out_dir)
-    if saved and run.rollbacks < max_rollbacks:
-        return saved[-1]
-    kept = f"{saved[-1]} is whole" if saved else "there is no checkpoint yet to go back to"
+def last_checkpoint(config, run, why, say):
+    """(path, model, trainer state) of the checkpoint to roll back to; UserError if there is none,
+    or after max_rollbacks."""
+    kept = "there is no checkpoint to go back to"
+    for path in reversed(checkpoints(config["out_dir"])):
+        model, state = load(path, say)
+        if model and run.rollbacks < config["max_rollbacks"]:
+            return path, model, state
+        if model:
+            kept = f"{path} is whole"
+            break
     advice = "Lower the learning rate, or look at the data"
     if why == "gradient is 0":
         advice = "No weight can learn: look at how the model begins (init_std, init_from), and at "
         advice += "what you changed in it"
     raise Diverged(
-        f"{max_bad_steps} bad steps in a row ({why}) after step {run.step} and {run.rollbacks} "
-        f"rollbacks; {kept}. {advice}"
+        f"{config['max_bad_steps']} bad steps in a row ({why}) after step {run.step} and "
+        f"{run.rollbacks} rollbacks; {kept}. {advice}"
     )
 
 
