@@ -283,8 +283,8 @@ def verify(prompt, completion, answer):
         assert f"--verifier={bad}" in train(
             place, *RLVR[:-2], f"--verifier={bad}", "--out_dir=out/no", ok=False
         )
-    assert "not a model directory" in train(
-        place, *RLVR, "--verifier_model=nowhere", "--out_dir=out/no", ok=False
+    assert "no such directory" in train(
+        place, *RLVR, "--verifier_model=./nowhere", "--out_dir=out/no", ok=False
     )
     assert "starts from a model" in train(
         place, "--stage=rlvr", "--dataset=sums", "--out_dir=out/no", ok=False
