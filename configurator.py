@@ -30,6 +30,7 @@ import re
 import sys
 import tokenize
 import types
+import warnings
 
 
 class UserError(ValueError):
@@ -52,7 +53,7 @@ def configure(variables, words=False, also=None, argv=None):
     Raises UserError, which from here on is printed as one line, see `_print_exception`.
     """
     argv = sys.argv[1:] if argv is None else argv
-    sys.excepthook = _print_exception
+    sys.excepthook, warnings.showwarning = _print_exception, _print_warning
     _prepare_streams()
     script = variables["__file__"]
     keys, _ = read_keys(script)
@@ -419,6 +420,14 @@ def _is_broken_pipe(error):
     """Whether the reader of standard output, such as `head`, is gone; EINVAL is Windows' word."""
     codes = (errno.EPIPE, errno.EINVAL) if os.name == "nt" else (errno.EPIPE,)
     return error.filename == "standard output" and error.errno in codes
+
+
+def _print_warning(message, category, filename, lineno, file=None, line=None):
+    """warnings.showwarning: one line, for those of this program; those of libraries as they are."""
+    if category is UserWarning and os.path.dirname(filename) == os.path.dirname(__file__):
+        print(f"warning: {message}", file=file or sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno, line), file=sys.stderr)
 
 
 def _print_exception(kind, error, traceback):

@@ -1439,12 +1439,12 @@ def memory_estimate(model, batch_size, optimizer="muon", dtype="bfloat16", grad_
     return {"weights": 4 * n, "gradients": 4 * n, "optimizer": states, "activations": activations}
 
 
-def plan(config, vocab_size, gpu=""):
+def plan(config, shape, gpu=""):
     """Prints what a run would take, for train.py --dry_run: parameters, FLOPs, tokens, memory, and
-    on `gpu` (a name in GPUS) hours and dollars. `config` holds every key of train.py."""
-    keys = {field.name: config[field.name] for field in dataclasses.fields(GPTConfig)}
+    on `gpu` (a name in GPUS) hours and dollars. `config` holds every key of train.py, `shape` is
+    the model's GPTConfig."""
     with torch.device("meta"):
-        model = GPT(GPTConfig(**keys | {"vocab_size": vocab_size}))
+        model = GPT(shape)
     flops = flops_per_token(model)
     batch_size = config["batch_size"]
     tokens_per_step = batch_size * config["gradient_accumulation_steps"] * config["block_size"]

@@ -2201,7 +2201,8 @@ def prepare_missing(config, say, world_size=1):
         if os.path.exists(os.path.join(directory, file)):
             continue
         if name not in KNOWN or world_size > 1:
-            raise UserError(f"{directory}: no such data set; {how_to_prepare(directory)}")
+            how = how_to_prepare(directory, config["stage"])
+            raise UserError(f"{directory}: no such data set; {how}")
         say(f"{directory} is missing; preparing it now: {describe(name)}")
         prepare(name, data_dir=config["data_dir"])
 
@@ -2250,14 +2251,15 @@ def check_kind(directory, stage):
         )
 
 
-def how_to_prepare(directory):
+def how_to_prepare(directory, stage="pretrain"):
     """What to type for a data set that is missing or damaged."""
     name = os.path.basename(os.path.normpath(directory))
-    return (
-        f"python prepare.py {name} makes it"
-        if name in KNOWN
-        else f"python prepare.py YOUR_TEXT.txt --name={name} makes it"
-    )
+    if name in KNOWN:
+        return f"python prepare.py {name} makes it"
+    if stage == "pretrain":
+        return f"python prepare.py YOUR_TEXT.txt --name={name} makes it"
+    kind = {"sft": "chat", "dpo": "prefs", "rlvr": "verify"}[stage]
+    return f"python prepare.py YOUR_FILE.jsonl --as={kind} --name={name} makes it"
 
 
 # -----------------------------------------------------------------------------
@@ -3412,6 +3414,8 @@ def publish(partial, target):
     kind = kind_of_directory(partial)
     target = _real_place(target)
     aside = _aside(target)
+    if kind:
+        restore(target, kind)
     for directory in (target, aside):
         reason = not_ours(directory, kind) if kind else ""
         if not kind and os.path.lexists(directory):
@@ -3421,7 +3425,6 @@ def publish(partial, target):
     for name in os.listdir(partial):
         _sync(os.path.join(partial, name))
     _sync(partial)
-    restore(target, kind)
     if os.path.exists(target):
         os.rename(target, aside)
     os.rename(partial, target)
@@ -3440,11 +3443,10 @@ def restore(target, kind):
     """Undoes or completes a publish() that was killed: what it set aside gets its name back, or is
     removed if the new directory is in place."""
     aside = _aside(target)
-    if not os.path.exists(aside) or not_ours(aside, kind):
-        return
-    if os.path.exists(target):
+    if os.path.isdir(aside) and os.path.exists(target):
+        # perhaps half removed, without the file that tells its kind: only our files go, by name
         remove_directory(aside, kind)
-    else:
+    elif os.path.isdir(aside) and not not_ours(aside, kind):
         os.rename(aside, target)
 
 

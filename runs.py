@@ -364,6 +364,26 @@ def began_with(key, config, setup, start):
     return configs[-1].get(key, config[key]) if configs else config[key]
 
 
+def shape_of(config, setup):
+    """The GPTConfig of the model that a run would train, for --dry_run: of the keys, or of the
+    model that init_from names, unless a config or the command line says its width."""
+    from model import GPT, GPTConfig
+
+    keys = {key: config[key] for key in GPTConfig.__dataclass_fields__}
+    where = config["init_from"]
+    if where in ("scratch", "resume") or "n_embd" in setup.given:
+        vocab_size = config["vocab_size"] or prepare.vocab_size_of(config)
+        return GPTConfig(**keys | {"vocab_size": vocab_size})
+    if not os.path.isdir(where):
+        raise UserError(
+            f"init_from={where!r}: --dry_run asks this model for its shape, and it is not here; "
+            "put the config of the run that makes it before this one, or fetch it"
+        )
+    shape = GPT.from_pretrained(model_directory(where)).config
+    shape.block_size = min(config["block_size"], shape.max_positions)
+    return shape
+
+
 def open_model(start, config, setup, data, say):
     """The model that training continues or begins with. UserError where out_dir holds a run with
     another model or other data, or where the weights contradict what was asked for."""
@@ -684,7 +704,7 @@ class Log:
         )
 
     def __call__(self, step, row):
-        """A row of log.jsonl, and of W&B and TensorBoard where they run."""
+        """A row of log.jsonl, and if it is no event of W&B and TensorBoard where they run."""
         if not self.master:
             return
         in_json = {"step": step} | row
@@ -697,6 +717,8 @@ class Log:
                 f.write(line)
         except (OSError, TypeError, ValueError) as e:
             self._gap(e)
+        if "event" in row:  # an upload's step is past by then, and W&B refuses steps out of order
+            return
         numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
         try:
             if self.wandb_run:
@@ -1526,19 +1548,24 @@ class Diverged(UserError):
     """Too many bad steps: the weights are not worth keeping."""
 
 
-def last_checkpoint(out_dir, run, why, max_bad_steps, max_rollbacks):
-    """The checkpoint to roll back to; UserError if there is none, or after max_rollbacks."""
-    saved = checkpoints(out_dir)
-    if saved and run.rollbacks < max_rollbacks:
-        return saved[-1]
-    kept = f"{saved[-1]} is whole" if saved else "there is no checkpoint yet to go back to"
+def last_checkpoint(config, run, why, say):
+    """(path, model, trainer state) of the checkpoint to roll back to; UserError if there is none,
+    or after max_rollbacks."""
+    kept = "there is no checkpoint to go back to"
+    for path in reversed(checkpoints(config["out_dir"])):
+        model, state = load(path, say)
+        if model and run.rollbacks < config["max_rollbacks"]:
+            return path, model, state
+        if model:
+            kept = f"{path} is whole"
+            break
     advice = "Lower the learning rate, or look at the data"
     if why == "gradient is 0":
         advice = "No weight can learn: look at how the model begins (init_std, init_from), and at "
         advice += "what you changed in it"
     raise Diverged(
-        f"{max_bad_steps} bad steps in a row ({why}) after step {run.step} and {run.rollbacks} "
-        f"rollbacks; {kept}. {advice}"
+        f"{config['max_bad_steps']} bad steps in a row ({why}) after step {run.step} and "
+        f"{run.rollbacks} rollbacks; {kept}. {advice}"
     )
 
 
@@ -1563,8 +1590,11 @@ def summary(config, run, is_saved):
         f"the loss, drawn      {os.path.join(out_dir, PLOT)}",
     ]
     if is_saved:
-        start = config["sample_start"] or "Once upon a time"
-        sample = ["python", "sample.py", f"--out_dir={out_dir}", f"--start={start}"]
+        sample = ["python", "sample.py", f"--out_dir={out_dir}"]
+        if config["stage"] == "pretrain":
+            sample.append(f"--start={config['sample_start'] or 'Once upon a time'}")
+        else:
+            sample.append("--interactive")
         longer = [*command("--max_iters="), f"--max_iters={2 * config['max_iters']}"]
         lines.append(f"write more           {shlex.join(sample)}")
         lines.append(f"train longer         {shlex.join(longer)}")

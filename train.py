@@ -125,7 +125,7 @@ runs.check(config)
 if stage == "rlvr":  # a verifier that is missing is refused before anything is loaded
     verify = prepare.verifier(verifier)
 if dry_run:
-    plan(config, config["vocab_size"] or prepare.vocab_size_of(config), gpu)
+    plan(config, runs.shape_of(config, setup), gpu)
     sys.exit()
 
 # -----------------------------------------------------------------------------
@@ -519,9 +519,8 @@ while True:
             if master_process:
                 checkpoints.wait()
             barrier()
-            last = runs.last_checkpoint(out_dir, run, why, max_bad_steps, max_rollbacks)
             before = types.SimpleNamespace(**vars(run))
-            saved_model, saved_state = runs.load(last, say)
+            last, saved_model, saved_state = runs.last_checkpoint(config, run, why, say)
             model.load_state_dict(saved_model.state_dict())
             restore(saved_state)
             run.position, run.wall_s = before.position, before.wall_s

@@ -733,7 +733,7 @@ def test_prepare_prints_where_not_every_character_can(place):
     assert "begins:" in prepared.stdout
 
 
-def test_flash_attention_that_does_not_import(tmp_path, monkeypatch, capfd):
+def test_flash_attention_that_does_not_import(tmp_path, monkeypatch):
     """A package that is there but fails, for another torch say, is passed over in one line."""
     import model
 
@@ -741,12 +741,9 @@ def test_flash_attention_that_does_not_import(tmp_path, monkeypatch, capfd):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    assert model.pick_attention("cuda", "bfloat16", True, True) not in (
-        "flash_attn",
-        "flash_attn_interface",
-    )
-    told = "".join(capfd.readouterr())
-    assert told.count("\n") == 1 and "flash_attn" in told and "undefined symbol" in told
+    with pytest.warns(UserWarning, match="flash_attn is installed but does not load.*undefined"):
+        picked = model.pick_attention("cuda", "bfloat16", True, True)
+    assert picked not in ("flash_attn", "flash_attn_interface")
 
 
 # --- a terminal that is gone

@@ -523,6 +523,15 @@ def test_a_log_never_stops_a_run(out, capsys, monkeypatch):
         assert text.count(part) == 1
 
 
+def test_events_are_not_sent_to_wandb(out):
+    """An upload of step 10 ends while step 15 is logged: W&B would complain on standard error."""
+    log, sent = runs.Log(str(out)), []
+    log.wandb_run = types.SimpleNamespace(log=lambda row, step: sent.append((step, row)))
+    log(15, {"train/loss": 1.0, "note": "text"})
+    log(10, {"event": "upload", "seconds": 3.0})
+    assert sent == [(15, {"train/loss": 1.0})] and len(log.rows()) == 2
+
+
 def test_only_the_master_process_logs(out, capsys):
     log = runs.Log(str(out), master=False)
     log.start({}, 0, False, "")
@@ -1376,17 +1385,23 @@ def test_samples_are_for_show(monkeypatch, model):
     assert log.said == ["warning: no sample could be made: out of memory; training goes on"]
 
 
-def test_where_to_roll_back_to(out):
+def test_where_to_roll_back_to(out, monkeypatch):
+    config = {"out_dir": str(out), "max_bad_steps": 5, "max_rollbacks": 3}
     run = types.SimpleNamespace(step=15, rollbacks=0)
-    with pytest.raises(runs.UserError, match="there is no checkpoint yet to go back to"):
-        runs.last_checkpoint(str(out), run, "loss spike", 5, 3)
-    path = checkpoint(out, 10)
-    assert runs.last_checkpoint(str(out), run, "loss spike", 5, 3) == str(path)
+    damaged = []
+    loaded = {True: (None, None), False: ("model", "state")}
+    monkeypatch.setattr(runs, "load", lambda path, say: loaded[path in damaged])
+    with pytest.raises(runs.Diverged, match="there is no checkpoint to go back to"):
+        runs.last_checkpoint(config, run, "loss spike", print)
+    paths = [str(checkpoint(out, step)) for step in (5, 10)]
+    assert runs.last_checkpoint(config, run, "loss spike", print) == (paths[1], "model", "state")
+    damaged.append(paths[1])  # then the one before it
+    assert runs.last_checkpoint(config, run, "loss spike", print) == (paths[0], "model", "state")
     run.rollbacks = 3
-    with pytest.raises(runs.UserError, match="5 bad steps in a row .*step_000010 is whole"):
-        runs.last_checkpoint(str(out), run, "loss spike", 5, 3)
-    with pytest.raises(runs.UserError, match="gradient is 0.*No weight can learn"):
-        runs.last_checkpoint(str(out), run, "gradient is 0", 5, 3)
+    with pytest.raises(runs.Diverged, match="5 bad steps in a row .*step_000005 is whole"):
+        runs.last_checkpoint(config, run, "loss spike", print)
+    with pytest.raises(runs.Diverged, match="gradient is 0.*No weight can learn"):
+        runs.last_checkpoint(config, run, "gradient is 0", print)
 
 
 def test_secrets_come_from_the_environment_or_the_file(tmp_path, monkeypatch):

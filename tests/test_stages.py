@@ -168,6 +168,16 @@ def test_preferences_are_learned(place, kind):
         assert "resuming" in train(place, *args, "--max_iters=11")
 
 
+def test_a_dry_run_has_the_shape_of_the_model_that_a_stage_begins_with(place):
+    sft = ("--stage=sft", "--dataset=chat", "--dry_run")
+    count = GPT.from_pretrained(place / "out" / "base" / "step_000010").n_params()
+    assert f"parameters        {count:,}\n" in train(place, *sft, "--init_from=out/base")
+    said = train(place, *sft, "--init_from=out/nothing", ok=False)
+    assert "out/nothing" in said and "asks this model for its shape" in said
+    said = train(place, "--stage=dpo", "--dataset=mine", "--init_from=out/chat", ok=False)
+    assert "python prepare.py YOUR_FILE.jsonl --as=prefs --name=mine" in said
+
+
 def test_models_beside_share_the_tokenizer(place, tmp_path):
     shutil.copytree(place / "out" / "chat" / "step_000040", tmp_path / "other")
     spec = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
@@ -273,8 +283,8 @@ def verify(prompt, completion, answer):
         assert f"--verifier={bad}" in train(
             place, *RLVR[:-2], f"--verifier={bad}", "--out_dir=out/no", ok=False
         )
-    assert "not a model directory" in train(
-        place, *RLVR, "--verifier_model=nowhere", "--out_dir=out/no", ok=False
+    assert "no such directory" in train(
+        place, *RLVR, "--verifier_model=./nowhere", "--out_dir=out/no", ok=False
     )
     assert "starts from a model" in train(
         place, "--stage=rlvr", "--dataset=sums", "--out_dir=out/no", ok=False
