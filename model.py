@@ -34,8 +34,9 @@ from torch.utils.checkpoint import checkpoint
 import configurator
 from configurator import UserError
 
-# Delete a name after you changed its plain code, and only the plain code runs:
-#   attention   attend, visible: kernels in place of softmax(q k^T) v
+# Delete a name after you changed its plain code, and only the plain code runs. An edit of attend,
+# GPT.visible or GPT.logits needs no such thing: it is noticed (see "fast paths").
+#   attention   attend: kernels in place of softmax(q k^T) v
 #   loss        GPT.logits: the logits and their gradient in one pass, a chunk of rows at a time
 #   cache       anything: generation reads each token once
 #   packing     nn.Linear: laid out for generation on a CPU
@@ -166,11 +167,8 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
-def visible(query, key):
-    """Whether the token at position `query` may attend to the token at position `key`.
-
-    Integer tensors of any shapes that broadcast. Documents and padding are excluded elsewhere.
-    """
+def causal(query, key):
+    """GPT.visible as it comes. Integer tensors of any shapes that broadcast."""
     return key <= query
 
 
@@ -178,21 +176,28 @@ def attend(q, k, v, mask=None, dropout=0.0):
     """softmax(q k^T / sqrt(head_dim)) v -> (B, n_head, T, head_dim).
 
     q (B, n_head, T, head_dim), k and v (B, n_kv_head, S, head_dim): the queries are the last T of S
-    tokens. `mask` is None (only `visible` counts), a boolean (B or 1, 1, T, S), or what `documents`
+    tokens. `mask` is None (causal), a boolean that broadcasts to (B, 1, T, S), or what `documents`
     made for a kernel.
     """
-    if "attention" in FAST:
-        return fast_attention(q, k, v, mask, dropout)
     T, S = q.shape[2], k.shape[2]
     if mask is None:
         positions = torch.arange(S, device=q.device)
-        mask = visible(positions[S - T :, None], positions)  # (T, S)
+        mask = causal(positions[S - T :, None], positions)  # (T, S)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, n_head, S, head_dim)
     v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, n_head, T, S)
     scores = scores.masked_fill(~mask, -math.inf)
     probs = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
     return F.dropout(probs, dropout) @ v
+
+
+class Shared(typing.NamedTuple):
+    """What every block gets beside the residual stream."""
+
+    idx: torch.Tensor  # (B, T): token ids
+    rope: typing.Any = None  # cos and sin, each ((B,) T, 1, head_dim)
+    mask: typing.Any = None  # see attend
+    cache: typing.Any = None  # a KVCache
 
 
 class Attention(nn.Module):
@@ -213,18 +218,19 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(head_dim, config.norm_eps)
             self.k_norm = RMSNorm(head_dim, config.norm_eps)
 
-    def forward(self, x, rope, mask, cache):
+    def forward(self, x, shared):
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim)
         q, k, v = qkv.split(self.heads, dim=2)  # (B, T, heads, head_dim)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.has_rope:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q, k = rotate(q, *shared.rope), rotate(k, *shared.rope)
         # (B, heads, T, head_dim)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.to(q.dtype).transpose(1, 2)
-        if cache is not None:
-            k, v = cache.extend(k, v)  # (B, n_kv_head, S, head_dim)
-        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        if shared.cache is not None:
+            k, v = shared.cache.extend(k, v)  # (B, n_kv_head, S, head_dim)
+        attention = fast_attention if "attention" in FAST else attend
+        y = attention(q, k, v, shared.mask, self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -253,8 +259,8 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = make_norm(config), MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope=None, mask=None, cache=None):
-        x = x + self.drop(self.attn(self.attn_norm(x), rope, mask, cache))
+    def forward(self, x, shared):
+        x = x + self.drop(self.attn(self.attn_norm(x), shared))
         return x + self.drop(self.mlp(self.mlp_norm(x)))
 
 
@@ -285,6 +291,8 @@ class GPT(nn.Module):
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         self.init_weights()
+        # edits that the fast paths take into account
+        self.is_causal, self.has_plain_logits = is_causal(self.visible), has_plain_logits(self)
 
     @torch.no_grad()
     def init_weights(self):
@@ -309,13 +317,24 @@ class GPT(nn.Module):
             # the gain keeps the logits of a tied head at the size that they have without it
             nn.init.constant_(self.norm.weight, config.n_embd**-0.5)
 
+    def visible(self, query, key):
+        """Whether the token at position `query` may attend to the token at position `key`.
+
+        Integer tensors of any shapes that broadcast. Documents and padding are excluded elsewhere.
+        """
+        return causal(query, key)
+
     def hidden(self, idx, docs=None, cache=None):
         """Token ids (B, T) -> (B, T, n_embd), the input of the head."""
         positions, mask = slice(0, idx.shape[1]), None
         if docs is not None:
             positions, mask = docs
+        elif not self.is_causal:
+            start = 0 if cache is None else cache.start
+            where = torch.arange(start + idx.shape[1], device=idx.device)
+            mask = self.visible(where[start:, None], where)  # (T, S)
         if cache is not None:
-            positions, mask = cache.positions(idx.shape[1])
+            positions, mask = cache.positions(idx.shape[1], mask)
         x = self.embed(idx)  # (B, T, n_embd)
         if self.config.embed_scale:
             x = x * math.sqrt(self.config.n_embd)
@@ -325,18 +344,18 @@ class GPT(nn.Module):
         else:
             cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
             rope = cos.to(_compute_dtype(x)), sin.to(_compute_dtype(x))  # ((B,) T, 1, head_dim)
-        x = self.drop(x)
+        x, shared = self.drop(x), Shared(idx, rope, mask, cache)
         for block in self.blocks:
             if self.grad_checkpoint and self.training:
-                x = checkpoint(block, x, rope, mask, use_reentrant=False)
+                x = checkpoint(block, x, shared, use_reentrant=False)
             else:
-                x = block(x, rope, mask, cache)
+                x = block(x, shared)
         if cache is not None:
             cache.advance(idx.shape[1])
         return self.norm(x)
 
     def logits(self, x):
-        """(..., n_embd) -> (..., vocab_size) in float32; the loss in FAST has its own copy."""
+        """(..., n_embd) -> (..., vocab_size) in float32."""
         return self.head(x).float()
 
     def forward(self, idx, targets=None, docs=None, per_token=False, temperature=1.0):
@@ -355,7 +374,7 @@ class GPT(nn.Module):
         x, targets = x.flatten(0, 1), targets.flatten()
         if per_token:
             return None, token_log_probs(self, x, targets, temperature).view(idx.shape)
-        if "loss" in FAST:
+        if "loss" in FAST and self.has_plain_logits:
             return None, linear_cross_entropy(x, self.head.weight, targets)
         return None, -token_log_probs(self, x, targets).sum() / (targets >= 0).sum().clamp(min=1)
 
@@ -371,15 +390,22 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def grow(self, vocab_size):
-        """Adds rows to embedding and head for new tokens; each begins as the mean of the others."""
-        modules = [self.embed] if self.config.tie_embeddings else [self.embed, self.head]
-        for module in modules:
+        """Adds rows to embedding and head for new tokens; each begins as the mean of the others.
+
+        Any other nn.Embedding with a row for each token, of an edited model, grows, too.
+        """
+        tables = [m for m in self.modules() if isinstance(m, nn.Embedding)]
+        tables = [m for m in tables if m is not self.pos_embed]
+        tables = [m for m in tables if m.num_embeddings == self.config.vocab_size]
+        for module in tables if self.config.tie_embeddings else [*tables, self.head]:
             old = module.weight  # (V, n_embd)
             rows = old.mean(dim=0, keepdim=True).expand(vocab_size - old.shape[0], -1)
             module.weight = nn.Parameter(torch.cat([old, rows]))
+        for module in tables:
+            module.num_embeddings = vocab_size
         if self.config.tie_embeddings:
             self.head.weight = self.embed.weight
-        self.embed.num_embeddings = self.head.out_features = vocab_size
+        self.head.out_features = vocab_size
         self.config.vocab_size = vocab_size
 
     def n_params(self):
@@ -424,11 +450,11 @@ class Documents(typing.NamedTuple):
     mask: typing.Any  # boolean (B, 1, T, T), or what a kernel takes
 
 
-def documents(idx, eos_id, attention="sdpa"):
+def documents(idx, eos_id, attention="sdpa", visible=causal):
     """Where the documents packed in windows idx (B, T) lie; each ends with its eos_id.
 
     Attention becomes block-diagonal and positions restart, so that a document's logits are those
-    that it has alone. `attention` is what pick_attention chose.
+    that it has alone. `attention` is what pick_attention chose, `visible` the model's.
     """
     B, T = idx.shape
     ends = idx == eos_id
@@ -438,7 +464,7 @@ def documents(idx, eos_id, attention="sdpa"):
     positions = where - (where * first).cummax(dim=1).values  # (B, T)
     doc = first.cumsum(dim=1)  # (B, T)
     if attention != "sdpa":
-        return Documents(positions, _document_kernel(attention, doc, first))
+        return Documents(positions, _document_kernel(attention, doc, first, visible))
     same = doc[:, :, None] == doc[:, None, :]  # (B, T, T)
     mask = same & visible(positions[:, :, None], positions[:, None, :])
     return Documents(positions, mask[:, None])
@@ -491,7 +517,7 @@ def preference_loss(kind, chosen, rejected, beta=0.1, label_smoothing=0.0):
         return (1 - torch.sigmoid(beta * chosen)) + torch.sigmoid(beta * rejected)
     if kind == "apo_down":
         return torch.sigmoid(beta * chosen) + (1 - torch.sigmoid(beta * (chosen - rejected)))
-    raise UserError(f"pref_loss={kind!r}: expected 'sigmoid', 'apo_zero' or 'apo_down'")
+    raise UserError(f"pref_loss={kind!r}: preference_loss has no such loss; train.py lists them")
 
 
 def policy_loss(log_probs, old, advantages, clip_eps=0.2, reference=None, kl_coef=0.0):
@@ -649,21 +675,24 @@ class KVCache:
     def advance(self, tokens):
         self.start, self.layer = self.start + tokens, 0
 
-    def positions(self, tokens):
-        """Positions (T,) or (B, T) of the next tokens, and their mask, or None without padding."""
+    def positions(self, tokens, mask=None):
+        """Positions (T,) or (B, T) of the next tokens, and `mask` (T, S), None for a causal one,
+        without what is padding."""
         positions = torch.arange(self.start, self.start + tokens, device=self.k.device)
         if self.pad is None:
-            return positions, None
+            return positions, mask
         keys = torch.arange(self.start + tokens, device=self.k.device)
-        mask = visible(positions[:, None], keys) & (keys >= self.pad[:, None, None])  # (B, T, S)
+        if mask is None:
+            mask = causal(positions[:, None], keys)
+        mask = mask & (keys >= self.pad[:, None, None])  # (B, T, S)
         mask = mask | (keys == positions[:, None])  # padding sees itself: no key at all gives NaN
         return (positions - self.pad[:, None]).clamp(min=0), mask[:, None]
 
 
 @torch.inference_mode()
 def stream_tokens(
-    model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=None, stop=(), pad=None,
-    min_p=0.0, repetition_penalty=1.0,
+    model, idx, max_new_tokens, temperature=1.0, seed=None, stop=(), pad=None,
+    repetition_penalty=1.0, **sampling,
 ):  # fmt: skip
     """Yields the next token of each row, a tensor (B,), at most max_new_tokens times.
 
@@ -671,9 +700,9 @@ def stream_tokens(
     from its own stream, seeded with seed + r, or seed[r] of a list, so that a text does not depend
     on its neighbours (in bf16 rounding still lets it: a batch is summed in another order). A row
     that has produced a token of `stop` repeats it; when all have, generation ends. temperature 0 is
-    greedy. repetition_penalty (CTRL, Keskar et al. 2019, section 4.1) makes tokens less likely that
-    the row already holds, its prompt included. Beyond max_positions the context slides: its older
-    half is dropped and the rest read again.
+    greedy; `sampling` goes to sample_token. repetition_penalty (CTRL, Keskar et al. 2019, section
+    4.1) makes tokens less likely that the row already holds, its prompt included. Beyond
+    max_positions the context slides: its older half is dropped and the rest read again.
     """
     (B, T), limit, device = idx.shape, model.config.max_positions, idx.device
     draws = [torch.rand(max_new_tokens, generator=_generator(seed, row)) for row in range(B)]
@@ -707,7 +736,7 @@ def stream_tokens(
                     logits > 0, logits / repetition_penalty, logits * repetition_penalty
                 )
                 logits = torch.where(seen, smaller, logits)
-            token = sample_token(logits, draws[step], temperature, top_k, top_p, min_p)
+            token = sample_token(logits, draws[step], temperature, **sampling)
             if len(stop):
                 token = torch.where(done, idx[:, end - 1], token)
                 done = done | torch.isin(token, stop)
@@ -744,10 +773,7 @@ def sample_token(logits, draw, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
         logits = logits.gather(-1, ids)
     probs = logits.softmax(dim=-1)
     if top_p < 1:
-        ordered, order = probs.sort(dim=-1, descending=True)
-        beyond = ordered.cumsum(dim=-1) - ordered >= max(top_p, 1e-9)  # never the likeliest token
-        beyond = torch.zeros_like(beyond).scatter(-1, order, beyond)
-        probs = probs.masked_fill(beyond, 0.0)
+        probs = keep_first(probs, probs.argsort(dim=-1, descending=True), top_p)
     if min_p > 0:
         probs = probs.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0)
     total = probs.double().cumsum(dim=-1)
@@ -756,6 +782,13 @@ def sample_token(logits, draw, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     if ids is not None:
         token = ids.gather(-1, token)
     return token[:, 0]
+
+
+def keep_first(probs, order, mass):
+    """probs (B, V) with 0 beyond the first tokens in `order` (B, V) that hold `mass` together."""
+    ordered = probs.gather(-1, order)
+    beyond = ordered.cumsum(dim=-1) - ordered >= max(mass, 1e-9)  # never the first token
+    return probs.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
 
 
 # -----------------------------------------------------------------------------
@@ -876,8 +909,6 @@ def make_optimizers(
     Gains and biases are never decayed, embeddings and head only with `decay_embeddings` (as nanoGPT
     does). Each group has a `base_lr`, which a schedule multiplies.
     """
-    if optimizer not in ("muon", "adamw"):
-        raise UserError(f"optimizer={optimizer!r}: expected 'muon' or 'adamw'")
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     hidden, outer, vectors, others = [], [], [], []
     for name, p in model.named_parameters():
@@ -893,11 +924,15 @@ def make_optimizers(
             outer.append(p)
     outer_decay = weight_decay if decay_embeddings else 0.0
     groups = [dict(params=vectors, weight_decay=0.0), dict(params=outer, weight_decay=outer_decay)]
-    if optimizer == "adamw":
+    if optimizer != "muon":
         groups.append(dict(params=hidden, weight_decay=weight_decay))
     groups.append(dict(params=others, weight_decay=weight_decay))
     groups = [group for group in groups if group["params"]]
-    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
+    if optimizer in ("adamw", "muon"):
+        optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
+    else:
+        what = "make_optimizers has no such optimizer"
+        raise UserError(f"optimizer={optimizer!r}: {what}; train.py lists them")
     if optimizer == "muon" and hidden:
         muon = Muon(hidden, muon_lr, muon_momentum, weight_decay, cautious, muon_dtype)
         optimizers.append(muon)
@@ -926,7 +961,8 @@ def schedule_factor(
         progress = (step - warmup_iters) / max(1, decay_iters - warmup_iters)
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
     if schedule != "wsd":
-        raise UserError(f"schedule={schedule!r}: expected 'wsd', 'cosine' or 'constant'")
+        what = "schedule_factor has no such schedule"
+        raise UserError(f"schedule={schedule!r}: {what}; train.py lists them")
     begin = max(warmup_iters, decay_iters - round(decay_frac * decay_iters))
     if step < begin:
         return 1.0
@@ -973,6 +1009,50 @@ def _above(value, earlier, spike_z, floor):
 # equal. FAST turns them off.
 
 
+def is_causal(visible):
+    """Whether `visible` is `causal`, the only shape for which the kernels need no mask: tried on
+    positions at all distances up to 2**31."""
+    places = {2**i + d for i in range(32) for d in (-1, 0, 1)}
+    places = torch.tensor(sorted(places), device="cpu")
+    return torch.equal(visible(places[:, None], places), causal(places[:, None], places))
+
+
+def attend_is_plain():
+    """Whether fast_attention gives what attend gives, tried on a few numbers."""
+    q = torch.arange(24, device="cpu").sin().view(1, 2, 3, 4) * 3
+    k, v = torch.arange(40, device="cpu").cos().view(2, 1, 1, 5, 4) * 3
+    return torch.allclose(fast_attention(q, k, v, None), attend(q, k, v), atol=1e-4)
+
+
+class _Calls(torch.overrides.TorchFunctionMode):
+    """Records the functions of torch that are called in this context."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls.append((func, args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+
+def has_plain_logits(model):
+    """Whether model.logits is the head and nothing else, as linear_cross_entropy takes it to be:
+    which functions it calls is seen without a row of input."""
+    weight, recorded = model.head.weight, _Calls()
+    x = weight.new_empty(0, weight.shape[1])
+    try:
+        with recorded:
+            model.logits(x)
+    except Exception:  # an edit that needs rows, or what is not there yet
+        return False
+    functions = [func for func, _, _ in recorded.calls]
+    if functions != [F.linear, torch.Tensor.float]:
+        return False
+    _, used, bias = recorded.calls[0][1]
+    return used is weight and bias is None
+
+
 def fast_attention(q, k, v, mask, dropout=0.0):
     """`attend` with the kernels of PyTorch and FlashAttention.
 
@@ -996,10 +1076,10 @@ def fast_attention(q, k, v, mask, dropout=0.0):
         return y.to(q.dtype)
     if mask is None and 1 < T < S:
         positions = torch.arange(S, device=q.device)
-        mask = visible(positions[S - T :, None], positions)
-    causal = mask is None and T > 1  # a single query sees every key
+        mask = causal(positions[S - T :, None], positions)
+    triangle = mask is None and T > 1  # a single query sees every key
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=gqa
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=triangle, enable_gqa=gqa
     )
 
 
@@ -1008,7 +1088,7 @@ class Segments(typing.NamedTuple):
     kernel: typing.Callable  # see _varlen
 
 
-def _document_kernel(attention, doc, first):
+def _document_kernel(attention, doc, first, visible):
     """What a kernel takes in place of the mask of `documents`; doc and first (B, T)."""
     B, T = doc.shape
     if attention == "flex":
@@ -1023,19 +1103,20 @@ def _document_kernel(attention, doc, first):
     return Segments(F.pad(starts, (0, 1), value=B * T), _varlen(attention))
 
 
-def pick_attention(device, dtype, doc_mask, compiled, dropout=0.0):
+def pick_attention(device, dtype, doc_mask, compiled, dropout=0.0, is_causal=True):
     """The name of the attention to train with, chosen once at the start.
 
     'sdpa' is PyTorch's choice, FlashAttention-2 on CUDA in bf16 or fp16. Documents that don't see
     each other take a kernel for sequences of different lengths: FlashAttention-3 or -2 where their
-    packages are installed, PyTorch's (2.10 and later), or FlexAttention; elsewhere 'sdpa' with a
-    boolean mask.
+    packages are installed, PyTorch's (2.10 and later), or FlexAttention, which alone can do what is
+    not causal; elsewhere 'sdpa' with a boolean mask.
     """
     if "attention" not in FAST or not doc_mask or dropout:
         return "sdpa"
     if not device.startswith("cuda") or dtype not in ("bfloat16", "float16"):
         return "sdpa"
-    if torch.cuda.get_device_capability(device) >= (8, 0):  # FlashAttention begins with Ampere
+    # FlashAttention begins with Ampere
+    if is_causal and torch.cuda.get_device_capability(device) >= (8, 0):
         for package in ("flash_attn_interface", "flash_attn", "torch.nn.attention.varlen"):
             if _varlen_works(package):
                 return package
@@ -1161,12 +1242,17 @@ def pack_weights(model):
         return model
     linear = torch.ops.mkldnn._linear_pointwise.default
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if type(module) is nn.Linear:  # a subclass may compute something else
             weight = reorder(module.weight.detach(), None)
             module.forward = functools.partial(
                 linear, W=weight, B=module.bias, attr="none", scalars=[], algorithm=""
             )
     return model
+
+
+if "attention" in FAST and not attend_is_plain():
+    FAST.remove("attention")
+    warnings.warn("attend in model.py was edited: attention is no longer in FAST", stacklevel=2)
 
 
 # -----------------------------------------------------------------------------

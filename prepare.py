@@ -2971,7 +2971,7 @@ def _stem(source):
 def _source_files(source, known, partial, config, split, seed):
     """The Files of a source."""
     if "toy" in known:
-        files = _toy_files(known["toy"], partial, seed)
+        files = _toy_files(known, partial, seed)
     elif "get" in known:
         files = local_files(download(*known["get"]))
     elif known or not os.path.exists(source):
@@ -2992,8 +2992,8 @@ def _toy_tokenizer(data_dir, workers, seed):
     return directory
 
 
-def _toy_files(kind, partial, seed):
-    """Writes a text of the toy world, the same for the same seed."""
+def _toy_files(known, partial, seed):
+    """Writes a text of the toy world, the same for the same seed; with `as_` it is records."""
     write = dict(
         stories=toy_stories,
         chat=toy_chat,
@@ -3002,9 +3002,9 @@ def _toy_files(kind, partial, seed):
         questions=toy_questions,
         problems=toy_problems,
     )
-    path = os.path.join(partial, "toy.txt" if kind == "stories" else "toy.jsonl")
+    path = os.path.join(partial, "toy.jsonl" if "as_" in known else "toy.txt")
     with open(path, "w", encoding="utf-8") as f:
-        for document in write[kind](seed):
+        for document in write[known["toy"]](seed):
             if isinstance(document, str):
                 f.write(f"{document}\n{EOT}\n")
             else:

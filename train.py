@@ -167,7 +167,7 @@ data.check_vocabulary(model.config.vocab_size)
 config |= vars(model.config) | {"init_from": start.init_from}
 dtype = runs.began_with("dtype", config, setup, start)
 dtype = config["dtype"] = pick_dtype(dtype, device, model.config)
-attention = pick_attention(device, dtype, doc_mask, compile, model.config.dropout)
+attention = pick_attention(device, dtype, doc_mask, compile, model.config.dropout, model.is_causal)
 model.to(device)
 model.grad_checkpoint = grad_checkpoint
 obstacles = architecture(model.config, model.state_dict())[1]
@@ -261,7 +261,9 @@ if stage in ("pretrain", "sft"):
     batch_of = data.batch
 
     def loss_of(batch):
-        docs = documents(batch.x, tokenizer.eos_id, attention) if doc_mask else None
+        docs = None
+        if doc_mask:
+            docs = documents(batch.x, tokenizer.eos_id, attention, model.visible)
         return forward(batch.x, batch.y, docs)[1], {}
 
 elif stage == "dpo":

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 import math
+import pathlib
 import sys
 import types
 
@@ -22,6 +23,7 @@ from model import (
     Muon,
     attend,
     documents,
+    fast_attention,
     linear_cross_entropy,
     make_optimizers,
     orthogonalize,
@@ -368,18 +370,15 @@ def test_fast_attention_equals_plain_attention(keys, packed):
 
 def test_fast_attention_of_short_windows_in_bf16():
     q, k, v = torch.randn(2, 4, 30, 16), torch.randn(2, 2, 30, 16), torch.randn(2, 2, 30, 16)
-    fast = attend(q.bfloat16(), k.bfloat16(), v.bfloat16())
-    with plain("attention"):
-        assert fast.dtype == torch.bfloat16 and (fast - attend(q, k, v)).abs().max() < 0.05
+    fast = fast_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), None)
+    assert fast.dtype == torch.bfloat16 and (fast - attend(q, k, v)).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 20])
 def test_fast_attention_of_the_last_tokens(tokens):
     """As with a cache: the queries are the last of the keys."""
     q, k, v = torch.randn(2, 4, tokens, 16), torch.randn(2, 2, 20, 16), torch.randn(2, 2, 20, 16)
-    fast = attend(q, k, v)
-    with plain("attention"):
-        assert (fast - attend(q, k, v)).abs().max() < 1e-5
+    assert (fast_attention(q, k, v, None) - attend(q, k, v)).abs().max() < 1e-5
 
 
 @kernels
@@ -494,6 +493,66 @@ def test_fast_packing_changes_no_logit(dtype, tolerance):
     assert (packed(idx)[0] - model(idx)[0]).abs().max() < tolerance
     with plain("packing"):
         assert pack_weights(model).blocks[0].mlp.up.forward.__func__ is torch.nn.Linear.forward
+
+
+@pytest.mark.parametrize("keys", [LLAMA, GPT2, ALL])
+def test_fast_paths_are_used_where_nothing_was_edited(keys, tmp_path):
+    model = make(**keys)
+    model.save_pretrained(tmp_path)
+    for each in (model, GPT.from_pretrained(tmp_path)):
+        assert each.is_causal and each.has_plain_logits
+    assert model_module.attend_is_plain()
+
+
+EDITS = {
+    "scores capped": (
+        "    scores = scores.masked_fill(",
+        "    scores = 5 * torch.tanh(scores / 5)\n    scores = scores.masked_fill(",
+    ),
+    "scores scaled otherwise": ("k.mT / math.sqrt(q.shape[-1])", "k.mT / q.shape[-1]"),
+    "logits scaled": ("return self.head(x).float()", "return 3.0 * self.head(x).float()"),
+    "logits of what is cut off": ("self.head(x).float()", "self.head(x.clamp(max=1)).float()"),
+    "a bias of the head": (
+        "config.n_embd, config.vocab_size, bias=False)",
+        "config.n_embd, config.vocab_size, bias=True)",
+    ),
+    "every other token": (
+        "return causal(query, key)",
+        "return causal(query, key) & ((query - key) % 2 == 0)",
+    ),
+    "a window": ("return causal(query, key)", "return (key <= query) & (query - key < 5)"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:attend in model.py was edited")
+@pytest.mark.parametrize("edit", EDITS)
+@torch.no_grad()
+def test_fast_paths_follow_an_edit_of_the_plain_code(edit):
+    """An edited model.py gives the same with all of FAST as with nothing of it, and something else
+    than before."""
+    source = pathlib.Path(model_module.__file__).read_text(encoding="utf-8")
+    old, new = EDITS[edit]
+    assert source.count(old) == 1
+    edited = types.ModuleType("edited_model")
+    edited.__file__ = model_module.__file__
+    exec(compile(source.replace(old, new), edited.__file__, "exec"), edited.__dict__)
+    model, before = edited.GPT(edited.GPTConfig(**SMALL)).eval(), make()
+    for p in model.parameters():
+        p += 0.05 * torch.randn_like(p)
+    before.load_state_dict(model.state_dict(), strict=False)
+    idx, targets = torch.randint(97, (3, 30)), torch.randint(97, (3, 30))
+
+    def results(model):
+        logits, loss = model(idx)[0], model(idx, targets)[1]
+        together = loss, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, *together, model.generate(idx, 15, temperature=0)
+
+    fast, unedited = results(model), results(before)
+    edited.FAST = set()
+    for a, b in zip(fast, results(model), strict=True):
+        assert (a - b).abs().max() < 1e-5
+    assert (fast[0] - unedited[0]).abs().max() > 1e-3
+    assert (fast[1] - fast[2]).abs() < 1e-5
 
 
 def test_fast_muon_steps_each_matrix_as_if_alone():

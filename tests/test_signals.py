@@ -1,77 +1,31 @@
 """Training that is wrong and says nothing: what train.py must refuse, count, skip or name.
 
 train.py is run as a user runs it, and only what it prints and writes is looked at: exit code,
-output, log.jsonl, checkpoints. A server imports torch once and forks for every run, which takes
-a tenth of the time that a fresh interpreter needs.
+output, log.jsonl, checkpoints.
 """
 
+import functools
 import itertools
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 import types
 
 import numpy as np
 import pytest
 import torch
+from processes import Processes
 from safetensors.torch import load_file, save_file
 
 import prepare
 from model import GPT, GPTConfig
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 END = "<|im_end|>"
 
 # -----------------------------------------------------------------------------
 # runs of train.py
 
-# What a process does: `job` says what to run, where, and where its output goes. It ends as Python
-# ends, except that modules are not freed, which takes a second once torch was imported.
-PROCESS = """
-os.chdir(job["cwd"])
-os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-for number, path in ((1, job["stdout"]), (2, job["stderr"])):
-    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-sys.argv = job["argv"]
-code = 0
-try:
-    exec(job["patch"])
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit as e:
-    code = e.code
-    if isinstance(code, str):
-        print(code, file=sys.stderr)
-        code = 1
-except BaseException:
-    sys.excepthook(*sys.exc_info())
-    code = 1
-threading._shutdown()
-atexit._run_exitfuncs()
-sys.stdout.flush()
-sys.stderr.flush()
-os._exit(code or 0)
-"""
-IMPORTS = "import atexit, gc, json, os, runpy, sys, threading"
-ALONE = f"{IMPORTS}\njob = json.loads(sys.argv[1])\nsys.path[0] = job['root']\n{PROCESS}"
-SERVER = f"""{IMPORTS}
-sys.path[0] = sys.argv[1]
-import matplotlib.figure, requests, safetensors.torch, tokenizers, torch._dynamo, tqdm
-import model, prepare
-gc.freeze()
-for line in sys.stdin:
-    job = json.loads(line)
-    child = os.fork()
-    if not child:
-        break
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-else:
-    os._exit(0)
-{PROCESS}
-"""
 MODEL = "--n_layer=1 --n_head=2 --n_embd=32"
 LOOP = (
     "--block_size=64 --batch_size=1 --eval_iters=8 --eval_interval=1000 --log_interval=1"
@@ -92,36 +46,11 @@ def train(tmp_path_factory):
 
     `patch` is Python code that runs first; it pretends to be another machine.
     """
-    cwd = tmp_path_factory.mktemp("signals")
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    server = None
-    if sys.platform == "linux":  # elsewhere a fork is slow, unsafe or not there
-        command = [sys.executable, "-c", SERVER, ROOT]
-        pipes = dict(text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        server = subprocess.Popen(command, env=env, **pipes)
-
-    def run(*args, patch=""):
-        paths = {name: str(cwd / name) for name in ("stdout", "stderr")}
-        argv = [os.path.join(ROOT, "train.py"), *" ".join(args).split()]
-        job = json.dumps({"root": ROOT, "cwd": str(cwd), "argv": argv, "patch": patch, **paths})
-        if server:
-            server.stdin.write(job + "\n")
-            server.stdin.flush()
-            code = int(server.stdout.readline())
-        else:
-            code = subprocess.run([sys.executable, "-c", ALONE, job], env=env).returncode
-        out, err = ((cwd / name).read_text("utf-8", "replace") for name in ("stdout", "stderr"))
-        return types.SimpleNamespace(code=code, out=out, err=err, all=out + err)
-
-    def finished(*args, patch=""):
-        result = run(*args, patch=patch)
-        assert result.code == 0, result.err[-3000:]
-        return result
-
-    yield types.SimpleNamespace(cwd=cwd, run=run, finished=finished)
-    if server:
-        server.stdin.close()
-        server.wait(timeout=60)
+    processes = Processes(tmp_path_factory.mktemp("signals"))
+    run = functools.partial(processes.run, "train.py")
+    finished = functools.partial(processes.finished, "train.py")
+    yield types.SimpleNamespace(cwd=processes.cwd, run=run, finished=finished)
+    processes.close()
 
 
 def refused(result, *words):
