@@ -490,18 +490,19 @@ while True:
 
         # update, unless it would do harm: not finite, gradient 0, or a spike above the last 128
         why = why_harmful(train_loss, grad_norm, run.recent, spike_z, scaler.is_enabled())
-        if inner > 0 and grad_norm == 0:
-            break  # PPO clips every token by now
-        if not why:
-            updating = True  # until the step is counted: a crash meanwhile can't save it
+        all_clipped = inner > 0 and grad_norm == 0  # by PPO: these rollouts have no more to teach
+        if all_clipped:
+            why = ""
+        # float16 gradients that overflow are no update either; the scaler then lowers its scale
+        if not why and not all_clipped and math.isfinite(grad_norm):
+            updating = True  # a crash in here must not save half-updated weights
             for opt in optimizers:
                 scaler.step(opt)
-            if math.isfinite(grad_norm):
-                run.recent = run.recent[-127:] + [(train_loss, math.log(grad_norm))]
+            run.recent = run.recent[-127:] + [(train_loss, math.log(grad_norm))]
         scaler.update()
         for opt in optimizers:
             opt.zero_grad(set_to_none=True)
-        if why:
+        if why or all_clipped:
             break
 
     updating = False
@@ -523,7 +524,8 @@ while True:
             last, saved_model, saved_state = runs.last_checkpoint(config, run, why, say)
             model.load_state_dict(saved_model.state_dict())
             restore(saved_state)
-            run.position, run.wall_s = before.position, before.wall_s
+            # trainer.pt is older than the evaluation of its own step
+            run.position, run.wall_s, run.best = before.position, before.wall_s, before.best
             run.rollbacks = before.rollbacks + 1
             run.skipped = before.skipped + before.step - run.step
             saved_at = evaluated_at = sampled_at = run.step

@@ -436,6 +436,50 @@ return 1e6 * graded if len(seen) == 37 else 0.1
     assert weights(run, 36) == weights(run, 37) != weights(run, 35)
 
 
+def test_a_later_inner_update_that_is_clipped_whole_is_no_bad_step(place):
+    """Its gradient is 0 because PPO clips every token: the update before it counts."""
+    patch = """
+import model
+plain = model.completion_loss
+
+def clipped(policy, reference, batch, *rest):
+    again = hasattr(batch, "old_log_probs")
+    loss, metrics = plain(policy, reference, batch, *rest)
+    return loss * (0.0 if again else 1.0), metrics
+
+model.completion_loss = clipped
+"""
+    verifier = write_verifier(place, "graded", "return graded")
+    options = "--out_dir=out/clipped --max_iters=3 --inner_epochs=3"
+    place.finished(RLVR, verifier, options, patch=patch)
+    rows = rows_of(place.cwd / "out" / "clipped")
+    assert not [row for row in rows if row.get("event") == "skipped"]
+    assert steps_of(place.cwd / "out" / "clipped")[3]["train/skipped"] == 0
+    moved = (place.cwd / "out" / "clipped" / "step_000003" / "model.safetensors").read_bytes()
+    assert moved != (place.cwd / "letters" / "model.safetensors").read_bytes()
+
+
+def test_a_rollback_does_not_forget_the_best(place):
+    """Step 2 is the best, one bad step rolls back to it, step 4 is worse: best/ stays step 2."""
+    patch = """
+import model, prepare
+plain, calls, losses = model.why_harmful, [], iter([5.0, 1.0, 2.0])
+
+def harmful(*args):
+    calls.append(1)
+    return "loss spike" if len(calls) == 3 else plain(*args)
+
+model.why_harmful = harmful
+prepare.means = lambda *args: {"val/loss": next(losses)}
+"""
+    write_bins(place.cwd / "data" / "plain", place.tokenizer)
+    options = "--dataset=plain --out_dir=out/back --max_iters=4 --max_bad_steps=1 --eval_interval=2"
+    place.finished(SFT, options, "--keep_checkpoints=0", patch=patch)
+    run = place.cwd / "out" / "back"
+    assert [row for row in rows_of(run) if row.get("event") == "rollback"]
+    assert (run / "best" / "model.safetensors").read_bytes() == weights(run, 2)
+
+
 def test_an_evaluation_leaves_autocast_as_it_was(place):
     """RLVR in bfloat16. After a resume there is no evaluation before the next step, in a run
     that goes through there is one: had it left autocast on, the optimizer's products would be
