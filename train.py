@@ -28,7 +28,7 @@ eval_interval = 100           # steps between evaluations (>= 1)
 eval_iters = 50               # held-out micro-batches in an evaluation; always the same ones (>= 1)
 eval_only = False             # evaluate once and stop
 log_interval = 10             # steps between lines of the log (>= 1)
-always_save_checkpoint = True # save before every evaluation; False: only where one is due or best
+always_save_checkpoint = True # save before every evaluation; False: only if due, best or last
 checkpoint_interval = 0       # steps between checkpoints; 0: only at evaluations (>= 0)
 checkpoint_minutes = 0.0      # also every so many minutes; 0: never (>= 0)
 keep_checkpoints = 2          # the newest N stay, and best/; 0: all stay (>= 0)
@@ -53,7 +53,7 @@ batch_size = 12               # sequences in a micro-batch; dpo: pairs; rlvr: pr
 doc_mask = True               # documents packed into one window don't attend to each other
 # the model: all keys of GPTConfig in model.py are keys, too (n_layer, n_embd, block_size, ...)
 grad_checkpoint = False       # recompute activations: less memory, a third more time
-hf_layout = True              # False: you changed the maths, config.json must claim no architecture
+hf_layout = True              # False: the maths was edited, config.json names no architecture
 # optimizer and schedule
 optimizer = "muon"            # 'muon' (matrices inside blocks; AdamW for the rest) | 'adamw'
 learning_rate = 1e-2          # AdamW's peak (>= 0)
@@ -89,7 +89,7 @@ clip_eps = 0.2                # PPO's clipping range (> 0)
 inner_epochs = 1              # updates on the same rollouts (>= 1)
 kl_coef = 0.0                 # weight of the KL divergence from the reference model (>= 0)
 # guards
-spike_z = 12.0                # skip a step this many deviations above the median; 0: never (>= 0)
+spike_z = 12.0                # skip a loss or gradient norm so many deviations up; 0: never (>= 0)
 max_bad_steps = 5             # so many in a row: roll back and skip their data (>= 1)
 max_rollbacks = 3             # then stop (>= 0)
 # machine
@@ -106,7 +106,7 @@ gpu_cost_per_hour = 0.0       # dollars; 0: not counted (dry_run: the table's pr
 # -----------------------------------------------------------------------------
 setup = configure(globals(), also="model.py:GPTConfig")  # config files, then --key=value
 config = setup.config         # every key and its value: what a checkpoint and the log record
-survive_dead_stdout()         # a closed terminal ends no training, whose log is log.jsonl
+survive_dead_stdout()         # training goes on if the terminal closes; log.jsonl has the log
 
 import torch  # this late, so that --help and mistyped keys are answered at once
 import torch.distributed as dist
@@ -136,7 +136,8 @@ rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 master_process = rank == 0  # prints, logs and saves
 log = runs.Log(out_dir, master_process)
 say = log.say
-sequences = batch_size * gradient_accumulation_steps  # in a step, over all processes
+# in a step, over all processes; the loop cuts them into micro-batches of batch_size
+sequences = batch_size * gradient_accumulation_steps
 if sequences % world_size:
     raise UserError(
         f"batch_size * gradient_accumulation_steps = {sequences} sequences a step can't be shared "
@@ -239,7 +240,7 @@ def trainer_state():
 
 
 def autocast():
-    """A fresh context at each use: one object entered twice, nested, would stay on."""
+    """A fresh context at each use: one object entered inside itself leaves autocast on."""
     return torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
@@ -296,7 +297,7 @@ else:
         batch = data.rollouts(completions, group_advantages(rewards, scale_rewards).flatten())
         equal_groups = (rewards == rewards[:, :1]).all(dim=1).float().mean()
         batch.metrics |= {"reward/mean": rewards.mean(), "reward/equal_groups": equal_groups}
-        # a count so far on all processes, over which metrics are means
+        # a running total; metrics are averaged over processes, so this logs their sum
         batch.metrics["reward/verifier_raised"] = grade.raised * world_size
         return batch
 
@@ -305,7 +306,8 @@ else:
 
 
 def measure(batch):
-    """{name: (mean, count)} of a held-out batch; RLVR solves its problems greedily and samples."""
+    """{name: (mean, count)} of a held-out batch. RLVR answers each problem once greedily, and
+    group_size times by sampling."""
     if stage == "rlvr":
         greedy = complete(batch, 1, 0.0, seed)
         sampled = complete(batch, group_size, rollout_temperature, seed)
@@ -358,13 +360,13 @@ barrier()  # every process has read the old run
 if master_process:
     runs.claim(config, start, say)
 stop = runs.StopSignal()  # a signal ends the step, saves and exits; a second one exits at once
-# A killed run may have saved its last step but not evaluated it: the log knows.
+# A killed run may have saved its last step but not evaluated it. Only log.jsonl can tell.
 saved_at = run.step if state else -1
 evaluated_at, sampled_at, best_at, run.best = log.done(saved_at, run.best, score_of)
 barrier()
 log.start(config, run.step, state is not None, data.notes)
 checkpoints = runs.Checkpoints(out_dir, keep_checkpoints, log, best_at) if master_process else None
-hub = runs.start_mirrors(config, checkpoints, log)  # and a backup, in threads; None: no Hub
+hub = runs.start_mirrors(config, checkpoints, log)  # threads for Hub and backup; None: no Hub
 pod = runs.Pod(config, log, stop) if runs.on_a_pod(config) else None
 meter = runs.Meter(run, model, gpu_cost_per_hour, device, world_size)
 runs.finish_on_crash(save_last_step, checkpoints, log, stop, pod, terminate_on_error)
@@ -375,11 +377,11 @@ log.start_bar(max_iters, run.step)
 # the loop
 
 model.train()
-compiled, updating, bad_in_a_row, steps_here = False, False, 0, 0
+compile_tried, updating, bad_in_a_row, steps_here = False, False, 0, 0
 clock = last_saved = time.perf_counter()
 
 while True:
-    # save first, whatever fails later: at every interval, before an evaluation, after the last step
+    # save, before an evaluation or sample that may fail: at every interval, after the last step
     rng = runs.rng_state(device)
     now = time.perf_counter()
     run.wall_s, clock = run.wall_s + now - clock, now
@@ -425,20 +427,20 @@ while True:
     # this process's share of the next sequences, in micro-batches
     begun = time.perf_counter()
     share = sequences // world_size
-    first, last = run.position + rank * share, run.position + (rank + 1) * share
-    edges = range(first, last, batch_size)
-    batches = [batch_of(range(i, min(i + batch_size, last))) for i in edges]
+    first, end = run.position + rank * share, run.position + (rank + 1) * share
+    edges = range(first, end, batch_size)
+    batches = [batch_of(range(i, min(i + batch_size, end))) for i in edges]
     sums = [[batch.units, batch.with_signal, batch.tokens] for batch in batches]
     units, with_signal, tokens = over_processes(*map(sum, zip(*sums)))
     if stage == "rlvr":
         grade.check_step(max_bad_steps, over_processes)
 
     # torch.compile: at once on a GPU, on a CPU once it is known how long a step takes
-    time_to_compile = compile and not compiled and (device_type == "cuda" or steps_here == 20)
+    time_to_compile = compile and not compile_tried and (device_type == "cuda" or steps_here == 20)
     step_s = run.train_s / max(run.step, 1)
     if time_to_compile and compile_pays(device_type, max_iters - run.step, step_s):
         say("torch.compile: pays back within this run")
-        compiled = True
+        compile_tried = True
         try:
             # one pass forward and backward, for nothing but compilation
             model.compile()
@@ -462,8 +464,8 @@ while True:
         for group in opt.param_groups:
             group["lr"] = group["base_lr"] * factor
 
-    # updates: one, with RLVR several on the same rollouts; none where no unit has a signal, because
-    # the optimizer's momentum would move the weights all the same
+    # updates: one, with RLVR several on the same rollouts; none where no unit has a signal: every
+    # gradient would be 0, and the optimizer's momentum alone would still move the weights
     updates = inner_epochs if stage == "rlvr" else 1
     if not with_signal:
         updates = 0
@@ -521,7 +523,7 @@ while True:
                 checkpoints.wait()
             barrier()
             before = types.SimpleNamespace(**vars(run))
-            last, saved_model, saved_state = runs.last_checkpoint(config, run, why, say)
+            path, saved_model, saved_state = runs.last_checkpoint(config, run, why, say)
             model.load_state_dict(saved_model.state_dict())
             restore(saved_state)
             # trainer.pt is older than the evaluation of its own step
@@ -531,7 +533,7 @@ while True:
             saved_at = evaluated_at = sampled_at = run.step
             meter.mark(run)
             say(
-                f"{bad_in_a_row} bad steps in a row: back to {last}, past the data that caused them"
+                f"{bad_in_a_row} bad steps in a row: back to {path}, past the data that caused them"
             )
             log(run.step, {"event": "rollback", "position": run.position})
             bad_in_a_row = 0
@@ -569,8 +571,7 @@ if not master_process:
 checkpoints.wait()
 is_saved = runs.is_checkpoint(checkpoints.path(run.step))
 if hub and finished and is_saved:
-    in_transformers = hf_layout and not obstacles
-    card = runs.model_card(config, setup.keys, model, in_transformers, run, log.rows())
+    card = runs.model_card(config, setup.keys, model, hf_layout, run, log.rows())
     hub.put_final(checkpoints.path(run.step), card)
 log.close_bar()
 if finished:
