@@ -1279,6 +1279,77 @@ def barrier():
         dist.barrier()
 
 
+def broadcast_weights(model):
+    """Makes the weights of all processes those of the first."""
+    if _distributed():
+        for p in model.parameters():
+            dist.broadcast(p.data, 0)
+
+
+def sum_gradients(params):
+    """Makes each gradient the sum over all processes. After the last micro-batch and not during its
+    backward pass, as DistributedDataParallel does it: by then every process knows whether another
+    ran out of memory, and none waits for it."""
+    if _distributed():
+        sums = [dist.all_reduce(p.grad, async_op=True) for p in params if p.grad is not None]
+        for pending in sums:
+            pending.wait()
+
+
+class MemoryGuard:
+    """`with guard:` ends quietly where memory runs out; guard.ran_out then tells."""
+
+    def __init__(self, device):
+        self.device, self.ran_out = device, False
+
+    def __enter__(self):
+        self.ran_out = False
+
+    def __exit__(self, kind, error, traceback):
+        # a CPU's allocator raises RuntimeError
+        self.ran_out = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+            isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+        )
+        return self.ran_out
+
+    def halve(self, micro_batch_size):
+        """Half of it, rounded up, after memory ran out. UserError where there is nothing to
+        halve."""
+        if micro_batch_size == 1:
+            raise UserError(
+                "out of memory with micro_batch_size=1: take a shorter block_size (rlvr: a smaller "
+                "group_size), a smaller model, or set grad_checkpoint=True"
+            )
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+        return (micro_batch_size + 1) // 2
+
+
+def free_memory(device):
+    """Bytes that tensors can still take on a device, the least of all processes; inf if unknown."""
+    free = math.inf
+    if device.startswith("cuda"):
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + held
+    elif device == "cpu":
+        free = _available_memory()
+    if _distributed():
+        least = torch.tensor(free, dtype=torch.float64)
+        if dist.get_backend() == "nccl":
+            least = least.to(device)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        free = least.item()
+    return free
+
+
+def _available_memory():
+    try:
+        with open("/proc/meminfo", encoding="ascii") as f:
+            return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", f.read())[1])
+    except (OSError, TypeError):  # not Linux
+        return math.inf
+
+
 def set_up_device(device):
     """Picks the device, prepares it for training and returns its name.
 
@@ -1393,6 +1464,9 @@ GPUS = {
 # fmt: on
 
 
+SHARE_OF_MEMORY = 0.92  # of what is free: the rest goes to kernels' scratch space and to gaps
+
+
 def gpu_spec(name):
     """The row of GPUS for a name such as 'NVIDIA A100-SXM4-80GB', or None."""
     for gpu, spec in GPUS.items():
@@ -1415,54 +1489,92 @@ def flops_per_token(model):
     return 6 * (model.n_params() - looked_up) + attention
 
 
-def memory_estimate(model, batch_size, optimizer="muon", dtype="bfloat16", grad_checkpoint=False):
-    """{what: bytes} of training: exact for weights, gradients and optimizer, an estimate of the
-    activations that the backward pass needs."""
+def memory_estimate(
+    model, sequences, optimizer="muon", dtype="bfloat16", grad_checkpoint=False, compiled=True
+):
+    """{what: bytes} of training on so many sequences of block_size at a time: exact for weights,
+    gradients and optimizer, within 15% for the activations that the backward pass keeps."""
     c, n = model.config, model.n_params()
     hidden = sum(
         p.numel() for name, p in model.named_parameters()
         if p.dim() == 2 and name.startswith("blocks.")
     )  # fmt: skip
     low = 4 if dtype == "float32" else 2
-    # a token of a block: both inputs of the residual stream and of the norms in float32; then what
-    # the products read and write: x twice, q k v and the heads' output, the MLP's three or four
-    heads = (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim
-    mlp = (4 if c.mlp == "swiglu" else 2) * c.ffn_dim
-    block = 4 * 4 * c.n_embd + low * (2 * c.n_embd + 2 * heads + mlp)
+    # a token of a block: the residual stream before both norms in float32, and without compilation
+    # the normed one too; then what products read and write: both norms' results, q k v, q k with
+    # RoPE, the heads' output; gate and up, their product, and without compilation silu(gate)
+    stream = 2 if compiled else 4
+    heads = 3 * (c.n_head + c.n_kv_head) * c.head_dim
+    mlp = 2 * c.ffn_dim
+    if c.mlp == "swiglu":
+        mlp = (3 if compiled else 4) * c.ffn_dim
+    block = 4 * stream * c.n_embd + low * (2 * c.n_embd + heads + mlp)
     per_token = c.n_layer * block
     if grad_checkpoint:
         per_token = c.n_layer * 4 * c.n_embd + block
-    tokens = batch_size * c.block_size
+    tokens = sequences * c.block_size
     logits = min(tokens * c.vocab_size, LOGITS_IN_A_CHUNK["cuda"]) * (8 + low)  # and their log p
+    copies = 0 if dtype == "float32" else low * n  # of the weights, by autocast
     states = 8 * n - (4 * hidden if optimizer == "muon" else 0)
-    activations = tokens * per_token + logits
+    activations = tokens * per_token + logits + copies
     return {"weights": 4 * n, "gradients": 4 * n, "optimizer": states, "activations": activations}
+
+
+def largest_micro_batch(model, free, config, compiled):
+    """The largest number of sequences, up to config["batch_size"], with which training is expected
+    to fit into `free` bytes beside the weights: batch_size, a half of it, a third, ..."""
+    batch_size = config["batch_size"]
+    # a pair of preferences has two rows, a prompt of RLVR group_size completions
+    rows = {"dpo": 2, "rlvr": config["group_size"]}.get(config["stage"], 1)
+    for pieces in range(1, batch_size + 1):
+        size = math.ceil(batch_size / pieces)
+        memory = memory_estimate(
+            model, size * rows, config["optimizer"], config["dtype"], config["grad_checkpoint"],
+            compiled,
+        )  # fmt: skip
+        if sum(memory.values()) - memory["weights"] <= SHARE_OF_MEMORY * free:
+            break
+    return size
+
+
+def pick_micro_batch_size(model, config):
+    """largest_micro_batch for the memory that is free now, once the model is on its device."""
+    device = str(model.embed.weight.device)
+    compiled = config["compile"] and device.startswith("cuda")
+    return largest_micro_batch(model, free_memory(device), config, compiled)
 
 
 def plan(config, shape, gpu=""):
     """Prints what a run would take, for train.py --dry_run: parameters, FLOPs, tokens, memory, and
     on `gpu` (a name in GPUS) hours and dollars. `config` holds every key of train.py, `shape` is
     the model's GPTConfig."""
+    if gpu and not gpu_spec(gpu):
+        raise UserError(f"gpu={gpu!r}: expected one of {', '.join(GPUS)}")
     with torch.device("meta"):
         model = GPT(shape)
     flops = flops_per_token(model)
-    batch_size = config["batch_size"]
-    tokens_per_step = batch_size * config["gradient_accumulation_steps"] * config["block_size"]
+    size, gigabytes = config["micro_batch_size"] or config["batch_size"], math.inf
+    if gpu:
+        peak, gigabytes, price = gpu_spec(gpu)
+        if not config["micro_batch_size"]:
+            free = gigabytes * 1e9 - 4 * model.n_params()
+            size = largest_micro_batch(model, free, config, config["compile"])
+    steps = config["batch_size"] * config["gradient_accumulation_steps"]
+    tokens_per_step = steps * config["block_size"]
     tokens = tokens_per_step * config["max_iters"]
     memory = memory_estimate(
-        model, batch_size, config["optimizer"], config["dtype"], config["grad_checkpoint"]
-    )
+        model, size, config["optimizer"], config["dtype"], config["grad_checkpoint"],
+        config["compile"],
+    )  # fmt: skip
     print(f"parameters        {model.n_params():,}")
     print(f"FLOPs a token     {flops:.4g}")
     print(f"tokens a step     {tokens_per_step:,}")
     print(f"total tokens      {tokens:,} in {config['max_iters']:,} steps")
-    for what, size in memory.items():
-        print(f"{what:17} {size / 1e9:.2f} GB")
+    print(f"micro_batch_size  {size}")
+    for what, bytes_of_it in memory.items():
+        print(f"{what:17} {bytes_of_it / 1e9:.2f} GB")
     if not gpu:
         return
-    if not gpu_spec(gpu):
-        raise UserError(f"gpu={gpu!r}: expected one of {', '.join(GPUS)}")
-    peak, gigabytes, price = gpu_spec(gpu)
     price = config["gpu_cost_per_hour"] or price
     speed = peak * config["mfu"] / flops  # tokens a second
     hours = tokens / speed / 3600
@@ -1470,10 +1582,10 @@ def plan(config, shape, gpu=""):
         f"on one {gpu.upper():10} {hours:,.1f} hours, ${hours * price:,.2f}, at {speed:,.0f} tok/s "
         f"({config['mfu']:.0%} of {peak / 1e12:.0f} TFLOP/s) and ${price:.2f} an hour"
     )
-    if sum(memory.values()) > 0.95 * gigabytes * 1e9:
+    if sum(memory.values()) > SHARE_OF_MEMORY * gigabytes * 1e9:
         print(
-            f"it won't fit {gigabytes} GB: halve batch_size and double gradient_accumulation_steps "
-            "until it does (the tokens a step stay the same), or set grad_checkpoint=True"
+            f"a single sequence won't fit {gigabytes} GB: set grad_checkpoint=True, or take a "
+            "smaller block_size"
         )
 
 

@@ -1835,7 +1835,7 @@ class Windows:
     Batches."""
 
     def __init__(self, config):
-        self.mixture = parse_mixture(config["dataset"])
+        self.mixture, self.batch_size = parse_mixture(config["dataset"]), config["batch_size"]
         directories = [os.path.join(config["data_dir"], name) for name, _ in self.mixture]
         metas = [read_meta(directory) for directory in directories]
         for directory, meta in zip(directories, metas):
@@ -1880,7 +1880,8 @@ class Windows:
         domain."""
         for domain, bins in zip(self.shares, self.val):
             starts = bins.held_out(sequences)[rank::world_size]
-            rows = max(rows, 4096 // bins.block_size)  # small windows are read in larger batches
+            if rows >= self.batch_size:  # memory is no matter: small windows in larger batches
+                rows = max(rows, 4096 // bins.block_size)
             for i in range(0, len(starts), rows):
                 yield domain, self._batch(*bins.read(starts[i : i + rows]))
 

@@ -215,9 +215,16 @@ def backup_of(config):
     return os.path.join(config["backup_dir"], os.path.basename(os.path.abspath(config["out_dir"])))
 
 
-def check(config):
-    """UserError, before anything is loaded, for places that can't be right."""
+def check(config, world_size=1):
+    """UserError, before anything is loaded, for places that can't be right, and for a step that the
+    processes can't share."""
     out_dir, hf_repo, backup_dir = config["out_dir"], config["hf_repo"], config["backup_dir"]
+    sequences = config["batch_size"] * config["gradient_accumulation_steps"]
+    if sequences % world_size:
+        raise UserError(
+            f"batch_size * gradient_accumulation_steps = {sequences} sequences a step can't be "
+            f"shared among {world_size} processes; make it a multiple of {world_size}"
+        )
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         raise UserError(f"out_dir={out_dir!r}: not a directory; choose another --out_dir")
     if hf_repo and not re.fullmatch(r"[\w.-]+/[\w.-]+", hf_repo):
@@ -1498,6 +1505,17 @@ def finish_on_crash(save_last_step, checkpoints, log, stop, pod, terminate_on_er
 # what a run prints at its start and its end
 
 
+def declares_architecture(model, hf_layout, say):
+    """Whether checkpoints name a Hugging Face architecture: hf_layout asks for it, and one has the
+    model's maths."""
+    from model import architecture
+
+    obstacles = architecture(model.config, model.state_dict())[1]
+    if hf_layout and obstacles:
+        say(f"warning: checkpoints load here but not in transformers: {'; '.join(obstacles)}")
+    return hf_layout and not obstacles
+
+
 def headline(model, data, config, sequences, attention, say):
     block_size, device = model.config.block_size, model.embed.weight.device
     amount = f"x {block_size} = {sequences * block_size:,} tokens"
@@ -1506,9 +1524,12 @@ def headline(model, data, config, sequences, attention, say):
     if config["stage"] == "rlvr":
         amount = f"prompts x {config['group_size']} completions"
     apart = ", documents apart" if config["doc_mask"] else ""
+    warmup_iters, max_iters = config["warmup_iters"], config["max_iters"]
+    if warmup_iters > max_iters:
+        say(f"warning: warmup_iters={warmup_iters} is beyond max_iters and clamped to {max_iters}")
     say(
         f"{model.n_params() / 1e6:.2f}M parameters; {config['dataset']}: {data.amount}; "
-        f"{config['max_iters']:,} steps of {sequences} {amount}"
+        f"{max_iters:,} steps of {sequences} {amount}"
     )
     say(
         f"{config['out_dir']}: {device}, {config['dtype']}, {config['optimizer']}, "

@@ -16,7 +16,7 @@ import sys
 import time
 import types
 
-from configurator import UserError, configure, survive_dead_stdout
+from configurator import configure, survive_dead_stdout
 
 # -----------------------------------------------------------------------------
 # The defaults are the toy run. Quoted values ('a' | 'b') and bounds (>= 1) in comments are checked.
@@ -48,8 +48,9 @@ terminate_on_error = "stop"   # the pod after a crash, if terminate_pod: 'stop' 
 stage = "pretrain"            # 'pretrain' | 'sft' | 'dpo' | 'rlvr'
 dataset = "toy"               # a directory in data/, or a mixture: web:0.87,code:0.13
 data_dir = "data"
-gradient_accumulation_steps = 1  # micro-batches in a step, over all processes (>= 1)
-batch_size = 12               # sequences in a micro-batch; dpo: pairs; rlvr: prompts (>= 1)
+batch_size = 12               # sequences; dpo: pairs; rlvr: prompts (>= 1)
+gradient_accumulation_steps = 1  # a step takes batch_size x this, over all processes (>= 1)
+micro_batch_size = 0          # sequences on the device at a time; 0: as many as fit (>= 0)
 doc_mask = True               # documents packed into one window don't attend to each other
 # the model: all keys of GPTConfig in model.py are keys, too (n_layer, n_embd, block_size, ...)
 grad_checkpoint = False       # recompute activations: less memory, a third more time
@@ -108,20 +109,26 @@ setup = configure(globals(), also="model.py:GPTConfig")  # config files, then --
 config = setup.config         # every key and its value: what a checkpoint and the log record
 survive_dead_stdout()         # training goes on if the terminal closes; log.jsonl has the log
 
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # less of a GPU's memory is lost between pieces
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import torch  # this late, so that --help and mistyped keys are answered at once
 import torch.distributed as dist
 
 import prepare
 import runs
-from model import (architecture, compile_pays, completion_loss, completion_measures, documents,
-                   group_advantages, make_optimizers, pair_loss, pick_attention, pick_dtype,
+from model import (MemoryGuard, barrier, broadcast_weights, compile_pays, completion_loss,
+                   completion_measures, documents, group_advantages, make_optimizers,
+                   over_processes, pair_loss, pick_attention, pick_dtype, pick_micro_batch_size,
                    pick_muon_dtype, plan, sample_completions, schedule_factor, set_up_device,
-                   barrier, over_processes, undo_compile, why_harmful, yes_probability)
+                   sum_gradients, undo_compile, why_harmful, yes_probability)
 # fmt: on
 
 prepare.read_secrets()
 out_dir = config["out_dir"] = os.path.normpath(out_dir or runs.directory_of(setup.files))
-runs.check(config)
+ddp = "RANK" in os.environ  # set by torchrun
+rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+master_process = rank == 0  # prints, logs and saves
+runs.check(config, world_size)
 if stage == "rlvr":  # a verifier that is missing is refused before anything is loaded
     verify = prepare.verifier(verifier)
 if dry_run:
@@ -129,20 +136,11 @@ if dry_run:
     sys.exit()
 
 # -----------------------------------------------------------------------------
-# processes and device
+# log and device
 
-ddp = "RANK" in os.environ  # set by torchrun
-rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-master_process = rank == 0  # prints, logs and saves
 log = runs.Log(out_dir, master_process)
 say = log.say
-# in a step, over all processes; the loop cuts them into micro-batches of batch_size
-sequences = batch_size * gradient_accumulation_steps
-if sequences % world_size:
-    raise UserError(
-        f"batch_size * gradient_accumulation_steps = {sequences} sequences a step can't be shared "
-        f"among {world_size} processes; make it a multiple of {world_size}"
-    )
+sequences = batch_size * gradient_accumulation_steps  # in a step, over all processes
 device = set_up_device(device)
 device_type = device.split(":")[0]
 if ddp:
@@ -171,10 +169,7 @@ dtype = config["dtype"] = pick_dtype(dtype, device, model.config)
 attention = pick_attention(device, dtype, doc_mask, compile, model.config.dropout, model.is_causal)
 model.to(device)
 model.grad_checkpoint = grad_checkpoint
-obstacles = architecture(model.config, model.state_dict())[1]
-if obstacles and hf_layout:
-    say(f"warning: checkpoints load here but not in transformers: {'; '.join(obstacles)}")
-    hf_layout = False
+hf_layout = runs.declares_architecture(model, hf_layout, say)
 
 # -----------------------------------------------------------------------------
 # optimizers, and what a run counts
@@ -186,17 +181,11 @@ optimizers = make_optimizers(  # [AdamW, Muon] or [AdamW]; each group has a base
 # fmt: on
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 params = list(model.parameters())
-forward = torch.nn.parallel.DistributedDataParallel(model) if ddp else model
-if ddp:
-    # Buffers are RoPE's tables, equal on all processes: sending them would tie the processes
-    # together in evaluation, too. (The argument of DDP is deprecated since torch 2.13.)
-    forward.broadcast_buffers = False
+broadcast_weights(model)
 warmup_steps, decay_steps = min(warmup_iters, max_iters), lr_decay_iters or max_iters
 floor = min_lr / (learning_rate or 1)  # what the rate falls to, as a share of its peak
 if not decay_lr:
     schedule = "constant"
-if warmup_iters > max_iters:
-    say(f"warning: warmup_iters={warmup_iters} is beyond max_iters and clamped to {max_iters}")
 
 # fmt: off
 run = types.SimpleNamespace(
@@ -209,6 +198,7 @@ run = types.SimpleNamespace(
     skipped=0,         # bad steps: not counted in step, their data is skipped
     rollbacks=0,       # returns to a checkpoint after bad steps
     no_signal=0,       # steps without a target, or with equal rewards everywhere: nothing moved
+    micro_batch_size=0,  # sequences on the device at a time: no matter of arithmetic
     recent=[])         # (loss, log of the gradient norm) of the last 128 good updates
 # fmt: on
 torch.manual_seed(seed + 1)  # from here on the generator draws dropout masks and nothing else
@@ -265,14 +255,14 @@ if stage in ("pretrain", "sft"):
         docs = None
         if doc_mask:
             docs = documents(batch.x, tokenizer.eos_id, attention, model.visible)
-        return forward(batch.x, batch.y, docs)[1], {}
+        return model(batch.x, batch.y, docs)[1], {}
 
 elif stage == "dpo":
     # pairs of answers: the chosen one is to become likelier than the rejected one
     batch_of = data.batch
 
     def loss_of(batch):
-        return pair_loss(forward, reference, batch, pref_loss, beta, label_smoothing)
+        return pair_loss(model, reference, batch, pref_loss, beta, label_smoothing)
 
 else:
     # rlvr: the model's own completions; those that the verifier rewards become likelier
@@ -302,7 +292,7 @@ else:
         return batch
 
     def loss_of(batch):
-        return completion_loss(forward, reference, batch, rollout_temperature, clip_eps, kl_coef)
+        return completion_loss(model, reference, batch, rollout_temperature, clip_eps, kl_coef)
 
 
 def measure(batch):
@@ -322,10 +312,12 @@ def measure(batch):
 def evaluate():
     """{'val/...': mean} over held-out data: of each domain of a mixture, and of all."""
     model.eval()
-    measured = []
-    for domain, batch in data.held_out(eval_iters * batch_size, batch_size, rank, world_size):
-        with autocast():
-            measured.append((domain, measure(batch)))
+    most, finished = eval_iters * batch_size, False
+    while not finished:
+        held_out = data.held_out(most, run.micro_batch_size, rank, world_size)
+        with memory, autocast():
+            measured = [(domain, measure(batch)) for domain, batch in held_out]
+        finished = not ran_out_of_memory()
     model.train()
     row = prepare.means(measured, data.shares, over_processes)
     if math.isnan(score_of(row)[0]):
@@ -343,11 +335,29 @@ def score_of(row):
     return [-row["val/loss"]]
 
 
+def ran_out_of_memory():
+    """Whether a process did in its last `with memory:`. Then all of them take half as many
+    sequences at a time from here on, and what was tried is to be tried again."""
+    if not over_processes(memory.ran_out)[0]:
+        return False
+    for opt in optimizers:
+        opt.zero_grad(set_to_none=True)
+    run.micro_batch_size = memory.halve(run.micro_batch_size)
+    say(f"out of memory: micro_batch_size={run.micro_batch_size} from here on, for the same steps")
+    log(run.step, {"event": "out of memory", "micro_batch_size": run.micro_batch_size})
+    return True
+
+
 def save_last_step():
     """After a crash: saves the last good step, unless it came in the middle of an update."""
     if master_process and run.step not in (0, saved_at) and not updating:
         checkpoints.save(model, tokenizer, trainer_state(), ends, hf_layout)
 
+
+memory = MemoryGuard(device)
+before = state["config"].get("micro_batch_size", 0) if state else 0
+if not run.micro_batch_size or micro_batch_size not in (0, before):
+    run.micro_batch_size = micro_batch_size or pick_micro_batch_size(model, config)
 
 # -----------------------------------------------------------------------------
 # all checks are passed: out_dir is this run's
@@ -428,8 +438,11 @@ while True:
     begun = time.perf_counter()
     share = sequences // world_size
     first, end = run.position + rank * share, run.position + (rank + 1) * share
-    edges = range(first, end, batch_size)
-    batches = [batch_of(range(i, min(i + batch_size, end))) for i in edges]
+    size = run.micro_batch_size
+    with memory:
+        batches = [batch_of(range(i, min(i + size, end))) for i in range(first, end, size)]
+    if ran_out_of_memory():  # in rollouts: the same step again
+        continue
     sums = [[batch.units, batch.with_signal, batch.tokens] for batch in batches]
     units, with_signal, tokens = over_processes(*map(sum, zip(*sums)))
     if stage == "rlvr":
@@ -444,9 +457,7 @@ while True:
         try:
             # one pass forward and backward, for nothing but compilation
             model.compile()
-            if ddp:
-                forward.require_backward_grad_sync = False
-            with autocast():
+            with memory, autocast():  # what runs out of memory here will below, too
                 loss_of(batches[0].to(device))[0].backward()
             torch._dynamo.config.suppress_errors = True  # what fails later runs uncompiled
         except Exception as e:
@@ -470,24 +481,26 @@ while True:
     if not with_signal:
         updates = 0
         run.no_signal += 1
-    train_loss, grad_norm, why = math.nan, 0.0, ""
+    train_loss, grad_norm, why, again = math.nan, 0.0, "", False
     for inner in range(updates):
         # forward and backward: one mean over all targets of all micro-batches of all processes
         step_loss = torch.zeros((), device=device)
-        for i, batch in enumerate(batches):
-            if ddp:
-                forward.require_backward_grad_sync = i == len(batches) - 1
-            with autocast():
-                loss, metrics = loss_of(batch.to(device))
-                loss = loss * (batch.units / units)
-            scaler.scale(loss * world_size).backward()  # DDP divides by world_size
-            step_loss += loss.detach()
-            batch.metrics |= metrics
-        if ddp:
-            dist.all_reduce(step_loss)
+        with memory:
+            for batch in batches:
+                with autocast():
+                    loss, metrics = loss_of(batch.to(device))
+                    loss = loss * (batch.units / units)
+                scaler.scale(loss).backward()
+                step_loss += loss.detach()
+                batch.metrics |= metrics
+        loss = metrics = None  # what they hold of the graph would stay in memory
+        if ran_out_of_memory():
+            again = inner == 0  # later updates on the same rollouts are left out
+            break
+        sum_gradients(params)
+        train_loss = over_processes(step_loss.item())[0]
         for opt in optimizers:
             scaler.unscale_(opt)
-        train_loss = step_loss.item()
         grad_norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
 
         # update, unless it would do harm: not finite, gradient 0, or a spike above the last 128
@@ -508,6 +521,9 @@ while True:
             break
 
     updating = False
+    if again:  # the same step, in smaller micro-batches and with the same random numbers
+        runs.set_rng_state(rng, device)
+        continue
 
     # a bad step is not counted, its data is skipped; too many in a row: back to a checkpoint
     run.position += sequences
@@ -528,6 +544,7 @@ while True:
             restore(saved_state)
             # trainer.pt is older than the evaluation of its own step
             run.position, run.wall_s, run.best = before.position, before.wall_s, before.best
+            run.micro_batch_size = before.micro_batch_size
             run.rollbacks = before.rollbacks + 1
             run.skipped = before.skipped + before.step - run.step
             saved_at = evaluated_at = sampled_at = run.step
@@ -575,7 +592,7 @@ if hub and finished and is_saved:
     hub.put_final(checkpoints.path(run.step), card)
 log.close_bar()
 if finished:
-    for text in runs.samples(model, data, config, 3, autocast, log):
+    for text in runs.samples(model, data, config, min(3, run.micro_batch_size), autocast, log):
         say(f"--- a sample ---\n{prepare.for_terminal(text)}")
     say(runs.summary(config, run, is_saved))
 else:

@@ -118,6 +118,7 @@ def asks(tmp_path, **given):
     config = {"out_dir": str(tmp_path / "out"), "init_from": "scratch", "stage": "pretrain"}
     config |= {"hf_repo": "", "hf_private": False, "backup_dir": "", "keep_checkpoints": 2}
     config |= {"eval_only": False, "dtype": "auto", "data_dir": str(tmp_path / "data")}
+    config |= {"batch_size": 12, "gradient_accumulation_steps": 1}
     from_files = {key[1:]: value for key, value in given.items() if key[0] == "_"}
     typed = {key: value for key, value in given.items() if key[0] != "_"}
     config |= from_files | typed

@@ -1,0 +1,301 @@
+"""How many sequences are on the device at a time: found by the program, halved when memory runs
+out, and without any effect on a step.
+
+A stand-in raises what torch raises where more rows than a limit are in a forward pass.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from processes import ROOT, Processes
+from safetensors.torch import load_file
+
+import model
+from configurator import UserError
+from model import GPT, GPTConfig, MemoryGuard, largest_micro_batch, memory_estimate
+
+MODEL = "--n_layer=1 --n_head=2 --n_embd=32 --dtype=float32 --compile=False --device=cpu"
+LOOP = "--eval_iters=2 --eval_interval=1000 --log_interval=1 --warmup_iters=0 --schedule=constant"
+STAGES = {
+    "pretrain": "--dataset=texts --block_size=64 --batch_size=8",
+    "sft": "--stage=sft --dataset=chats --init_from=out/base --block_size=64 --batch_size=8",
+    "dpo": "--stage=dpo --dataset=pairs --init_from=out/base --block_size=64 --batch_size=8",
+    "rlvr": "--stage=rlvr --dataset=sums --init_from=out/base --block_size=64 --batch_size=8"
+    " --max_completion=8 --group_size=2 --verifier=./length.py --spike_z=0.0",
+}
+# more rows than `limit` in a forward pass, from the `first` one on, run out of memory
+LIMIT = """
+import torch, model
+forward, passes = model.GPT.hidden, [0]
+def hidden(self, idx, *args, **options):
+    passes[0] += self.training
+    if len(idx) > {limit} and passes[0] >= {first} and {when}:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    return forward(self, idx, *args, **options)
+model.GPT.hidden = hidden
+"""
+
+
+def limit(rows, first=0, when="True"):
+    return LIMIT.format(limit=rows, first=first, when=when)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """Processes in a directory with a data set for each stage, and out/base, a pretrained model."""
+    processes = Processes(tmp_path_factory.mktemp("memory"))
+    cwd = processes.cwd
+    words = [f"the {i} cat sat on mat {i * 7 % 10}. " * 3 for i in range(200)]
+    (cwd / "length.py").write_text(
+        "def verify(prompt, completion, answer):\n    return len(completion) / 9\n"
+    )
+    records = {"texts": [], "chats": [], "pairs": [], "sums": []}
+    for i, text in enumerate(words):
+        question, answer = {"role": "user", "content": f"say {i}"}, f"{i} it is"
+        reply = {"role": "assistant", "content": answer}
+        records["texts"].append({"text": text})
+        records["chats"].append({"messages": [question, reply]})
+        records["pairs"].append({"prompt": f"say {i}", "chosen": answer, "rejected": "no"})
+        records["sums"].append({"prompt": f"say {i}", "answer": str(i)})
+    kinds = {"texts": "text", "chats": "chat", "pairs": "prefs", "sums": "verify"}
+    for name, rows in records.items():
+        (cwd / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        processes.finished(
+            "prepare.py", f"{name}.jsonl --as={kinds[name]} --tokenizer=byte --val_fraction=0.1"
+        )
+    processes.finished(
+        "train.py", MODEL, LOOP, STAGES["pretrain"], "--max_iters=3 --out_dir=out/base"
+    )
+    yield processes
+    processes.close()
+
+
+def train(program, name, stage="pretrain", more="", rows=None, steps=4, **limits):
+    shape = MODEL if stage == "pretrain" else MODEL[MODEL.index("--dtype") :]
+    patch = "" if rows is None else limit(rows, **limits)
+    args = f"--max_iters={steps} --out_dir=out/{name} {more}"
+    return program.finished("train.py", shape, LOOP, STAGES[stage], args, patch=patch)
+
+
+def weights(program, name, step=4):
+    return load_file(program.cwd / "out" / name / f"step_{step:06d}" / "model.safetensors")
+
+
+def log(program, name):
+    with open(program.cwd / "out" / name / "log.jsonl", encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+# a pair has two rows and a problem two completions
+@pytest.mark.parametrize("stage, rows", [("pretrain", 2), ("sft", 2), ("dpo", 4), ("rlvr", 4)])
+def test_out_of_memory_in_the_first_step_changes_no_byte(program, stage, rows):
+    said = train(program, f"{stage}_halved", stage, rows=rows, when="torch.is_grad_enabled()").all
+    train(program, f"{stage}_two", stage, "--micro_batch_size=2")
+    for size in (4, 2):
+        assert said.count(f"out of memory: micro_batch_size={size} from here on") == 1
+    assert said.count("out of memory") == 2
+    rows = [r for r in log(program, f"{stage}_halved") if r.get("event") == "out of memory"]
+    assert [r["micro_batch_size"] for r in rows] == [4, 2]
+    difference = largest_difference(
+        weights(program, f"{stage}_halved"), weights(program, f"{stage}_two")
+    )
+    assert difference == 0
+
+
+def test_out_of_memory_in_a_later_step(program):
+    """The step is done again from its own beginning: with dropout 0 the same to rounding."""
+    said = train(program, "late", rows=4, first=3).all
+    assert said.count("micro_batch_size=4 from here on") == 1
+    train(program, "never")
+    steps = [r["step"] for r in log(program, "late") if "train/loss" in r]
+    assert steps == [1, 2, 3, 4]
+    assert 0 < largest_difference(weights(program, "late"), weights(program, "never")) < 1e-6
+
+
+def test_out_of_memory_gives_the_random_numbers_back(program):
+    """Dropout masks of the step that is done again are those of a run that had its size before."""
+    train(program, "dropped", rows=4, more="--dropout=0.1")
+    train(program, "dropped_four", more="--dropout=0.1 --micro_batch_size=4")
+    a, b = weights(program, "dropped"), weights(program, "dropped_four")
+    assert largest_difference(a, b) == 0
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "rlvr"])
+def test_out_of_memory_in_evaluation_and_rollouts(program, stage):
+    """Without gradients: held-out windows, completions that are sampled."""
+    name = f"{stage}_eval"
+    said = train(program, name, stage, rows=4, when="not torch.is_grad_enabled()").all
+    assert said.count("out of memory") == {"pretrain": 1, "rlvr": 2}[stage]
+    train(program, f"{name}_whole", stage)
+    halved, whole = (
+        [
+            r["val/loss" if stage == "pretrain" else "val/reward/mean"]
+            for r in rows
+            if "val/ppl" in r or "val/pass@1" in r
+        ]
+        for rows in (log(program, name), log(program, f"{name}_whole"))
+    )
+    assert halved == pytest.approx(whole, abs=1e-6) and len(halved) == 2
+
+
+def test_out_of_memory_is_remembered_by_a_resumed_run(program):
+    """It begins with what fitted, unless another size is typed."""
+    train(program, "resumed", rows=2)
+    said = train(program, "resumed", rows=2, steps=6).all
+    assert "out of memory" not in said
+    said = train(program, "resumed", "pretrain", "--micro_batch_size=3", rows=2, steps=8).all
+    assert "micro_batch_size=2 from here on" in said
+    said = train(program, "resumed", "pretrain", "--micro_batch_size=3", rows=2, steps=9).all
+    assert "out of memory" not in said
+
+
+def test_out_of_memory_with_a_single_sequence_is_an_error(program):
+    args = f"{MODEL} {LOOP} {STAGES['pretrain']} --max_iters=4 --out_dir=out/none"
+    result = program.run("train.py", args, patch=limit(0, first=1))
+    assert result.code == 1 and "Traceback" not in result.all
+    last = result.err.strip().splitlines()[-1]
+    assert (
+        last.startswith("train.py: out of memory with micro_batch_size=1")
+        and "grad_checkpoint" in last
+    )
+
+
+def test_out_of_memory_on_one_of_two_processes(program):
+    """Both take half, and neither waits for the other's gradients."""
+    patch = program.cwd / "site" / "sitecustomize.py"
+    patch.parent.mkdir(exist_ok=True)
+    # train.py's directory is on the path only after start-up
+    patch.write_text(
+        f"import os, sys\nif os.environ.get('RANK') == '1':\n    sys.path.insert(0, {ROOT!r})\n"
+        + "".join(f"    {line}\n" for line in limit("ROWS").splitlines() if line).replace(
+            "ROWS", "int(os.environ['ROWS'])"
+        )
+    )
+    args = f"{MODEL} {LOOP} {STAGES['pretrain']} --max_iters=3".split()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for name, rows, more in (("pair", "2", []), ("pair_two", "99", ["--micro_batch_size=2"])):
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "ROWS": rows,
+            "PYTHONPATH": str(patch.parent),
+        }
+        result = subprocess.run(
+            [*command, os.path.join(ROOT, "train.py"), *args, f"--out_dir=out/{name}", *more],
+            cwd=program.cwd, env=environment, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert result.stdout.count("out of memory") == (2 if name == "pair" else 0)
+    assert largest_difference(weights(program, "pair", 3), weights(program, "pair_two", 3)) == 0
+
+
+def test_out_of_memory_of_a_cpu_is_recognized():
+    guard = MemoryGuard("cpu")
+    with guard:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert guard.ran_out
+    with guard:
+        pass
+    assert not guard.ran_out
+    with pytest.raises(RuntimeError, match="another"), guard:
+        raise RuntimeError("another")
+    assert [guard.halve(size) for size in (8, 7, 3, 2)] == [4, 4, 2, 1]
+    with pytest.raises(UserError, match="micro_batch_size=1"):
+        guard.halve(1)
+
+
+# -----------------------------------------------------------------------------
+# what is expected to fit
+
+
+def test_out_of_memory_is_expected_on_small_gpus(program):
+    """smol_360m and smol_600m: 34.6 and 55.9 KB a token and layer are kept, by a trace of the
+    compiled models on CUDA."""
+    expected = {
+        "smol_360m": {"H100": 22, "H200": 32, "A100": 22, "RTX 4090": 4, "L4": 4},
+        "smol_600m": {"H100": 16, "H200": 24, "A100": 16, "RTX 4090": 3, "L4": 3},
+    }
+    for name, sizes in expected.items():
+        for gpu, size in sizes.items():
+            gpu = gpu.replace(" ", "")
+            said = program.finished(
+                "train.py", f"{ROOT}/config/{name}.py --dry_run --gpu={gpu}"
+            ).out
+            assert f"\nmicro_batch_size  {size}\n" in said
+
+
+def traced(config):
+    """Bytes that the compiled backward pass keeps, by layers: {n_layer: bytes a token}."""
+    kept = {}
+    for config.n_layer in (2, 4):
+        torch._dynamo.reset()
+        gpt = GPT(config)
+        ours = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
+        storages = {}
+
+        def pack(tensor, storages=storages, ours=ours):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in ours:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        idx = torch.randint(config.vocab_size, (2, config.block_size))
+        compiled = torch.compile(gpt, backend="aot_eager_decomp_partition")
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            compiled(idx, idx)
+        kept[config.n_layer] = sum(storages.values()) / idx.numel()
+    return (kept[4] - kept[2]) / 2
+
+
+@pytest.mark.parametrize(
+    "shape, on_cuda",
+    [
+        (dict(n_head=15, n_kv_head=5, n_embd=960, ffn_dim=2560), 34.6e3),
+        (dict(n_head=12, n_kv_head=4, n_embd=1536, ffn_dim=4096, nope_every=4), 55.9e3),
+    ],
+)
+def test_out_of_memory_is_foreseen_within_15_percent(shape, on_cuda):
+    """A token and layer in float32 as traced here, in bfloat16 as traced with CUDA's kernels."""
+    shape |= dict(vocab_size=64, block_size=64, qk_norm=False)
+    kept = {
+        dtype: [
+            memory_estimate(GPT(GPTConfig(n_layer=n, **shape)), 1, "adamw", dtype)["activations"]
+            / 64
+            for n in (2, 4)
+        ]
+        for dtype in ("float32", "bfloat16")
+    }
+    a_layer = {dtype: (four - two) / 2 for dtype, (two, four) in kept.items()}
+    assert a_layer["float32"] == pytest.approx(traced(GPTConfig(n_layer=2, **shape)), rel=0.15)
+    weights_in_bf16 = 2 * sum(
+        p.numel() for p in GPT(GPTConfig(n_layer=1, **shape)).blocks.parameters()
+    )
+    assert a_layer["bfloat16"] - weights_in_bf16 / 64 == pytest.approx(on_cuda, rel=0.15)
+
+
+def test_out_of_memory_free_memory_decides():
+    """The first size that fits of batch_size, a half of it, a third, ...; at least one."""
+    gpt = GPT(GPTConfig(vocab_size=300))
+    config = dict(batch_size=12, stage="pretrain", optimizer="muon", dtype="float32")
+    config |= dict(grad_checkpoint=False, group_size=8)
+
+    def need(sequences):
+        memory = memory_estimate(gpt, sequences, "muon", "float32", False, False)
+        return (sum(memory.values()) - memory["weights"]) / model.SHARE_OF_MEMORY
+
+    for size in (12, 6, 4, 3, 2, 1):
+        assert largest_micro_batch(gpt, need(size) + 1, config, False) == size
+    assert largest_micro_batch(gpt, need(12) - 1, config, False) == 6
+    assert largest_micro_batch(gpt, 0, config, False) == 1
+    assert largest_micro_batch(gpt, math.inf, config, False) == 12
+    assert largest_micro_batch(gpt, need(8) + 1, config | {"stage": "rlvr"}, False) == 1
