@@ -12,6 +12,7 @@ the plain way. FAST names the parts of it that also exist in a faster form: afte
 code, `pytest -k fast` tells which of them no longer agree. Importing this file has no side effect.
 """
 
+import copy
 import ctypes
 import dataclasses
 import functools
@@ -22,6 +23,7 @@ import json
 import math
 import os
 import re
+import time
 import typing
 import warnings
 
@@ -1386,15 +1388,54 @@ def pick_device(device):
     return device
 
 
-def pick_dtype(dtype, device, config):
-    """'auto' -> 'bfloat16' where the hardware multiplies it and there is enough to multiply.
+def pick_dtype(dtype, device, model, sequences=0):
+    """'auto' -> the faster of bfloat16 and float32 on a device, to train on so many sequences at a
+    time; without any, to generate.
 
-    For a model narrower than 128 a CPU spends more on converting than it saves.
+    On a CPU it is measured: one without AMX multiplies bfloat16 fast, and may still lose more in
+    converting than it gains.
     """
     if dtype != "auto":
         return dtype
-    enough = not device.startswith("cpu") or config.n_embd >= 128
-    return "bfloat16" if multiplies_bf16(device) and enough else "float32"
+    if not multiplies_bf16(device):
+        return "float32"
+    if device != "cpu":
+        return "bfloat16"
+    seconds = seconds_by_dtype(model, sequences)
+    return "bfloat16" if seconds["bfloat16"] < 0.95 * seconds["float32"] else "float32"
+
+
+def seconds_by_dtype(model, sequences=0):
+    """{'float32': seconds, 'bfloat16': seconds} of one block on a CPU, forward and backward, or
+    without sequences of the generation of 8 tokens; each the least of three."""
+    block_size = min(model.config.block_size, 512)
+    with torch.random.fork_rng(devices=[]):
+        probe = type(model)(dataclasses.replace(model.config, n_layer=1, vocab_size=512))
+    # at most about 10 GFLOP, a tenth of a second
+    affordable = 2e9 / (sum(p.numel() for p in probe.blocks.parameters()) * block_size)
+    rows = max(1, min(sequences, int(affordable)))
+    idx = torch.arange(rows * block_size).view(rows, block_size) % 512
+
+    def train(dtype):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = probe(idx, idx)[1]
+        loss.backward()
+        probe.zero_grad(set_to_none=True)
+
+    packed = {}
+
+    def generate(dtype):
+        if dtype not in packed:
+            packed[dtype] = pack_weights(copy.deepcopy(probe).to(getattr(torch, dtype)).eval())
+        packed[dtype].generate(idx[:1, :1], min(8, block_size - 1))
+
+    seconds = {"float32": math.inf, "bfloat16": math.inf}
+    for _ in range(4):  # the first of each warms up
+        for dtype in seconds:
+            begun = time.perf_counter()
+            (train if sequences else generate)(dtype)
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - begun)
+    return dict(zip(seconds, over_processes(*seconds.values()), strict=True))
 
 
 def pick_muon_dtype(dtype, device):

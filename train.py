@@ -165,7 +165,7 @@ data.check_vocabulary(model.config.vocab_size)
 
 config |= vars(model.config) | {"init_from": start.init_from}
 dtype = runs.began_with("dtype", config, setup, start)
-dtype = config["dtype"] = pick_dtype(dtype, device, model.config)
+dtype = config["dtype"] = pick_dtype(dtype, device, model, batch_size)
 attention = pick_attention(device, dtype, doc_mask, compile, model.config.dropout, model.is_causal)
 model.to(device)
 model.grad_checkpoint = grad_checkpoint

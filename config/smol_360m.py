@@ -1,8 +1,6 @@
-# smol-llama 360M: 6B tokens of FineWeb, about a million tokens a step. The batch is the original
-# project's; by the estimate of --dry_run, a GPU with 80 GB needs a smaller one, at the same number
-# of tokens a step:
+# smol-llama 360M: 6B tokens of FineWeb, about a million tokens a step, as in the original project:
 #   python prepare.py fineweb_6b
-#   python train.py config/smol_360m.py --batch_size=16 --gradient_accumulation_steps=32
+#   python train.py config/smol_360m.py --batch_size=64
 
 dataset = "fineweb_6b"        # tokenized already: 12 GB to download
 batch_size = 64               # 64 x 2,048 x 8 = 1,048,576 tokens a step

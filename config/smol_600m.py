@@ -1,9 +1,8 @@
 # 653M parameters on 10B tokens of web, code and mathematics: Muon, document masks, no RoPE in every
-# fourth layer. By the estimate of --dry_run, a GPU with 80 GB needs a smaller batch, at the same
-# number of tokens a step:
+# fourth layer.
 #   for d in fineweb_edu dclm code openwebmath; do
 #     python prepare.py $d --tokenizer=NousResearch/Llama-2-7b-hf --max_tokens=5e9; done
-#   python train.py config/smol_600m.py --batch_size=8 --gradient_accumulation_steps=96
+#   python train.py config/smol_600m.py
 
 dataset = "fineweb_edu:0.435,dclm:0.435,code:0.10,openwebmath:0.03"
 batch_size = 48               # 48 x 2,048 x 16 = 1,572,864 tokens a step

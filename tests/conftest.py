@@ -9,9 +9,8 @@ sys.path.insert(0, ROOT)
 SHARED = os.path.join(os.path.dirname(ROOT), "shared", "data")
 
 
-torch.set_num_threads(
-    1
-)  # models this small lose more to waiting for a second thread than they gain
+# models this small lose more to waiting for a second thread than they gain
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
