@@ -1,17 +1,18 @@
 """
 What is fast, and how fast: everything is measured beside a rival, in one run.
 
-    python bench.py                                                        the toy run's model, all parts
-    python bench.py config/smol_135m.py --batch_size=2 --block_size=512    any config
-    python bench.py --only=train,generate --profile                        some parts, and a trace for Perfetto
-    python bench.py --only=loop --run_iters=700                            where the time of the whole toy run goes
-    python bench.py config/smol_360m.py --batch_size=8 --json=bench.json   keep the figures
+    python bench.py                                             the toy run's model, all parts
+    python bench.py config/smol_135m.py --batch_size=2 --block_size=512            any config
+    python bench.py --only=train,generate --profile             some parts, a trace for Perfetto
+    python bench.py --only=loop --run_iters=700                 where the toy run's time goes
+    python bench.py config/smol_360m.py --batch_size=8 --json=bench.json     keep the figures
 
-The parts: train (speed and peak memory of a step), startup, loop, which take processes of their own; then data, documents,
-evaluation, checkpoint, generate, muon. The rivals: a plain GPT-2 in float32 as people write it first and, where it is
-installed, transformers' own model with our weights in our dtype. They take turns, A B C A B C, so that a machine whose
-speed drifts slows all alike. A row shows medians, and as ratio ours over theirs turn by turn: of a rate more is better,
-of s and GB less.
+The parts: train (speed and peak memory of a step), startup, loop, which take processes of their
+own; then data, documents, evaluation, checkpoint, generate, muon. The rivals: a plain GPT-2 in
+float32 as people write it first and, where it is installed, transformers' own model with our
+weights in our dtype. They take turns, A B C A B C, so that a machine whose speed drifts slows all
+alike. A row shows medians, and as ratio ours over theirs turn by turn: of a rate more is better, of
+s and GB less.
 """
 
 import collections
@@ -165,8 +166,8 @@ def now():
 
 
 def timed(work):
-    """{'': seconds of one call}, and of its phases where it is a generator that yields their names as they end. Work that
-    is done in another process returns what was timed there."""
+    """{'': seconds of one call}, and of its phases where it is a generator that yields their names
+    as they end. Work that is done in another process returns what was timed there."""
     begun = last = now()
     phases, running = {}, work()
     if isinstance(running, dict):
@@ -207,8 +208,9 @@ def report(what, unit, ours, against="", theirs=()):
 
 
 def compare(what, ours, rivals, amount=0, unit="s", turns=pairs, factors={}):
-    """Times ours and the rivals {name: work} in turn, and reports `amount` a second, or seconds where it is 0. The time of
-    a rival whose work is another amount is multiplied by its factor. Returns our seconds of each turn."""
+    """Times ours and the rivals {name: work} in turn, and reports `amount` a second, or seconds
+    where it is 0. The time of a rival whose work is another amount is multiplied by its factor.
+    Returns our seconds of each turn."""
     sides = {"ours": ours, **rivals}
     for work in sides.values():
         timed(work)  # warm-up
@@ -230,7 +232,8 @@ def compare(what, ours, rivals, amount=0, unit="s", turns=pairs, factors={}):
 
 
 def squares(size={"cuda": 8192}.get(device_type, 2048)):
-    """(work, FLOPs): products of large square matrices, the rate that this machine reaches where nothing is in the way."""
+    """(work, FLOPs): products of large square matrices, the rate that this machine reaches where
+    nothing is in the way."""
     a, b, out = torch.randn(3, size, size, device=device).to(muon_dtype)
     return lambda: [torch.mm(a, b, out=out) for _ in range(8)], 8 * 2 * size**3
 
@@ -271,7 +274,8 @@ def our_optimizers():
 
 
 def step_of(model, optimizers, loss_of):
-    """A training step, one micro-batch and an update. Our forward takes along the gradient of the head, see model.py."""
+    """A training step, one micro-batch and an update. Our forward takes along the gradient of the
+    head, see model.py."""
 
     def step():
         loss = loss_of()
@@ -327,7 +331,8 @@ class PlainBlock(nn.Module):
 
 
 class PlainGPT2(nn.Module):
-    """What people write first: float32, eager, learned positions, tied head, whole logits. Of our width and depth."""
+    """What people write first: float32, eager, learned positions, tied head, whole logits. Of our
+    width and depth."""
 
     def __init__(self, c):
         super().__init__()
@@ -353,7 +358,8 @@ class PlainGPT2(nn.Module):
 
 
 def plain_model():
-    """With our first weights where ours is the same, so that its loss can be checked; None where heads don't divide."""
+    """With our first weights where ours is the same, so that its loss can be checked; None where
+    heads don't divide."""
     model = None if config.n_embd % config.n_head else PlainGPT2(config)
     if model and same_shape:
         ours = {
@@ -365,7 +371,8 @@ def plain_model():
 
 
 def transformers_model():
-    """transformers' own model of our architecture, with our first weights; None where there is none."""
+    """transformers' own model of our architecture, with our first weights; None where there is
+    none."""
     if not importlib.util.find_spec("transformers") or kind == "nanosmol":
         return None
     import transformers
@@ -400,7 +407,8 @@ def say(value):
 
 
 def train_py(**keys):
-    """The command line of train.py with this very config: from scratch, in a directory of its own, and telling nobody."""
+    """The command line of train.py with this very config: from scratch, in a directory of its own,
+    and telling nobody."""
     keys |= dict(
         out_dir=os.path.join(tempfile.mkdtemp(dir=scratch), "run"),
         dataset=dataset,
@@ -424,7 +432,8 @@ def train_py(**keys):
 
 
 def part_train():
-    """Every side has a process of its own, so that neither memory nor allocator is shared, and steps when it is its turn."""
+    """Every side has a process of its own, so that neither memory nor allocator is shared, and
+    steps when it is its turn."""
     names = dict(
         ours="ours", plain="plain float32 GPT-2", transformers=f"transformers + AdamW, {dtype}"
     )
@@ -466,7 +475,12 @@ def part_train():
         report("peak memory of the process", "GB", [peaks["ours"]], names[side], [peaks[side]])
     for process in sides.values():
         process.communicate()
+    report_utilization(seconds)
 
+
+def report_utilization(seconds):
+    """The FLOPs of training steps that took `seconds`, against those that this machine reaches with
+    large squares and, on a GPU, those of its data sheet."""
     multiply, flops = squares()
     rates = [flops / timed(multiply)[""] for _ in range(pairs + 1)][1:]
     report(f"squares, {muon_dtype}", "GFLOP/s", [rate / 1e9 for rate in rates])
@@ -484,8 +498,8 @@ def part_train():
 
 
 def take_steps(side):
-    """In the process of a side: says how it starts, null where there is no such side, and the times of a step whenever it
-    is given a line."""
+    """In the process of a side: says how it starts, null where there is no such side, and the times
+    of a step whenever it is given a line."""
 
     def transformers_loss(x, y):
         with autocast:
@@ -530,7 +544,8 @@ def peak_memory():
 
 
 def part_startup():
-    """From the command to the line of the first step; of the evaluation before it one micro-batch is left."""
+    """From the command to the line of the first step; of the evaluation before it one micro-batch
+    is left."""
 
     def first_step():
         command = [sys.executable, *train_py(log_interval=1, eval_iters=1)]
@@ -568,8 +583,9 @@ def part_loop():
 
 
 def instrumented_run():
-    """train.py in this process, with a stopwatch around forward (in training), backward, clip and update. What remains
-    of the steps is data, document masks, log, evaluation, checkpoints and plots; of the process, also start and end."""
+    """train.py in this process, with a stopwatch around forward (in training), backward, clip and
+    update. What remains of the steps is data, document masks, log, evaluation, checkpoints and
+    plots; of the process, also start and end."""
     spent, times = collections.Counter(), []
 
     def stopwatch(owner, name, phase):
@@ -619,7 +635,8 @@ def part_data():
 
 
 def part_documents():
-    """What it costs that documents don't see each other. More than 1 is a gain: what is masked need not be computed."""
+    """What it costs that documents don't see each other. More than 1 is a gain: what is masked need
+    not be computed."""
 
     def work(doc_mask):
         our_loss(x, y, doc_mask).backward()
@@ -692,8 +709,9 @@ def part_checkpoint():
 
 
 def part_generate():
-    """Greedy, as sample.py does it: weights in the dtype, packed on a CPU. Random weights leave the best two tokens close:
-    in bfloat16 rounding parts the texts, with --dtype=float32 the ids have to be the same."""
+    """Greedy, as sample.py does it: weights in the dtype, packed on a CPU. Random weights leave the
+    best two tokens close: in bfloat16 rounding parts the texts, with --dtype=float32 the ids have
+    to be the same."""
     theirs, low = our_model() and transformers_model(), getattr(torch, dtype)
     model = GPT.from_pretrained(first_weights).to(device, low).eval()
     if device_type == "cpu":
@@ -722,14 +740,16 @@ def part_generate():
 
 
 def part_muon():
-    """The update of the matrices inside the blocks, against what its matrix products alone would take."""
+    """The update of the matrices inside the blocks, against what its matrix products alone would
+    take."""
     muon = make_optimizers(GPT(config).to(device), "muon", muon_dtype=muon_dtype)[-1]
     shapes = collections.Counter()
     for p in muon.param_groups[0]["params"]:
         p.grad = torch.randn_like(p)
         for rows in getattr(p, "parts", [p.shape[0]]):
             shapes[min(rows, p.shape[1]), max(rows, p.shape[1])] += 1
-    # each of five iterations on an m x n matrix, m <= n, is X X^T (2 m^2 n FLOPs), A A (2 m^3) and B X (2 m^2 n)
+    # each of five iterations on an m x n matrix, m <= n: X X^T (2 m^2 n FLOPs), A A (2 m^3) and
+    # B X (2 m^2 n)
     flops = sum(count * 5 * (4 * m * m * n + 2 * m**3) for (m, n), count in shapes.items())
     stacks = [
         torch.randn(count, m, n, device=device).to(muon_dtype) for (m, n), count in shapes.items()
@@ -768,13 +788,11 @@ def trace(step):
     )
     events = sorted(profiler.key_averages(), key=cost, reverse=True)
     total = sum(map(cost, events))
-    print(
-        f"\n{os.path.abspath('trace.json')}: open it in https://ui.perfetto.dev. Three steps, {total / 1e6:.2f} s:"
-    )
+    print(f"\n{os.path.abspath('trace.json')}: open it in https://ui.perfetto.dev")
+    print(f"three steps, {total / 1e6:.2f} s:")
     for event in events[:10]:
-        print(
-            f"{cost(event) / 1e6:9.3f} s {cost(event) / total:6.1%} {event.count:8,} x  {event.key[:80]}"
-        )
+        share = f"{cost(event) / total:6.1%} {event.count:8,} x"
+        print(f"{cost(event) / 1e6:9.3f} s {share}  {event.key[:80]}")
 
 
 # -----------------------------------------------------------------------------
@@ -796,8 +814,8 @@ versions = {name: importlib.metadata.version(name) for name in found}
 with torch.device("meta"):
     shape = GPT(config)
 print(
-    f"{shape.n_params():,} parameters ({kind}), {flops_per_token(shape):.3g} FLOPs a token, {batch_size} x {block_size} "
-    f"tokens; {machine}, {torch.get_num_threads()} threads, {dtype}; "
+    f"{shape.n_params():,} parameters ({kind}), {flops_per_token(shape):.3g} FLOPs a token, "
+    f"{batch_size} x {block_size} tokens; {machine}, {torch.get_num_threads()} threads, {dtype}; "
     + ", ".join(map(" ".join, versions.items()))
 )
 if "transformers" not in versions:

@@ -716,9 +716,7 @@ def stream_tokens(
         pad = pad.to(device) if pad.any() else None  # without padding no mask is needed
     seen = None
     if repetition_penalty != 1:
-        seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
-        for row, ids in enumerate(idx[:, :T]):
-            seen[row, ids if pad is None else ids[pad[row] :]] = True
+        seen = tokens_of_rows(idx[:, :T], model.config.vocab_size, pad)
     cache, begin, training = None, 0, model.training
     model.eval()
     try:
@@ -734,10 +732,7 @@ def stream_tokens(
                 cache = KVCache(model.config, B, length, device, dtype, left)
             logits = model.logits(model.hidden(new, cache=cache)[:, -1])  # (B, V)
             if seen is not None:
-                smaller = torch.where(
-                    logits > 0, logits / repetition_penalty, logits * repetition_penalty
-                )
-                logits = torch.where(seen, smaller, logits)
+                logits = penalize(logits, seen, repetition_penalty)
             token = sample_token(logits, draws[step], temperature, **sampling)
             if len(stop):
                 token = torch.where(done, idx[:, end - 1], token)
@@ -750,6 +745,20 @@ def stream_tokens(
             idx[:, end] = token
     finally:
         model.train(training)
+
+
+def tokens_of_rows(idx, vocab_size, pad=None):
+    """A boolean (B, V): which tokens each row of idx (B, T) holds, but for pad (B,) at its left."""
+    seen = torch.zeros(len(idx), vocab_size, dtype=torch.bool, device=idx.device)
+    for row, ids in enumerate(idx):
+        seen[row, ids if pad is None else ids[pad[row] :]] = True
+    return seen
+
+
+def penalize(logits, seen, penalty):
+    """Logits (B, V), smaller where `seen` (B, V): divided, or multiplied where negative."""
+    smaller = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, smaller, logits)
 
 
 def _generator(seed, row):
