@@ -609,10 +609,10 @@ def test_every_format_gives_the_same_bytes(here, monkeypatch):
     assert len(bins) == 1
     os.mkdir("both")
     (here / "both" / "1.jsonl").write_bytes(records[: records.index(b"\n", 99999) + 1])
-    (here / "both" / "2.parquet").write_bytes(
-        parquet(dict(text=STORIES[records[:100200].count(b"\n") :]))
+    (here / "both" / "2.jsonl.gz").write_bytes(
+        gzip.compress(records[records.index(b"\n", 99999) + 1 :])
     )
-    assert meta_of(prepare.prepare("both", tokenizer="byte"))["documents"] in range(2998, 3002)
+    assert meta_of(prepare.prepare("both", tokenizer="byte"))["documents"] == 3000
 
 
 KILLED = """
@@ -813,8 +813,8 @@ def test_bad_records(here, capsys):
     said = capsys.readouterr().out
     assert meta_of(directory)["left_out"] == 5 and meta_of(directory)["documents"] == 50
     assert "left out: 5 records" in said
-    assert "chats.jsonl, line 51: the conversation begins with the assistant" in said
-    assert "line 52: 'messages' is not a list" in said
+    assert "chats.jsonl, line 51: its roles are assistant; expected a user and an assistant" in said
+    assert "line 52: 'messages' holds \"no\"; expected a list of messages" in said
     # half a character, which JSON can hold, is no reason to stop; nor is what nests too deeply
     pairs = [dict(prompt=f"{i}?", chosen="sur\ud800", rejected="b") for i in range(50)]
     (here / "half.jsonl").write_text(
