@@ -869,12 +869,14 @@ def recorded_sources():
         ).encode(),
         "verify.jsonl": lines(dict(question=f"{i}?", answer=i) for i in range(200)).encode(),
         "set/x-train.txt": EOT.join(short[:200]).encode(),
-        "set/x-valid.jsonl": records[:9000].rpartition(b"\n")[0],
+        "set/x-valid.txt": EOT.join(short[: records[:9000].count(b"\n")]).encode(),
         "set/x-test.txt": b"not used",
         "mix/3.txt": EOT.join(short[:99]).encode(),
-        "mix/2.md": short[100].encode(),
-        "mix/1.jsonl": records[-9000:].partition(b"\n")[2],
-        "mix/4.parquet": parquet(dict(text=short[200:290])),
+        "mix/2.txt.zst": zst(short[100].encode()),
+        "mix/1.txt.gz": gzip.compress(
+            EOT.join(short[-records[-9000:].count(b"\n") + 1 :]).encode()
+        ),
+        "mix/4.txt": EOT.join(short[200:290]).encode(),
         **{
             f"many/{i}.txt": EOT.join(STORIES[500 + i * 9 : 509 + i * 9]).encode()
             for i in range(12)
@@ -897,7 +899,7 @@ MATRIX = {  # name: (source, options)
     "marked": ("marked.txt", dict(tokenizer="char")),
     "long": ("long.txt", dict(tokenizer="byte")),
     "long_most": ("long.txt", dict(tokenizer="byte", max_tokens=12_000)),
-    "crlf": ("crlf.txt", dict(tokenizer="char")),
+    "crlf": ("crlf.txt", dict(tokenizer="char", keep_crlf=True)),
     "nospace": ("nospace.txt", dict(tokenizer="byte")),
     "broken": ("broken.txt", dict(tokenizer="byte")),
     "jsonl": ("a.jsonl", dict(tokenizer="byte")),
@@ -949,7 +951,7 @@ RECORDED = {  # name: (hash of the files and meta.json, begin of the stamp)
     "marked": ("bde50542a1a5e7e5", "dddce3c3"),
     "long": ("5f473be4069c557e", "800a7da2"),
     "long_most": ("3474e34f5c899614", "4d82fa7f"),
-    "crlf": ("df20f91c676a6873", "15a3247f"),
+    "crlf": ("df20f91c676a6873", "68ca28af"),
     "nospace": ("8ab761e57941649f", "eb9244b1"),
     "broken": ("b77d1ad0fea89e99", "8cb2bac7"),
     "jsonl": ("e4fd6ef0a7831b25", "b386f4e8"),
@@ -963,11 +965,11 @@ RECORDED = {  # name: (hash of the files and meta.json, begin of the stamp)
     "chat_most": ("fd3a5f5aa67b63cd", "b3ad6196"),
     "prefs": ("5a1ae057b1a63023", "b63e48c7"),
     "verify": ("ceb5a38121e98ba4", "d129138a"),
-    "set": ("f302e665f0507a07", "ef67f61d"),
+    "set": ("f302e665f0507a07", "c7a37185"),
     "mix": ("7fe14e7451906d55", "1c1c7b81"),
     "mix_most": ("24935e26f577fb75", "d22c6643"),
     "many_most": ("94ade422680948e6", "8513801f"),
-    "set_most": ("ed80224d00f51394", "c382adba"),
+    "set_most": ("ed80224d00f51394", "c6090505"),
 }
 
 
