@@ -787,7 +787,7 @@ def as_prefs(record):
     whole conversation, what they begin with in common is the prompt."""
     prompt = _prompt(record) if _filled(record, *PROMPT)[0] else []
     sides = []
-    for side in SIDES:
+    for side in ("chosen", "rejected"):
         messages = _with_answer(prompt, _required(record, side)[1], side)
         if messages[-1]["role"] != "assistant":
             raise ValueError(f"{side!r} ends with {messages[-1]['role']}; expected the assistant")
@@ -1210,7 +1210,9 @@ def hub_files(repo, config="", split="", pattern=""):
 # -----------------------------------------------------------------------------
 # Sources: a source is a list of Files, a File a sequence of Blocks
 
-TEXT, LINES = (".txt", ".md", ".text"), (".jsonl", ".ndjson", ".json")
+KINDS = dict.fromkeys((".txt", ".md", ".text"), "text")  # of files, by the ending of the name
+KINDS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), "lines")
+KINDS[".parquet"] = "parquet"
 COMPRESSED = {".zst": "zstd", ".zstd": "zstd", ".gz": "gzip"}
 VALID = ("valid", "validation", "val", "dev", "eval")
 OWN_SPLIT = re.compile(r"(?:^|[-_./])(train|valid|validation|val|dev|eval|test)(?=[-_.0-9/]|$)")
@@ -1238,13 +1240,9 @@ def _ending(path):
 
 
 def _kind_of(path):
-    """'text', 'lines' or 'parquet', and the compression, by a file's name; (None, None) if it is
-    no data."""
+    """(kind, compression) of a file by its name; the kind is None if it is no data."""
     ending, compression = _ending(path)
-    for kind, endings in (("text", TEXT), ("lines", LINES), ("parquet", (".parquet",))):
-        if ending in endings:
-            return kind, compression
-    return None, None
+    return KINDS.get(ending), compression
 
 
 def _of_one_kind(files, folder):
@@ -1252,20 +1250,18 @@ def _of_one_kind(files, folder):
     are named."""
     sizes = collections.Counter()
     for f in files:
-        if _kind_of(f.path)[0] and not ABOUT.fullmatch(os.path.basename(f.path)):
+        if _ending(f.path)[0] in KINDS and not ABOUT.fullmatch(os.path.basename(f.path)):
             sizes[_ending(f.path)[0]] += f.size
-    if not sizes:
-        return []
-    ending = sizes.most_common(1)[0][0]
-
-    def is_data(file):
-        return _ending(file.path)[0] == ending and not ABOUT.fullmatch(os.path.basename(file.path))
-
-    others = [f.path for f in files if not is_data(f)]
-    if others:
+    ending = max(sizes, key=sizes.get, default=None)
+    data, others = [], []
+    for f in files:
+        is_data = _ending(f.path)[0] == ending and not ABOUT.fullmatch(os.path.basename(f.path))
+        (data if is_data else others).append(f)
+    if data and others:
+        names = ", ".join(f.path for f in others[:5])
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-        print(f"{folder}: reads its {ending} files; left out: {', '.join(others[:5])}{more}")
-    return [f for f in files if is_data(f)]
+        print(f"{folder}: reads its {ending} files; left out: {names}{more}")
+    return data
 
 
 def _with_splits(files):
@@ -1301,9 +1297,7 @@ def local_files(path):
     files = [File(os.path.relpath(f, path), os.path.getsize(f)) for f in sorted(paths)]
     files = _with_splits(_of_one_kind(files, path))
     if not files:
-        raise UserError(
-            f"{path}: this folder holds no {', '.join((*TEXT, *LINES))} or .parquet file"
-        )
+        raise UserError(f"{path}: this folder holds no {', '.join(KINDS)} file")
     return [f._replace(path=os.path.join(path, f.path)) for f in files]
 
 
@@ -1355,23 +1349,17 @@ def _check_utf8(path, data):
     """UserError if a text is in another encoding than UTF-8. Some broken characters in a text that
     is UTF-8 otherwise are no reason, nor are some zero bytes."""
     encoding = _encoding_of(data)
-    if encoding is None:
-        return
-    plain, compression = path, _ending(path)[1]
-    convert = f"iconv -f {encoding} -t utf-8 '{path}'"
-    if compression:
-        plain = os.path.splitext(path)[0]
-        convert = f"{compression} -dc '{path}' | iconv -f {encoding} -t utf-8"
-    stem, ending = os.path.splitext(plain)
-    likely = dict(cp1252="likely cp1252 or latin-1", ENCODING="its encoding is not recognized")
-    raise UserError(
-        f"{path}: not UTF-8 ({likely.get(encoding, encoding)}); convert it: "
-        f"{convert} > '{stem}-utf8{ending}'"
-    )
+    if encoding:
+        stem, ending = os.path.splitext(path)
+        first = "decompress and " if _ending(path)[1] else ""
+        raise UserError(
+            f"{path}: not UTF-8 but {encoding}; {first}convert it: "
+            f"iconv -f {encoding.split()[0]} -t utf-8 '{path}' > '{stem}-utf8{ending}'"
+        )
 
 
 def _encoding_of(data):
-    """The likely encoding of a text, as iconv names it; None: UTF-8, 'ENCODING': unknown."""
+    """The likely encoding of a text, as iconv names it, if it is not UTF-8."""
     if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return "utf-16"
     head = data[: 1 << 16]
@@ -1382,13 +1370,13 @@ def _encoding_of(data):
         data.decode()
         return None
     text, ascii_text = data.decode("utf-8", "replace"), data.decode("ascii", "ignore")
-    broken = text.count("�") - data.count("�".encode())
-    whole = len(text) - len(ascii_text) - broken  # characters of several bytes
-    if broken <= max(whole, len(data) / 10_000):
+    broken = text.count("\ufffd") - data.count("\ufffd".encode())
+    of_several_bytes = len(text) - len(ascii_text) - broken
+    if broken <= max(of_several_bytes, len(data) / 10_000):
         return None
     if len(ascii_text) < 0.7 * len(data):  # not a Latin script
-        return "ENCODING"
-    return "cp1252"  # where latin-1 has characters that can be seen, they are the same
+        return "ENCODING (it is not recognized)"
+    return "cp1252 or latin-1"
 
 
 def _array_as_lines(stream, path):
@@ -1532,7 +1520,11 @@ def _read_parquet(path, file, fields):
 # From a Block to the bytes of train.bin and val.bin
 
 SHAPES = dict(chat=as_chat, prefs=as_prefs, verify=as_verify)
-SIDES = ("chosen", "rejected")
+NEEDS = dict(
+    chat="'messages', nor 'prompt' and 'answer'",
+    prefs="'prompt', 'chosen' and 'rejected'",
+    verify="'prompt' and 'answer'",
+)
 
 
 def _dtype(tokenizer):
@@ -1549,23 +1541,15 @@ class Encoded:
 
     def decode(self, raw, at):
         """UTF-8 as text. Invalid bytes and zero bytes become U+FFFD and are counted."""
-        text = raw.decode("utf-8", "replace").replace("\0", "\ufffd")
-        if "\ufffd" in text:
-            broken = text.count("\ufffd") - raw.count("\ufffd".encode())
-            self.count["broken"] += broken
-            if broken and at is not None and self.broken_at is None:
-                self.broken_at = at + _first_broken(raw)
-        return text
-
-
-def _first_broken(raw):
-    """The place of the first byte that is zero or not UTF-8."""
-    zero = raw.find(b"\0")
-    try:
-        raw.decode()
-    except UnicodeDecodeError as e:
-        return e.start if zero < 0 else min(zero, e.start)
-    return zero
+        raw = raw.replace(b"\0", b"\xff")
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as e:
+            text = raw.decode("utf-8", "replace")
+            self.count["broken"] += text.count("\ufffd") - raw.count("\ufffd".encode())
+            if at is not None and self.broken_at is None:
+                self.broken_at = at + e.start
+            return text
 
 
 class Encoder:
@@ -1717,48 +1701,34 @@ def recognize(files, wanted, field):
                 f"{file.path}: {option} wants records (.jsonl or .parquet), and this is plain text"
             )
         return "text", "", block
+    result, text_fields = Encoded(), [field] if field else TEXT_FIELDS
+    read = [row for row in read_records(block, result) if isinstance(row[1], dict)]
+    unit = block.kind.removesuffix("s")
+    if not read:
+        at = result.wrong[0][0] if result.wrong else 1
+        raise UserError(
+            f"{file.path}, {unit} {at}: not a JSON object; a .jsonl file has one object in every "
+            "line, a .json file may also be an array of objects"
+        )
     wanted = wanted or ("text" if field else "")
-    fits, keys, where = _shapes_in(file, block, wanted, [field] if field else TEXT_FIELDS)
+    keys = {key: None for _, record, _ in read for key in record}
+    fits = _shapes(keys, text_fields)  # those of the first record that tells
+    for _, record, _ in read:
+        filled = _shapes([key for key in record if _is_filled(record[key])], text_fields)
+        if wanted in filled or (filled and not wanted):
+            fits = filled
+            break
     shape = wanted or next(iter(fits), "text")
     if shape not in fits:
-        missing = dict(
-            text=f"no field {field or 'text'!r}",
-            chat="no 'messages', nor 'prompt' and 'answer'",
-            prefs="no 'prompt', 'chosen' and 'rejected'",
-            verify="no 'prompt' and 'answer'",
-        )[shape]
         close = difflib.get_close_matches(field or "text", keys, n=1)
+        missing = NEEDS.get(shape, f"field {field or 'text'!r}")
         raise UserError(
-            f"{file.path}{where}: {missing} in {', '.join(keys)[:200]}; name the text with "
-            f"--field={close[0] if close else 'NAME'}, or its shape with --as="
+            f"{file.path}, {unit} {read[0][0]}: no {missing} in {', '.join(keys)[:200]}; name the "
+            f"text with --field={close[0] if close else 'NAME'}, or its shape with --as="
         )
     others = "".join(f"; --as={other} would do too" for other in fits if other != shape)
     print(f"{file.path}: read as {shape}, from {', '.join(fits[shape])}{others}")
     return shape, fits[shape][0] if shape == "text" else "", block
-
-
-def _shapes_in(file, block, wanted, text_fields):
-    """What _shapes gives for the first record of a Block that has the wanted shape, or any; else
-    for the fields that there are, filled or not. With the fields, and where the first record
-    is, for messages."""
-    result, keys, unit, where = Encoded(), {}, block.kind.removesuffix("s"), ""
-    for at, record, _ in read_records(block, result):
-        where = where or f", {unit} {at}"
-        if isinstance(record, dict) and not (result.wrong and not keys):
-            keys |= record
-            filled = [key for key in record if _is_filled(record[key])]
-            fits = _shapes(filled, text_fields)
-            if wanted in fits or (fits and not wanted):
-                return fits, keys, where
-        elif not keys:
-            result.wrong.append((at, ""))
-            break
-    if result.wrong and not keys:
-        raise UserError(
-            f"{file.path}, {unit} {result.wrong[0][0]}: not a JSON object; a .jsonl file has one "
-            "object in every line, a .json file may also be an array of objects"
-        )
-    return _shapes(keys, text_fields), keys, where
 
 
 def _shapes(keys, text_fields):
@@ -1788,35 +1758,23 @@ def print_first(encoder, block):
     first = next(encoder.contents(block, Encoded()), None)
     if encoder.shape == "text" or first is None:
         return
-    _, record, _ = first
+    record, more = first[1], ""
+    messages = record if encoder.shape == "chat" else record["prompt"]
+    if encoder.shape == "prefs":
+        messages = [*messages, dict(role="assistant", content=record["chosen"])]
+        more = f"\nrejected: [[{record['rejected']}]]"
+    if encoder.shape == "verify":
+        more = f"\nanswer to compare with: {record['answer']}"
     tokenizer = encoder.tokenizer or with_chat_tokens(load_tokenizer("byte"))
-    if encoder.shape == "chat":
-        shown = [_marked(*render_chat(record, tokenizer), tokenizer)]
-    elif encoder.shape == "prefs":
-        sides = [(side, dict(role="assistant", content=record[side])) for side in SIDES]
-        rendered = [
-            (side, render_chat(record["prompt"] + [answer], tokenizer, last_only=True))
-            for side, answer in sides
-        ]
-        shown = [f"{side}: {_marked(*ids_and_mask, tokenizer)}" for side, ids_and_mask in rendered]
-    else:
-        prompt = render_chat(record["prompt"], tokenizer, add_generation_prompt=True)
-        shown = [_marked(*prompt, tokenizer), f"compared with: {_shortened(record['answer'])}"]
-    print("its first record; the loss counts what stands in [[ ]]:")
-    print(for_terminal(textwrap.indent("\n".join(shown), "    ")))
-
-
-def _marked(ids, mask, tokenizer):
-    """The text of a conversation, with marks around the parts on which the loss counts."""
-    parts = []
+    is_prompt, is_pair = encoder.shape == "verify", encoder.shape == "prefs"
+    ids, mask = render_chat(messages, tokenizer, is_prompt, last_only=is_pair)
+    text = ""
     for counts, group in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1]):
-        text = _shortened(tokenizer.decode([token for token, _ in group]))
-        parts.append(f"[[{text}]]" if counts else text)
-    return "".join(parts)
-
-
-def _shortened(text, most=600):
-    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"
+        part = tokenizer.decode([token for token, _ in group])
+        text += f"[[{part}]]" if counts else part
+    text = for_terminal(text + more)
+    text = text if len(text) < 2000 else f"{text[:1500]} ... {text[-400:]}"
+    print("its first record; [[ ]] is what the loss counts:\n" + textwrap.indent(text, "    "))
 
 
 # -----------------------------------------------------------------------------
@@ -2225,7 +2183,7 @@ class Pairs(_Conversations):
                 self.tokenizer,
                 last_only=True,
             )
-            for side in SIDES
+            for side in ("chosen", "rejected")
         ]
         if sides[0] == sides[1]:
             return "both sides are equal"
@@ -3239,7 +3197,7 @@ def _unknown_source(source):
 
 def _stem(source):
     base = os.path.basename(os.path.abspath(source))
-    for ending in (*COMPRESSED, *TEXT, *LINES, ".parquet"):
+    for ending in (*COMPRESSED, *KINDS):
         base = base.removesuffix(ending)
     return base
 
@@ -3353,8 +3311,8 @@ def _make(files, settings, partial, target, workers, max_unusable):
     total = pack(files, encoder, partial, settings["max_tokens"], workers, max_unusable)
 
     count = total.count
-    skipped = [f"{count[reason]:,} are {reason}" for reason in SKIPPED if count[reason]]
-    examples = _in_brackets(total.examples or skipped)
+    examples = _in_brackets(total.examples)
+    _print_changes(count, examples)
     problem = total.problem + examples if total.problem else ""
     problem = problem or _missing_split(count, settings, first.kind, tokenizer, examples)
     if problem:
@@ -3377,7 +3335,6 @@ def _make(files, settings, partial, target, workers, max_unusable):
     else:
         meta |= dict(train_records=count["train_documents"], val_records=count["val_documents"])
     _finish(partial, meta)
-    _print_changes(count, examples)
     return True
 
 
@@ -3542,12 +3499,11 @@ def _report(target):
         print(f"  {train} and {val} tokens{ratio}")
         print(f"  tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} ids, {meta['dtype']}")
         ids = np.fromfile(os.path.join(target, "train.bin"), meta["dtype"], 60)
-        print(f"  begins: {load_tokenizer(target).decode(ids)!r}")
+        if meta["kind"] == "text":
+            print(f"  begins: {load_tokenizer(target).decode(ids)!r}")
     else:
         train, val = f"{meta['train_records']:,} training", f"{meta['val_records']:,} validation"
         print(f"  {train} and {val} records")
-        with open(os.path.join(target, "train.jsonl"), encoding="utf-8") as f:
-            print(f"  begins: {f.readline()[:300].rstrip()}")
     stage, how = dict(chat="sft", prefs="dpo", verify="rlvr").get(meta["kind"]), ""
     has_config = stage and meta["source"].startswith("toy")
     if has_config:
