@@ -1339,9 +1339,9 @@ def _read_text(path, file, only, head):
             yield from _read_single(path, length)
             return
     with open(path, "rb") as raw:
-        stream = _stream(raw, compression)
+        stream = source = _stream(raw, compression)
         if kind == "lines" and head.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
-            kind, stream = "records", _array_as_lines(stream, file.path)
+            kind, stream = "records", _array_as_lines(source, file.path)
         yield from _read_separated(stream, raw.tell, kind)
 
 
@@ -2868,8 +2868,8 @@ class Total:
             wrong, documents = self.count["wrong"], self.count["documents"]
             if wrong > 20 + self.max_unusable * (wrong + documents):
                 self.problem = (
-                    f"{wrong} of the first {wrong + documents} records are unusable, more than "
-                    f"--max_unusable={self.max_unusable}"
+                    f"{wrong} of the first {wrong + documents} records are unusable, more than 20 "
+                    f"and --max_unusable={self.max_unusable}"
                 )
         self.pieces.append((part, taken))
 
@@ -3098,7 +3098,7 @@ def prepare(
     if val_fraction is None:
         val_fraction = known.get("val_fraction", 0.005)
     counts = dict(max_tokens=max_tokens, block_size=block_size, workers=workers, seed=seed)
-    _check_ranges(val_fraction, as_, counts)
+    _check_ranges(val_fraction, max_unusable, as_, counts)
     usual = SMOLLM2 if source.startswith("hub:") else "bpe:4096"
     tokenizer = tokenizer or known.get("tokenizer", "") or usual
     target = os.path.join(data_dir, name)
@@ -3149,13 +3149,15 @@ def prepare(
     return target
 
 
-def _check_ranges(val_fraction, as_, counts):
+def _check_ranges(val_fraction, max_unusable, as_, counts):
     """The configurator checks the command line; this is for those who call prepare()."""
     for key, value in counts.items():
         if value < 0:
             raise UserError(f"--{key}={value}: 0 or more is wanted")
     if not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction={val_fraction}: a share between 0 and 1 is wanted")
+    if not 0 <= max_unusable <= 1:
+        raise UserError(f"--max_unusable={max_unusable}: a share from 0 to 1 is wanted")
     if as_ not in ("", "text", *SHAPES):
         raise UserError(f"--as={as_}: one of text, chat, prefs, verify")
 
@@ -3312,8 +3314,9 @@ def _make(files, settings, partial, target, workers, max_unusable):
 
     count = total.count
     examples = _in_brackets(total.examples)
-    _print_changes(count, examples)
     problem = total.problem + examples if total.problem else ""
+    if not problem:
+        _print_changes(count, examples)
     problem = problem or _missing_split(count, settings, first.kind, tokenizer, examples)
     if problem:
         remove_files(partial, "unfinished data set")
