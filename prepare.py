@@ -645,7 +645,9 @@ ROLES = {"user": "user", "human": "user", "system": "system", "developer": "syst
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "ai"), "assistant")
 TOOL_ROLES = ("tool", "function", "function_call", "function_response", "observation", "ipython")
 # why a record is left out although nothing is wrong with it
-SKIPPED = EMPTY, TOOLS, NOT_TEXT = "empty", "with tool calls", "with content that is no text"
+EMPTY, TOOLS, NOT_TEXT = "empty", "with tool calls", "with content that is no text"
+LONG = "of more tokens than --block_size"
+SKIPPED = EMPTY, TOOLS, NOT_TEXT, LONG
 
 
 class Skipped(ValueError):
@@ -655,8 +657,8 @@ class Skipped(ValueError):
 def _is_filled(value):
     """Whether a field holds something: null, blanks and empty lists are nothing."""
     if isinstance(value, str):
-        return not (value == "" or value.isspace())
-    return value is not None and value not in ([], {})
+        value = value.strip()
+    return value not in (None, "", [], {})
 
 
 def _filled(record, *fields):
@@ -685,13 +687,20 @@ def _unexpected(what, value, expected):
 
 def _messages(value, what="messages"):
     """[{"role", "content"}, ...] from the conversation, prompt or answer that the field `what`
-    holds; else ValueError. A text is a message of the user's, or the assistant's as an answer, or
-    a dialogue as in Anthropic's HH: "Human: ... Assistant: ..."."""
-    if isinstance(value, str):
-        value = _messages_of_text(value, what)
-    if not isinstance(value, list) or not value:
-        or_text = "" if what in CONVERSATION else "a text or "
-        raise _unexpected(f"{what!r}", value, f"{or_text}a list of messages")
+    holds; else ValueError. A text is one message, or a dialogue as Anthropic's HH writes it."""
+    if isinstance(value, str) and value.lstrip().startswith("Human:"):
+        _, *parts = re.split(r"(?:\A\s*|\n\n)(Human|Assistant):", value)
+        value = [
+            dict(role=role, content=text.strip()) for role, text in zip(parts[::2], parts[1::2])
+        ]
+        if what in PROMPT and value[-1] == dict(role="Assistant", content=""):
+            value.pop()  # the opening of the answer
+    elif isinstance(value, str) and what not in CONVERSATION:
+        role = "assistant" if what in (*ANSWER, "rejected") else "user"
+        value = [dict(role=role, content=value)]
+    if not isinstance(value, list):
+        expected = "a list of messages" if what in CONVERSATION else "a text or a list of messages"
+        raise _unexpected(repr(what), value, expected)
     messages = [_message(message, what) for message in value if message is not None]
     # many data sets have a system message in every record and leave it empty
     messages = [m for m in messages if m["role"] != "system" or m["content"].strip()]
@@ -700,27 +709,13 @@ def _messages(value, what="messages"):
     return messages
 
 
-def _messages_of_text(text, what):
-    if text.lstrip().startswith("Human:"):
-        _, *parts = re.split(r"(?:\A\s*|\n\n)(Human|Assistant):", text)
-        pairs = zip(parts[::2], parts[1::2], strict=True)
-        messages = [dict(role=role.lower(), content=content.strip()) for role, content in pairs]
-        if what in PROMPT and messages[-1] == dict(role="assistant", content=""):
-            messages.pop()
-        return messages
-    if what in CONVERSATION:
-        return text
-    role = "assistant" if what in (*ANSWER, "rejected") else "user"
-    return [dict(role=role, content=text)]
-
-
 def _message(message, what):
     expected = '{"role": ..., "content": ...}'
     if not isinstance(message, dict):
         raise _unexpected(f"a message of {what!r}", message, expected)
-    role, content = _filled(message, "role", "from")[1], _filled(message, "content", "value")[1]
-    called = _filled(message, "tool_calls", "function_call")[0]
-    if called or role in TOOL_ROLES:
+    _, role = _filled(message, "role", "from")
+    _, content = _filled(message, "content", "value")
+    if role in TOOL_ROLES or _filled(message, "tool_calls", "function_call")[0]:
         raise Skipped(TOOLS)
     if isinstance(content, list):  # OpenAI's parts
         texts = [part.get("text") if isinstance(part, dict) else part for part in content]
@@ -797,14 +792,13 @@ def as_prefs(record):
         raise ValueError("chosen and rejected are the same")
     if chosen[:-1] != rejected[:-1]:
         raise ValueError("chosen and rejected differ before their last message")
-    answers = dict(chosen=chosen[-1]["content"], rejected=rejected[-1]["content"])
-    return dict(prompt=chosen[:-1], **answers)
+    answers = chosen[-1]["content"], rejected[-1]["content"]
+    return dict(prompt=chosen[:-1], chosen=answers[0], rejected=answers[1])
 
 
 def as_verify(record):
     """{"prompt": messages, "answer": text}"""
-    prompt, (_, answer) = _prompt(record), _required(record, "answer")
-    prompt = _with_system(record, prompt)
+    prompt, (_, answer) = _with_system(record, _prompt(record)), _required(record, "answer")
     if isinstance(answer, float) and math.isfinite(answer):
         answer = format(decimal.Decimal(repr(answer)), "f")  # 0.00001 for 1e-05
     if not isinstance(answer, (str, int)):
@@ -1248,19 +1242,20 @@ def _kind_of(path):
 def _of_one_kind(files, folder):
     """The data among the files of a folder: those of the ending that has the most bytes. The others
     are named."""
+
+    def ending_of(file):
+        return "" if ABOUT.fullmatch(os.path.basename(file.path)) else _ending(file.path)[0]
+
     sizes = collections.Counter()
     for f in files:
-        if _ending(f.path)[0] in KINDS and not ABOUT.fullmatch(os.path.basename(f.path)):
-            sizes[_ending(f.path)[0]] += f.size
+        if ending_of(f) in KINDS:
+            sizes[ending_of(f)] += f.size
     ending = max(sizes, key=sizes.get, default=None)
-    data, others = [], []
-    for f in files:
-        is_data = _ending(f.path)[0] == ending and not ABOUT.fullmatch(os.path.basename(f.path))
-        (data if is_data else others).append(f)
+    data = [f for f in files if ending_of(f) == ending]
+    others = [f.path for f in files if ending_of(f) != ending]
     if data and others:
-        names = ", ".join(f.path for f in others[:5])
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-        print(f"{folder}: reads its {ending} files; left out: {names}{more}")
+        print(f"{folder}: reads its {ending} files; left out: {', '.join(others[:5])}{more}")
     return data
 
 
@@ -1571,8 +1566,8 @@ class Encoder:
         if block.kind in contents:
             self.write_piece(block, result)
             return result
-        for at, content, size in self.contents(block, result):
-            contents[file.split or self.split(content)].append((at, content))
+        for content, size in self.contents(block, result):
+            contents[file.split or self.split(content)].append(content)
             result.count["bytes"] += size
         write = dict(text=self.write_text, chat=self.write_chat).get(self.shape, self.write_records)
         for split, found in contents.items():
@@ -1590,12 +1585,12 @@ class Encoder:
         return "val" if digest < self.threshold else "train"
 
     def contents(self, block, result):
-        """(where, text or record, bytes) of each document that can be used."""
+        """(text or record, bytes) of each document that can be used."""
         if block.kind == "documents":
             for text in self.text_of(block, result).split(EOT):
                 text = text.strip()
                 if text:
-                    yield block.at, text, len(text) if text.isascii() else len(text.encode())
+                    yield text, len(text) if text.isascii() else len(text.encode())
             return
         for at, record, size in read_records(block, result):
             try:
@@ -1606,7 +1601,7 @@ class Encoder:
                     size = len(content.encode())
                 else:
                     content = SHAPES[self.shape](record)
-                yield at, content, size
+                yield content, size
             except Skipped as e:
                 result.count[str(e)] += 1
             except ValueError as e:
@@ -1641,17 +1636,16 @@ class Encoder:
     # these write the contents of a split, and return how many documents and tokens that makes
 
     def write_text(self, split, found, result):
-        ids = self.tokenizer.encode_documents([text for _, text in found])
+        ids = self.tokenizer.encode_documents(found)
         result.out[split + ".bin"] = ids.astype(self.dtype).tobytes()
         return len(found), len(ids)
 
     def write_chat(self, split, found, result):
         ids, mask, documents = [], [], 0
-        for at, messages in found:
+        for messages in found:
             conversation, its_mask = render_chat(messages, self.tokenizer)
             if self.block_size and len(conversation) > self.block_size:
-                length = f"the conversation has {len(conversation)} tokens"
-                result.wrong.append((at, f"{length}, --block_size={self.block_size}"))
+                result.count[LONG] += 1
                 continue
             ids += conversation
             mask += its_mask
@@ -1661,7 +1655,7 @@ class Encoder:
         return documents, len(ids)
 
     def write_records(self, split, found, result):
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for _, record in found]
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in found]
         result.out[split + ".jsonl"] = "".join(lines).encode()
         return len(found), 0
 
@@ -1758,7 +1752,7 @@ def print_first(encoder, block):
     first = next(encoder.contents(block, Encoded()), None)
     if encoder.shape == "text" or first is None:
         return
-    record, more = first[1], ""
+    (record, _), more = first, ""
     messages = record if encoder.shape == "chat" else record["prompt"]
     if encoder.shape == "prefs":
         messages = [*messages, dict(role="assistant", content=record["chosen"])]
@@ -3434,7 +3428,7 @@ def _texts(files, encoder, most=None):
                 yield encoder.text_of(block, result)
                 size += len(block.data)
                 continue
-            for _, content, length in encoder.contents(block, result):
+            for content, length in encoder.contents(block, result):
                 if isinstance(content, str):
                     yield content
                 else:
