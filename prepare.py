@@ -1073,20 +1073,20 @@ def _hub(call, repo, **options):
 
     site = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     page = f"{site}/datasets/{repo}" if options.get("repo_type") == "dataset" else f"{site}/{repo}"
+    refusals = {
+        errors.GatedRepoError: f"its owner asks for consent: accept the terms on {page}, make a "
+        f"token on {site}/settings/tokens, then run `hf auth login` or set HF_TOKEN",
+        errors.RepositoryNotFoundError: "the Hub has no such repository, or it is private: check "
+        "the name; for a private one run `hf auth login` or set HF_TOKEN to a token that may read "
+        "it",
+        errors.HFValidationError: "not a Hub id, which is written owner/name",
+    }
     for attempt in range(5):
         wait = 2**attempt
         try:
             return call(repo, **options)
-        except errors.GatedRepoError:
-            raise UserError(
-                f"{repo}: its owner asks for consent: accept the terms on {page}, make a token on "
-                f"{site}/settings/tokens, then run `hf auth login` or set HF_TOKEN"
-            ) from None
-        except errors.RepositoryNotFoundError:
-            raise UserError(
-                f"{repo}: the Hub has no such repository, or it is private: check the name; for a "
-                "private one run `hf auth login` or set HF_TOKEN to a token that may read it"
-            ) from None
+        except tuple(refusals) as e:
+            raise UserError(f"{repo}: {refusals[type(e)]}") from None
         except errors.HfHubHTTPError as e:
             status = e.response.status_code if e.response is not None else 0
             problem = f"the Hub answered {status}"
@@ -1102,8 +1102,6 @@ def _hub(call, repo, **options):
                 ) from None
             after = e.response.headers.get("Retry-After", "") if e.response is not None else ""
             wait = int(after) if after.isdigit() else wait
-        except errors.HFValidationError:
-            raise UserError(f"{repo}: not a Hub id, which is written owner/name") from None
         except Exception as e:  # no network; the exception depends on the version of the client
             of_client = type(e).__module__.startswith(("httpx", "requests"))
             if not isinstance(e, OSError) and not of_client:
@@ -1192,11 +1190,9 @@ def hub_files(repo, config="", split="", pattern=""):
     files = _of_one_kind(files, f"hub:{repo}")
     if not files:
         folders = ", ".join(sorted({os.path.dirname(f.path) for f in listed} - {""}))[:300]
-        under = f" under {config}" if config else ""
-        of_split = f" of the split {split}" if split else ""
         raise UserError(
-            f"hub:{repo}: no data files{under}{of_split}; --config= names a folder: "
-            f"{folders or 'none'}"
+            f"hub:{repo}: no data files for --config={config} --split={split}; --config= names a "
+            f"folder: {folders or 'none'}"
         )
     return files if split else _with_splits(files)
 
@@ -1705,6 +1701,8 @@ def recognize(files, wanted, field):
             "line, a .json file may also be an array of objects"
         )
     wanted = wanted or ("text" if field else "")
+    if field and wanted != "text":
+        raise UserError(f"--field={field} names a text, --as={wanted} has none: leave one out")
     keys = {key: None for _, record, _ in read for key in record}
     fits = _shapes(keys, text_fields)  # those of the first record that tells
     for _, record, _ in read:
