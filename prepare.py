@@ -643,6 +643,8 @@ PROMPT = ("prompt", "instruction", "question", "problem", "query", "input")
 ANSWER = ("answer", "completion", "response", "output", "chosen")
 ROLES = {"user": "user", "human": "user", "system": "system", "developer": "system"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "ai"), "assistant")
+# of {"human": ..., "assistant": ...} and {"input": ..., "output": ...} in a conversation
+TURN_ROLES = ROLES | dict.fromkeys(PROMPT, "user") | dict.fromkeys(ANSWER, "assistant")
 TOOL_ROLES = ("tool", "function", "function_call", "function_response", "observation", "ipython")
 # why a record is left out although nothing is wrong with it
 EMPTY, TOOLS, NOT_TEXT = "empty", "with tool calls", "with content that is no text"
@@ -701,7 +703,13 @@ def _messages(value, what="messages"):
     if not isinstance(value, list):
         expected = "a list of messages" if what in CONVERSATION else "a text or a list of messages"
         raise _unexpected(repr(what), value, expected)
-    messages = [_message(message, what) for message in value if message is not None]
+    messages = []
+    for message in filter(None, value):
+        if isinstance(message, dict) and message.keys() <= TURN_ROLES.keys():
+            turn = [dict(role=TURN_ROLES[key], content=text) for key, text in message.items()]
+            messages += [_message(m, what) for m in turn if m["content"] is not None]
+        else:
+            messages.append(_message(message, what))
     # many data sets have a system message in every record and leave it empty
     messages = [m for m in messages if m["role"] != "system" or m["content"].strip()]
     if not messages:
@@ -1183,7 +1191,8 @@ def hub_files(repo, config="", split="", pattern=""):
     """The data files of a data set on the Hub: under the folder `config`, matching `pattern`, of
     one `split`."""
     listed = hub_list(repo, config)
-    files = [f for f in listed if fnmatch.fnmatch(f.path, pattern or "*")]
+    seen = [f for f in listed if not re.search(r"(^|/)\.", f.path)]  # the others are hidden
+    files = [f for f in seen if fnmatch.fnmatch(f.path, pattern or "*")]
     if split:
         part = rf"(^|[-_./]){re.escape(split)}([-_./]|$)"
         files = [f for f in files if re.search(part, f.path)]
@@ -3015,7 +3024,7 @@ def _encode_part(file, blocks, part, is_last):
         unit = dict(lines="line", records="record", rows="row").get(block.kind, "byte")
         examples = [f"{file.path}, {unit} {at}: {why}" for at, why in result.wrong[:3]]
         if result.broken_at is not None:
-            examples.append(f"{file.path}, byte {result.broken_at}: not UTF-8")
+            examples.append(f"{file.path}, byte {result.broken_at}: not UTF-8, or zero")
         sizes = {name: len(data) for name, data in result.out.items()}
         rows.append(dict(kind=block.kind, count=result.count, sizes=sizes, examples=examples))
     for name, data in outputs.items():
@@ -3341,7 +3350,7 @@ def _print_changes(count, examples):
     if count["wrong"]:
         print(f"left out: {count['wrong']} records{examples}")
     if count["broken"]:
-        print(f"not UTF-8: {count['broken']} characters replaced by U+FFFD{examples}")
+        print(f"not UTF-8, or zero: {count['broken']} characters became U+FFFD{examples}")
     if count["crlf"]:
         print(f"CRLF: {count['crlf']:,} line ends became LF; --keep_crlf keeps them")
 

@@ -218,6 +218,12 @@ CHATS = {
         dict(conversations=[{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Hello."}]),
         CHAT,
     ),
+    "turns": (dict(conversation=[dict(human="Hi?", assistant="Hello.")]), CHAT),
+    "turns with a system": (
+        dict(conversation=[dict(system="Be kind.", input="Hi?", output="Hello.")]),
+        WITH_SYSTEM,
+    ),
+    "null turns": (dict(conversation=[dict(system=None, input="Hi?", output="Hello.")]), CHAT),
     "system beside": (dict(system="Be kind.", conversations=CHAT), WITH_SYSTEM),
     "empty system": (dict(messages=[say("system", ""), *CHAT]), CHAT),
     "developer": (dict(messages=[say("developer", "Be kind."), *CHAT]), WITH_SYSTEM),
