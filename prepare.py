@@ -3293,6 +3293,8 @@ def _make(files, settings, partial, target, workers, max_unusable):
     """Encodes the files into the directory `partial`; False if `target` holds the same already."""
     shape, field, first = recognize(files, settings["shape"], settings["field"])
     settings["shape"] = shape
+    if shape == "prefs" or (first.kind != "rows" and b"\r\n" in first.data):
+        settings["version"] = 2  # version 1 read these differently; what it made is made again
     stamp = _stamp(files, dict(settings, field=field), partial)
     if _is_made(target, stamp):
         return False
@@ -3301,14 +3303,7 @@ def _make(files, settings, partial, target, workers, max_unusable):
     tokenizer = None  # preferences and problems stay text, for any model's own tokenizer
     if shape in ("text", "chat"):
         tokenizer = _tokenizer_for(files, settings, partial).fast()
-    encoder = Encoder(
-        tokenizer,
-        shape,
-        settings["field"],
-        settings["val_fraction"],
-        settings["block_size"],
-        settings.get("keep_crlf", False),
-    )
+    encoder = _encoder(tokenizer, settings)
     print_first(encoder, first)
     _check_space(partial, _estimate(files, encoder, settings["max_tokens"]))
     total = pack(files, encoder, partial, settings["max_tokens"], workers, max_unusable)
@@ -3340,6 +3335,17 @@ def _make(files, settings, partial, target, workers, max_unusable):
         meta |= dict(train_records=count["train_documents"], val_records=count["val_documents"])
     _finish(partial, meta)
     return True
+
+
+def _encoder(tokenizer, settings):
+    return Encoder(
+        tokenizer,
+        settings["shape"],
+        settings["field"],
+        settings["val_fraction"],
+        settings["block_size"],
+        settings.get("keep_crlf", False),
+    )
 
 
 def _print_changes(count, examples):
@@ -3415,8 +3421,7 @@ def _tokenizer_for(files, settings, partial):
         return load_tokenizer(partial)
     wanted, max_tokens = settings["tokenizer"], settings["max_tokens"]
     most = min(1 << 30, 6 * max_tokens or 1 << 30)  # bytes: a vocabulary does not need more
-    keep_crlf = settings.get("keep_crlf", False)
-    encoder = Encoder(None, settings["shape"], settings["field"], keep_crlf=keep_crlf)
+    encoder = _encoder(None, settings)
     tokenizer = make_tokenizer(wanted, _texts(files, encoder, None if wanted == "char" else most))
     if settings["shape"] == "chat":
         tokenizer = with_chat_tokens(tokenizer)
