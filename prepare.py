@@ -690,14 +690,15 @@ def _unexpected(what, value, expected):
 def _messages(value, what="messages"):
     """[{"role", "content"}, ...] from the conversation, prompt or answer that the field `what`
     holds; else ValueError. A text is one message, or a dialogue as Anthropic's HH writes it."""
-    if isinstance(value, str) and value.lstrip().startswith("Human:"):
+    is_text = isinstance(value, str)
+    if is_text and value.lstrip().startswith("Human:") and "\n\nAssistant:" in value:
         _, *parts = re.split(r"(?:\A\s*|\n\n)(Human|Assistant):", value)
         value = [
             dict(role=role, content=text.strip()) for role, text in zip(parts[::2], parts[1::2])
         ]
         if what in PROMPT and value[-1] == dict(role="Assistant", content=""):
             value.pop()  # the opening of the answer
-    elif isinstance(value, str) and what not in CONVERSATION:
+    elif is_text and what not in CONVERSATION:
         role = "assistant" if what in (*ANSWER, "rejected") else "user"
         value = [dict(role=role, content=value)]
     if not isinstance(value, list):

@@ -333,6 +333,10 @@ PAIRS = {
         dict(prompt="Another?", chosen="The Po.", rejected="No."),
         dict(PAIR, prompt=TURN[2:]),
     ),
+    "no dialogue": (
+        dict(PAIR, prompt="Human: is it?"),
+        dict(PAIR, prompt=[say("user", "Human: is it?")]),
+    ),
     "implicit": (dict(chosen=[*TURN, GOOD], rejected=[*TURN, BAD]), PAIR),
     "last message as prompt": (
         dict(prompt="Another?", chosen=[*TURN, GOOD], rejected=[*TURN, BAD]),
