@@ -27,6 +27,8 @@ import fnmatch
 import functools
 import hashlib
 import inspect
+import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -36,6 +38,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import types
 
@@ -55,6 +58,8 @@ config = ''              # hub: a folder or subset of the repository, such as sa
 split = ''               # hub: take this split only, such as train
 as_ = ''                 # '' | 'text' | 'chat' | 'prefs' | 'verify'; '' follows the source
 val_fraction = 0.005     # share of documents held out, by a hash of the text (> 0, < 1)
+keep_crlf = False        # keep CRLF as the line end of a text; else it becomes LF
+max_unusable = 0.05      # share of records that may be unusable; they are left out (>= 0, <= 1)
 block_size = 0           # chat: leave out conversations of more tokens; 0: none (>= 0)
 # how to work
 workers = 0              # 0: one for each core; the output does not depend on it (>= 0)
@@ -68,6 +73,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLOCK = 1 << 20          # bytes of text that are tokenized at a time
 BLOCKS_PER_PART = 8      # blocks that a worker gets at a time, and that a kill costs at most
 LONGEST = 16 << 20       # a longer document is split, so that nothing larger is held in memory
+LONGEST_ARRAY = 256 << 20  # a JSON array is read whole, unless it has more bytes
 MAX_VOCABULARY = 1 << 20
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M"
@@ -600,12 +606,12 @@ CHAT_TEMPLATE = (
 )
 
 
-def render_chat(messages, tokenizer, add_generation_prompt=False):
+def render_chat(messages, tokenizer, add_generation_prompt=False, last_only=False):
     """A conversation, a list of {"role", "content"}, as (ids, mask): two lists of equal length.
 
-    mask is 1 where the loss counts: on the assistant's words and its <|im_end|>. With
-    `add_generation_prompt` the ids end with the opening of the assistant's answer instead of the
-    end-of-text token."""
+    mask is 1 where the loss counts: on the assistant's words and its <|im_end|>; with `last_only`
+    only on those of the last message. With `add_generation_prompt` the ids end with the opening of
+    the assistant's answer instead of the end-of-text token."""
     start, end = tokenizer.encode_special(IM_START), tokenizer.encode_special(IM_END)
     if start is None or end is None:
         raise UserError(
@@ -613,13 +619,14 @@ def render_chat(messages, tokenizer, add_generation_prompt=False):
             "adds them"
         )
     line_break, ids, mask = tokenizer.encode("\n"), [], []
-    for message in messages:
+    for i, message in enumerate(messages):
         head = tokenizer.encode(message["role"] + "\n")
         body = tokenizer.encode(f"{message['role']}\n{message['content'].strip()}")
         # where the opening ends inside the body: that is what generation will start from
         if body[: len(head)] != head:
             head = tokenizer.encode(message["role"])
-        counts = int(message["role"] == "assistant")
+        is_trained = not last_only or i == len(messages) - 1
+        counts = int(message["role"] == "assistant" and is_trained)
         ids += [start, *body, end, *line_break]
         mask += [0] * (1 + len(head)) + [counts] * (len(body) - len(head) + 1)
         mask += [0] * len(line_break)
@@ -629,80 +636,183 @@ def render_chat(messages, tokenizer, add_generation_prompt=False):
     return ids + last, mask + [0] * len(last)
 
 
+# Records as people have them: the fields that are tried, in this order, and the names of roles
+TEXT_FIELDS = ("text", "content")
+CONVERSATION = ("messages", "conversations", "conversation")
+PROMPT = ("prompt", "instruction", "question", "problem", "query", "input")
+ANSWER = ("answer", "completion", "response", "output", "chosen")
+ROLES = {"user": "user", "human": "user", "system": "system", "developer": "system"}
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "ai"), "assistant")
+# of {"human": ..., "assistant": ...} and {"input": ..., "output": ...} in a conversation
+TURN_ROLES = ROLES | dict.fromkeys(PROMPT, "user") | dict.fromkeys(ANSWER, "assistant")
+TOOL_ROLES = ("tool", "function", "function_call", "function_response", "observation", "ipython")
+# why a record is left out although nothing is wrong with it
+EMPTY, TOOLS, NOT_TEXT = "empty", "with tool calls", "with content that is no text"
+LONG = "of more tokens than --block_size"
+SKIPPED = EMPTY, TOOLS, NOT_TEXT, LONG
+
+
+class Skipped(ValueError):
+    """A record that is left out and counted, and does not count against max_unusable."""
+
+
+def _is_filled(value):
+    """Whether a field holds something: null, blanks and empty lists are nothing."""
+    if isinstance(value, str):
+        value = value.strip()
+    return value not in (None, "", [], {})
+
+
+def _filled(record, *fields):
+    """(field, value) of the first of these fields that holds something, else (None, None)."""
+    filled = ((field, record[field]) for field in fields if _is_filled(record.get(field)))
+    return next(filled, (None, None))
+
+
+def _required(record, *fields):
+    """As _filled, but a record without such a field is unusable, and one that leaves it empty is
+    skipped."""
+    field, value = _filled(record, *fields)
+    if field is None and any(field in record for field in fields):
+        raise Skipped(EMPTY)
+    if field is None:
+        raise ValueError("no field " + " or ".join(repr(field) for field in fields))
+    return field, value
+
+
+def _unexpected(what, value, expected):
+    """The reason why a value can't be used."""
+    shown = json.dumps(value, ensure_ascii=False, default=str)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return ValueError(f"{what} holds {shown}; expected {expected}")
+
+
 def _messages(value, what="messages"):
-    """[{"role", "content"}, ...] from any usual form of a conversation; else ValueError."""
-    if isinstance(value, str) and what == "prompt":
-        value = [dict(role="user", content=value)]
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{what!r} is not a list of messages")
-    roles = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+    """[{"role", "content"}, ...] from the conversation, prompt or answer that the field `what`
+    holds; else ValueError. A text is one message, or a dialogue as Anthropic's HH writes it."""
+    is_text = isinstance(value, str)
+    if is_text and value.lstrip().startswith("Human:") and "\n\nAssistant:" in value:
+        _, *parts = re.split(r"(?:\A\s*|\n\n)(Human|Assistant):", value)
+        value = [
+            dict(role=role, content=text.strip()) for role, text in zip(parts[::2], parts[1::2])
+        ]
+        if what in PROMPT and value[-1] == dict(role="Assistant", content=""):
+            value.pop()  # the opening of the answer
+    elif is_text and what not in CONVERSATION:
+        role = "assistant" if what in (*ANSWER, "rejected") else "user"
+        value = [dict(role=role, content=value)]
+    if not isinstance(value, list):
+        expected = "a list of messages" if what in CONVERSATION else "a text or a list of messages"
+        raise _unexpected(repr(what), value, expected)
     messages = []
-    for message in value:
-        role = content = None
-        if isinstance(message, dict):
-            role = message.get("role", message.get("from"))
-            content = message.get("content", message.get("value"))
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise ValueError(f'a message of {what!r} is not {{"role": ..., "content": ...}}')
-        messages.append(dict(role=roles.get(role, role), content=content))
-    if messages[0]["role"] == "assistant":
-        raise ValueError("the conversation begins with the assistant")
+    for message in filter(None, value):
+        if isinstance(message, dict) and message.keys() <= TURN_ROLES.keys():
+            turn = [dict(role=TURN_ROLES[key], content=text) for key, text in message.items()]
+            messages += [_message(m, what) for m in turn if m["content"] is not None]
+        else:
+            messages.append(_message(message, what))
+    # many data sets have a system message in every record and leave it empty
+    messages = [m for m in messages if m["role"] != "system" or m["content"].strip()]
+    if not messages:
+        raise Skipped(EMPTY)
     return messages
 
 
-def _reply(value, prompt, what):
-    """The assistant's last words in `value`: a text, or messages that may repeat the prompt."""
-    if isinstance(value, str):
-        return value
-    repeats = value and value[0].get("role") != "assistant"
-    messages = _messages(value if repeats else prompt + value, what)
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{what!r} does not end with the assistant")
-    return messages[-1]["content"]
+def _message(message, what):
+    expected = '{"role": ..., "content": ...}'
+    if not isinstance(message, dict):
+        raise _unexpected(f"a message of {what!r}", message, expected)
+    _, role = _filled(message, "role", "from")
+    _, content = _filled(message, "content", "value")
+    if role in TOOL_ROLES or _filled(message, "tool_calls", "function_call")[0]:
+        raise Skipped(TOOLS)
+    if isinstance(content, list):  # OpenAI's parts
+        texts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        if not all(isinstance(text, str) for text in texts):
+            raise Skipped(NOT_TEXT)
+        content = "\n".join(texts)
+    if content is None and ("content" in message or "value" in message):
+        content = ""
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise _unexpected(f"a message of {what!r}", message, expected)
+    return dict(role=ROLES.get(role.lower(), role), content=content)
+
+
+def _prompt(record):
+    """The messages of a record's prompt; Alpaca's is an instruction and perhaps its input."""
+    field, prompt = _required(record, *PROMPT)
+    if field == "instruction" and isinstance(prompt, str):
+        more = _filled(record, "input", "context")[1]
+        prompt = f"{prompt}\n\n{more}" if isinstance(more, str) else prompt
+    return _messages(prompt, field)
+
+
+def _with_system(record, messages):
+    system = _filled(record, "system", "system_prompt")[1]
+    if isinstance(system, str) and messages[0]["role"] != "system":
+        return [dict(role="system", content=system), *messages]
+    return messages
+
+
+def _with_answer(prompt, value, what):
+    """The conversation that ends with an answer, which may repeat the end of the prompt, or be a
+    whole conversation of which the prompt is a part."""
+    answer = _messages(value, what)
+    for n in range(min(len(prompt), len(answer)), 0, -1):
+        if prompt[-n:] == answer[:n]:
+            return prompt + answer[n:]
+    if not prompt or prompt[-1] in answer or answer[0]["role"] != "assistant":
+        return answer
+    return prompt + answer
+
+
+def _conversation(record, messages):
+    """The messages with the record's system message, if they can be trained on."""
+    roles = [message["role"] for message in messages]
+    if not all(m["content"].strip() for m in messages if m["role"] == "assistant"):
+        raise Skipped(EMPTY)  # an empty answer is no answer
+    if "assistant" not in roles or "user" not in roles:
+        raise ValueError(f"its roles are {', '.join(roles)}; expected a user and an assistant")
+    return _with_system(record, messages)
 
 
 def as_chat(record):
     """The messages of a record: its conversation, or its prompt and its (chosen) answer."""
-    conversation = next((key for key in ("messages", "conversations") if key in record), None)
-    if conversation:
-        messages = _messages(record[conversation], conversation)
-    else:
-        prompt = _first(record, "prompt", "question")
-        answer = _first(record, "answer", "chosen")
-        prompt = _messages(prompt, "prompt")
-        messages = prompt + [dict(role="assistant", content=_reply(answer, prompt, "answer"))]
-    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-        raise ValueError("the assistant says nothing in it")
-    return messages
+    field, value = _required(record, *CONVERSATION, *PROMPT, "chosen")
+    if field in CONVERSATION:
+        return _conversation(record, _messages(value, field))
+    prompt = _prompt(record) if field in PROMPT else []
+    field, answer = _required(record, *ANSWER)
+    return _conversation(record, _with_answer(prompt, answer, field))
 
 
 def as_prefs(record):
-    """{"prompt": messages, "chosen": text, "rejected": text}"""
-    prompt = _first(record, "prompt", "question")
-    chosen, rejected = record["chosen"], record["rejected"]
-    prompt = _messages(prompt, "prompt")
-    chosen, rejected = _reply(chosen, prompt, "chosen"), _reply(rejected, prompt, "rejected")
+    """{"prompt": messages, "chosen": text, "rejected": text}. Where chosen and rejected hold the
+    whole conversation, what they begin with in common is the prompt."""
+    prompt = _prompt(record) if _filled(record, *PROMPT)[0] else []
+    sides = []
+    for side in ("chosen", "rejected"):
+        messages = _with_answer(prompt, _required(record, side)[1], side)
+        if messages[-1]["role"] != "assistant":
+            raise ValueError(f"{side!r} ends with {messages[-1]['role']}; expected the assistant")
+        sides.append(_conversation(record, messages))
+    chosen, rejected = sides
     if chosen == rejected:
         raise ValueError("chosen and rejected are the same")
-    return dict(prompt=prompt, chosen=chosen, rejected=rejected)
+    if chosen[:-1] != rejected[:-1]:
+        raise ValueError("chosen and rejected differ before their last message")
+    answers = chosen[-1]["content"], rejected[-1]["content"]
+    return dict(prompt=chosen[:-1], chosen=answers[0], rejected=answers[1])
 
 
 def as_verify(record):
     """{"prompt": messages, "answer": text}"""
-    answer = record["answer"]
+    prompt, (_, answer) = _with_system(record, _prompt(record)), _required(record, "answer")
     if isinstance(answer, float) and math.isfinite(answer):
         answer = format(decimal.Decimal(repr(answer)), "f")  # 0.00001 for 1e-05
-    if not isinstance(answer, (str, int)) or not str(answer).strip():
-        raise ValueError("'answer' is neither a text nor a number")
-    prompt = _messages(_first(record, "prompt", "question"), "prompt")
+    if not isinstance(answer, (str, int)):
+        raise _unexpected("'answer'", answer, "a text or a number")
     return dict(prompt=prompt, answer=str(answer))
-
-
-def _first(record, *keys):
-    for key in keys:
-        if record.get(key) is not None:
-            return record[key]
-    raise KeyError(keys[0])
 
 
 # -----------------------------------------------------------------------------
@@ -972,20 +1082,20 @@ def _hub(call, repo, **options):
 
     site = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     page = f"{site}/datasets/{repo}" if options.get("repo_type") == "dataset" else f"{site}/{repo}"
+    refusals = {
+        errors.GatedRepoError: f"its owner asks for consent: accept the terms on {page}, make a "
+        f"token on {site}/settings/tokens, then run `hf auth login` or set HF_TOKEN",
+        errors.RepositoryNotFoundError: "the Hub has no such repository, or it is private: check "
+        "the name; for a private one run `hf auth login` or set HF_TOKEN to a token that may read "
+        "it",
+        errors.HFValidationError: "not a Hub id, which is written owner/name",
+    }
     for attempt in range(5):
         wait = 2**attempt
         try:
             return call(repo, **options)
-        except errors.GatedRepoError:
-            raise UserError(
-                f"{repo}: its owner asks for consent: accept the terms on {page}, make a token on "
-                f"{site}/settings/tokens, then run `hf auth login` or set HF_TOKEN"
-            ) from None
-        except errors.RepositoryNotFoundError:
-            raise UserError(
-                f"{repo}: the Hub has no such repository, or it is private: check the name; for a "
-                "private one run `hf auth login` or set HF_TOKEN to a token that may read it"
-            ) from None
+        except tuple(refusals) as e:
+            raise UserError(f"{repo}: {refusals[type(e)]}") from None
         except errors.HfHubHTTPError as e:
             status = e.response.status_code if e.response is not None else 0
             problem = f"the Hub answered {status}"
@@ -1001,8 +1111,6 @@ def _hub(call, repo, **options):
                 ) from None
             after = e.response.headers.get("Retry-After", "") if e.response is not None else ""
             wait = int(after) if after.isdigit() else wait
-        except errors.HFValidationError:
-            raise UserError(f"{repo}: not a Hub id, which is written owner/name") from None
         except Exception as e:  # no network; the exception depends on the version of the client
             of_client = type(e).__module__.startswith(("httpx", "requests"))
             if not isinstance(e, OSError) and not of_client:
@@ -1035,7 +1143,7 @@ def fetch_model(hub_id):
 
 # A file of a source. `repo`, `digest` (SHA-256) and `revision` are None for a local file. `split`
 # is 'train' or 'val' if the source has its own validation split, else None.
-File = collections.namedtuple("File", "path size split repo digest revision")
+File = collections.namedtuple("File", "path size split repo digest revision", defaults=[None] * 4)
 
 
 def local_path(file):
@@ -1082,57 +1190,79 @@ def hub_list(repo, folder=""):
 
 def hub_files(repo, config="", split="", pattern=""):
     """The data files of a data set on the Hub: under the folder `config`, matching `pattern`, of
-    one `split`. If there are several kinds of files, those of the kind with the most bytes."""
+    one `split`."""
     listed = hub_list(repo, config)
-    files = [f for f in listed if fnmatch.fnmatch(f.path, pattern or "*") and _kind_of(f.path)[0]]
+    seen = [f for f in listed if not re.search(r"(^|/)\.", f.path)]  # the others are hidden
+    files = [f for f in seen if fnmatch.fnmatch(f.path, pattern or "*")]
     if split:
         part = rf"(^|[-_./]){re.escape(split)}([-_./]|$)"
         files = [f for f in files if re.search(part, f.path)]
+    files = _of_one_kind(files, f"hub:{repo}")
     if not files:
         folders = ", ".join(sorted({os.path.dirname(f.path) for f in listed} - {""}))[:300]
-        under = f" under {config}" if config else ""
-        of_split = f" of the split {split}" if split else ""
         raise UserError(
-            f"hub:{repo}: no data files{under}{of_split}; --config= names a folder: "
-            f"{folders or 'none'}"
+            f"hub:{repo}: no data files for --config={config} --split={split}; --config= names a "
+            f"folder: {folders or 'none'}"
         )
-    sizes = collections.Counter()
-    for f in files:
-        sizes[_kind_of(f.path)[0]] += f.size
-    kind = sizes.most_common(1)[0][0]
-    files = [f for f in files if _kind_of(f.path)[0] == kind]
     return files if split else _with_splits(files)
 
 
 # -----------------------------------------------------------------------------
 # Sources: a source is a list of Files, a File a sequence of Blocks
 
-TEXT, LINES = (".txt", ".md", ".text"), (".jsonl", ".ndjson", ".json")
+KINDS = dict.fromkeys((".txt", ".md", ".text"), "text")  # of files, by the ending of the name
+KINDS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), "lines")
+KINDS[".parquet"] = "parquet"
 COMPRESSED = {".zst": "zstd", ".zstd": "zstd", ".gz": "gzip"}
 VALID = ("valid", "validation", "val", "dev", "eval")
 OWN_SPLIT = re.compile(r"(?:^|[-_./])(train|valid|validation|val|dev|eval|test)(?=[-_.0-9/]|$)")
 
+# what lies beside the data of a repository, and what the Hub's libraries write beside it
+ABOUT = re.compile(
+    r"(readme|licen[cs]e|notice|citation|changelog|contributing)\b.*|"
+    r"dataset_infos?\.json|dataset_dict\.json|state\.json",
+    re.IGNORECASE,
+)
+
 # kind: 'documents' (text with <|endoftext|> between documents), 'train' or 'val' (a piece of a
-# single document), 'lines' (JSON) or 'rows' (parquet). data: bytes, or a pyarrow batch. at: the
-# byte, line or row at which it begins. first, last: of the pieces of a document. read: how many
-# bytes of the file have been read, for the progress bar.
+# single document), 'lines' (JSON), 'records' (of a JSON array) or 'rows' (parquet). data: bytes, or
+# a pyarrow batch. at: the byte, line, record or row at which it begins. first, last: of the pieces
+# of a document. read: how many bytes of the file have been read, for the progress bar.
 Block = collections.namedtuple("Block", "kind data at first last read")
 
 
-def _kind_of(path):
-    """'text', 'lines' or 'parquet', and the compression, by a file's name; (None, None) if it is
-    no data."""
+def _ending(path):
+    """The ending of a file's name, before that of a compression, and the compression or None."""
     stem, ending = os.path.splitext(path.lower())
-    compression = COMPRESSED.get(ending)
-    if compression:
-        ending = os.path.splitext(stem)[1]
-    if ending in TEXT:
-        return "text", compression
-    if ending in LINES:
-        return "lines", compression
-    if ending == ".parquet":
-        return "parquet", compression
-    return None, None
+    if ending in COMPRESSED:
+        return os.path.splitext(stem)[1], COMPRESSED[ending]
+    return ending, None
+
+
+def _kind_of(path):
+    """(kind, compression) of a file by its name; the kind is None if it is no data."""
+    ending, compression = _ending(path)
+    return KINDS.get(ending), compression
+
+
+def _of_one_kind(files, folder):
+    """The data among the files of a folder: those of the ending that has the most bytes. The others
+    are named."""
+
+    def ending_of(file):
+        return "" if ABOUT.fullmatch(os.path.basename(file.path)) else _ending(file.path)[0]
+
+    sizes = collections.Counter()
+    for f in files:
+        if ending_of(f) in KINDS:
+            sizes[ending_of(f)] += f.size
+    ending = max(sizes, key=sizes.get, default=None)
+    data = [f for f in files if ending_of(f) == ending]
+    others = [f.path for f in files if ending_of(f) != ending]
+    if data and others:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        print(f"{folder}: reads its {ending} files; left out: {', '.join(others[:5])}{more}")
+    return data
 
 
 def _with_splits(files):
@@ -1154,69 +1284,124 @@ def _with_splits(files):
 def local_files(path):
     """The files of a local source: one file of any name, or those of a folder that hold data."""
     if os.path.isfile(path):
-        return [File(path, os.path.getsize(path), None, None, None, None)]
+        return [File(path, os.path.getsize(path))]
     if not os.path.isdir(path):
         raise UserError(f"{path}: neither a file nor a folder")
     paths = []
-    for folder, _, names in os.walk(path):
-        paths += [os.path.join(folder, f) for f in names if f[0] != "." and _kind_of(f)[0]]
-    if not paths:
-        raise UserError(
-            f"{path}: this folder holds no .txt, .md, .jsonl, .jsonl.zst, .jsonl.gz or .parquet "
-            "file"
-        )
+    for folder, folders, names in os.walk(path):
+        folders[:] = [f for f in folders if f[0] != "."]
+        paths += [os.path.join(folder, f) for f in names if f[0] != "."]
     dangling = [f for f in paths if not os.path.exists(f)]
     if dangling:
         raise UserError(f"{dangling[0]}: a link to a file that is not there; remove the link")
     # a split is recognized by the path within the folder, not by the folder's own path
-    files = [
-        File(os.path.relpath(f, path), os.path.getsize(f), None, None, None, None)
-        for f in sorted(paths)
-    ]
-    return [f._replace(path=os.path.join(path, f.path)) for f in _with_splits(files)]
+    files = [File(os.path.relpath(f, path), os.path.getsize(f)) for f in sorted(paths)]
+    files = _with_splits(_of_one_kind(files, path))
+    if not files:
+        raise UserError(f"{path}: this folder holds no {', '.join(KINDS)} file")
+    return [f._replace(path=os.path.join(path, f.path)) for f in files]
 
 
-def read_blocks(file, only, column=None):
+def read_blocks(file, only, fields=()):
     """The Blocks of a File, in order, the same every time. `only`: the file is the whole source, so
     a text without <|endoftext|> is a single document, whose last tenth is the validation split.
-    `column`: the one to read of a parquet file."""
+    `fields`: the columns to read of a parquet file, as far as it has them; (): all."""
     path, (kind, compression) = local_path(file), _kind_of(file.path)
-    if kind == "parquet":
-        yield from _read_parquet(path, file, column)
-        return
     try:
-        if kind != "lines" and not compression:
-            with open(path, "rb") as f:
-                head = f.read(1 << 16)
-            if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in head:
-                raise UserError(
-                    f"{file.path}: not UTF-8 text (a zero byte or a UTF-16 mark within its first "
-                    "64 kB); convert it first, e.g. iconv -f utf-16 -t utf-8"
-                )
-            length = _single_document(path) if only else None
-            if length is not None:
-                yield from _read_single(path, length)
-                return
         with open(path, "rb") as raw:
-            stream = raw
-            if compression:
-                import pyarrow
-
-                stream = pyarrow.CompressedInputStream(
-                    pyarrow.PythonFile(raw, mode="r"), compression
-                )
-            yield from _read_separated(stream, raw.tell, kind)
+            head = _stream(raw, compression).read(1 << 16)
+        if head.startswith(b"version https://git-lfs.github.com/"):
+            raise UserError(f"{file.path}: a pointer of Git LFS; `git lfs pull` fetches the file")
+        if kind == "parquet":
+            yield from _read_parquet(path, file, fields)
+            return
+        _check_utf8(file.path, head)
+        for block in _read_text(path, file, only, head):
+            _check_utf8(file.path, block.data)
+            yield block
     except (OSError, EOFError) as e:
         raise UserError(f"{file.path}: cannot be read to its end: {e}; is it cut short?") from None
+
+
+def _stream(raw, compression):
+    if not compression:
+        return raw
+    import pyarrow
+
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), compression)
+
+
+def _read_text(path, file, only, head):
+    """The Blocks of a text or JSON file, which begins with the bytes `head`."""
+    kind, compression = _kind_of(file.path)
+    if only and kind != "lines" and not compression:
+        length = _single_document(path)
+        if length is not None:
+            yield from _read_single(path, length)
+            return
+    with open(path, "rb") as raw:
+        stream = source = _stream(raw, compression)
+        if kind == "lines" and head.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
+            kind, stream = "records", _array_as_lines(source, file.path)
+        yield from _read_separated(stream, raw.tell, kind)
+
+
+def _check_utf8(path, data):
+    """UserError if a text is in another encoding than UTF-8. Some broken characters in a text that
+    is UTF-8 otherwise are no reason, nor are some zero bytes."""
+    encoding = _encoding_of(data)
+    if encoding:
+        stem, ending = os.path.splitext(path)
+        first = "decompress and " if _ending(path)[1] else ""
+        raise UserError(
+            f"{path}: not UTF-8 but {encoding}; {first}convert it: "
+            f"iconv -f {encoding.split()[0]} -t utf-8 '{path}' > '{stem}-utf8{ending}'"
+        )
+
+
+def _encoding_of(data):
+    """The likely encoding of a text, as iconv names it, if it is not UTF-8."""
+    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "utf-16"
+    head = data[: 1 << 16]
+    even, odd = head[::2].count(0), head[1::2].count(0)
+    if even + odd > 0.1 * len(head) and max(even, odd) > 4 * min(even, odd):
+        return "utf-16le" if odd > even else "utf-16be"
+    with contextlib.suppress(UnicodeDecodeError):
+        data.decode()
+        return None
+    text, ascii_text = data.decode("utf-8", "replace"), data.decode("ascii", "ignore")
+    broken = text.count("\ufffd") - data.count("\ufffd".encode())
+    of_several_bytes = len(text) - len(ascii_text) - broken
+    if broken <= max(of_several_bytes, len(data) / 10_000):
+        return None
+    if len(ascii_text) < 0.7 * len(data):  # not a Latin script
+        return "ENCODING (it is not recognized)"
+    return "cp1252 or latin-1"
+
+
+def _array_as_lines(stream, path):
+    """A JSON array as a stream of lines, one for each of its records."""
+    content = stream.read(LONGEST_ARRAY + 1)
+    if len(content) > LONGEST_ARRAY:
+        raise UserError(
+            f"{path}: a JSON array of more than {LONGEST_ARRAY >> 20} MB; make lines of it, which "
+            f"are read in pieces: jq -c '.[]' '{path}' > '{os.path.splitext(path)[0]}.jsonl'"
+        )
+    try:
+        records = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}: begins like a JSON array and cannot be read: {e}") from None
+    return io.BytesIO(b"".join(json.dumps(record).encode() + b"\n" for record in records))
 
 
 def _read_separated(stream, tell, kind):
     """Blocks of whole lines or documents: each ends with the last separator in the next BLOCK
     bytes, and in a document longer than LONGEST wherever it can be split."""
-    separator, block_kind = EOT.encode(), "documents"
-    if kind == "lines":
-        separator = b"\n"
-        block_kind = "lines"
+    separator, block_kind = b"\n", kind
+    if kind not in ("lines", "records"):
+        separator = EOT.encode()
+        block_kind = "documents"
     rest, at, at_start = b"", 0, True
     while True:
         data = stream.read(BLOCK)
@@ -1231,7 +1416,7 @@ def _read_separated(stream, tell, kind):
             end = found + len(separator) if found >= 0 else _cut_place(buffer)
         if end:
             yield Block(block_kind, buffer[:end], at, True, True, tell())
-            at += buffer.count(b"\n", 0, end) if kind == "lines" else end
+            at += end if block_kind == "documents" else buffer.count(b"\n", 0, end)
         if not data:
             return
         rest = buffer[end:]
@@ -1276,9 +1461,12 @@ def _place_of_character(f, begin, end, share):
     """The byte between `begin` and `end` before which `share` of the characters there lie."""
 
     def begins_character(at):
-        f.seek(at)
-        data = np.frombuffer(f.read(min(BLOCK, end - at)), np.uint8)
-        return (data & 0xC0) != 0x80  # False for the later bytes of a character
+        f.seek(max(at - 1, 0))
+        before = f.read(1) if at else b""
+        data = np.frombuffer(before + f.read(min(BLOCK, end - at)), np.uint8)
+        begins = (data & 0xC0) != 0x80  # False for the later bytes of a character
+        begins[1:] &= (data[1:] != 10) | (data[:-1] != 13)  # CRLF is one character
+        return begins[len(before) :]
 
     counts = [(at, np.count_nonzero(begins_character(at))) for at in range(begin, end, BLOCK)]
     left = int(share * sum(count for _, count in counts))
@@ -1290,7 +1478,7 @@ def _place_of_character(f, begin, end, share):
 
 
 # Between these two characters every pre-tokenizer begins a new word, whatever comes before or after
-BETWEEN_WORDS = re.compile(r"(?<=\S)\n(?=\w)|(?<=\w)(?= \w)")
+BETWEEN_WORDS = re.compile(r"(?<=\S)\r?\n(?=\w)|(?<=\w)(?= \w)")
 
 
 def _cut_place(data):
@@ -1300,25 +1488,25 @@ def _cut_place(data):
     if places:
         return len(data) - len(tail[places[-1] :].encode("utf-8", "surrogateescape"))
     cut = len(data)  # 64 kB without a space: at least between two characters
-    while cut > len(data) - 4 and data[cut - 1] & 0xC0 == 0x80:
+    while cut > len(data) - 4 and (data[cut - 1] & 0xC0 == 0x80 or data[cut - 1] == 13):
         cut -= 1
     return cut - 1 if cut > 1 and data[cut - 1] >= 0xC0 else cut
 
 
-def _read_parquet(path, file, column):
+def _read_parquet(path, file, fields):
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as f:
             columns = f.schema_arrow.names
-            if column and column not in columns:
+            wanted = [field for field in fields if field in columns] or None
+            if fields and not wanted:
                 raise UserError(
-                    f"{file.path}: no column {column!r} in {', '.join(columns)[:200]}; name it "
-                    "with --field="
+                    f"{file.path}: no column {' or '.join(map(repr, fields))} in "
+                    f"{', '.join(columns)[:200]}; name it with --field="
                 )
             rows, total = 0, max(f.metadata.num_rows, 1)
-            wanted = [column] if column else None
             for group in range(f.metadata.num_row_groups):
                 for batch in f.iter_batches(256, row_groups=[group], columns=wanted):
                     done = file.size * (rows + len(batch)) // total
@@ -1333,6 +1521,11 @@ def _read_parquet(path, file, column):
 # From a Block to the bytes of train.bin and val.bin
 
 SHAPES = dict(chat=as_chat, prefs=as_prefs, verify=as_verify)
+NEEDS = dict(
+    chat="'messages', nor 'prompt' and 'answer'",
+    prefs="'prompt', 'chosen' and 'rejected'",
+    verify="'prompt' and 'answer'",
+)
 
 
 def _dtype(tokenizer):
@@ -1341,13 +1534,15 @@ def _dtype(tokenizer):
 
 class Encoded:
     """What a Block becomes: `out`, the bytes for each output file; `count`, what is in it; `wrong`,
-    [(line or row, reason)] of what was left out; `broken_at`, the first byte that is not UTF-8."""
+    [(line or row, reason)] of the unusable records; `broken_at`, the first byte that is not part of
+    a text."""
 
     def __init__(self):
         self.out, self.count, self.wrong, self.broken_at = {}, collections.Counter(), [], None
 
     def decode(self, raw, at):
-        """UTF-8 as text. Invalid bytes become U+FFFD and are counted."""
+        """UTF-8 as text. Invalid bytes and zero bytes become U+FFFD and are counted."""
+        raw = raw.replace(b"\0", b"\xff")
         try:
             return raw.decode()
         except UnicodeDecodeError as e:
@@ -1360,30 +1555,33 @@ class Encoded:
 
 class Encoder:
     """Turns Blocks into what is written, see Encoded. `tokenizer` is None for preferences and
-    problems, which stay text. `shape`: 'text', 'chat', 'prefs' or 'verify'."""
+    problems, which stay text. `shape`: 'text', 'chat', 'prefs' or 'verify'. `field`: that of the
+    text, '' for the usual ones."""
 
-    def __init__(self, tokenizer, shape, field="", val_fraction=0.0, block_size=0):
-        self.tokenizer, self.shape, self.field = tokenizer, shape, field
+    def __init__(self, tokenizer, shape, field="", val_fraction=0.0, block_size=0, keep_crlf=False):
+        self.tokenizer, self.shape = tokenizer, shape
         self.threshold = int(val_fraction * 2**64).to_bytes(8, "big")
-        self.block_size = block_size
+        self.block_size, self.keep_crlf = block_size, keep_crlf
         self.dtype = _dtype(tokenizer) if tokenizer else None
+        self.fields = ()  # to read of a record; (): all
+        if shape == "text":
+            self.fields = (field,) if field else TEXT_FIELDS
 
     def __call__(self, file, block):
-        result = Encoded()
-        if block.kind in ("train", "val"):
+        result, contents = Encoded(), {"train": [], "val": []}
+        if block.kind in contents:
             self.write_piece(block, result)
             return result
-        contents = {"train": [], "val": []}
-        for at, content, size in self.contents(block, result):
-            contents[file.split or self.split(content)].append((at, content))
+        for content, size in self.contents(block, result):
+            contents[file.split or self.split(content)].append(content)
             result.count["bytes"] += size
+        write = dict(text=self.write_text, chat=self.write_chat).get(self.shape, self.write_records)
         for split, found in contents.items():
-            if found and self.shape == "text":
-                self.write_text(split, found, result)
-            elif found and self.shape == "chat":
-                self.write_chat(split, found, result)
-            elif found:
-                self.write_records(split, found, result)
+            if found:
+                documents, tokens = write(split, found, result)
+                result.count["documents"] += documents
+                result.count[split + "_documents"] += documents
+                result.count[split + "_tokens"] += tokens
         return result
 
     def split(self, content):
@@ -1393,60 +1591,47 @@ class Encoder:
         return "val" if digest < self.threshold else "train"
 
     def contents(self, block, result):
-        """(where, text or record, bytes) of each document that can be used."""
+        """(text or record, bytes) of each document that can be used."""
         if block.kind == "documents":
-            for text in result.decode(block.data, block.at).split(EOT):
+            for text in self.text_of(block, result).split(EOT):
                 text = text.strip()
                 if text:
-                    yield block.at, text, len(text) if text.isascii() else len(text.encode())
+                    yield text, len(text) if text.isascii() else len(text.encode())
             return
-        for at, record, size in self.records(block, result):
+        for at, record, size in read_records(block, result):
             try:
                 if not isinstance(record, dict):
-                    raise ValueError("not a JSON object")
+                    raise _unexpected("it", record, "a JSON object")
                 if self.shape == "text":
-                    content = self.text_of(record)
+                    content = self.text_field(record, result)
                     size = len(content.encode())
                 else:
                     content = SHAPES[self.shape](record)
-                yield at, content, size
-            except KeyError as e:
-                result.wrong.append((at, f"no field {e}"))
-            except (ValueError, AttributeError, TypeError) as e:
+                yield content, size
+            except Skipped as e:
+                result.count[str(e)] += 1
+            except ValueError as e:
                 result.wrong.append((at, str(e)))
 
-    def text_of(self, record):
-        field = self.field
-        if not field:  # a folder whose first file is plain text
-            field = next((key for key in ("text", "content") if key in record), "text")
-        text = record[field]
-        if not isinstance(text, str):
-            raise ValueError(f"{field!r} is not a text")
-        if not text:
-            raise ValueError(f"{field!r} is empty")
-        return text
+    def text_of(self, block, result):
+        """The text of a Block of bytes."""
+        return self.with_line_ends(result.decode(block.data, block.at), result)
 
-    def records(self, block, result):
-        """(line or row, record, bytes) of each record of a block."""
-        if block.kind == "rows":
-            for i, row in enumerate(block.data.to_pylist()):
-                yield block.at + i + 1, row, block.data.nbytes // len(block.data)
-            return
-        for at, line in enumerate(block.data.split(b"\n"), block.at + 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(result.decode(line, None))
-                if b"\\ud" in line or b"\\uD" in line:  # half a surrogate pair, which JSON can hold
-                    whole = json.dumps(record, ensure_ascii=False).encode("utf-8", "replace")
-                    record = json.loads(whole)
-                yield at, record, len(line)
-            except (ValueError, RecursionError) as e:
-                result.wrong.append((at, f"not JSON: {e}"))
+    def text_field(self, record, result):
+        field, text = _required(record, *self.fields)
+        if not isinstance(text, str):
+            raise _unexpected(repr(field), text, "a text")
+        return self.with_line_ends(text, result)
+
+    def with_line_ends(self, text, result):
+        """Windows ends a line with CRLF, which would be tokens of its own: it becomes LF."""
+        if self.keep_crlf or "\r\n" not in text:
+            return text
+        result.count["crlf"] += text.count("\r\n")
+        return text.replace("\r\n", "\n")
 
     def write_piece(self, block, result):
-        text = result.decode(block.data, block.at)
-        ids = self.tokenizer.encode_piece(text, block.first)
+        ids = self.tokenizer.encode_piece(self.text_of(block, result), block.first)
         if block.last:
             ids = np.append(ids, self.tokenizer.eos_id)
         result.out[block.kind + ".bin"] = ids.astype(self.dtype).tobytes()
@@ -1454,102 +1639,144 @@ class Encoder:
         result.count["documents"] += int(block.last)
         result.count[block.kind + "_tokens"] += len(ids)
 
+    # these write the contents of a split, and return how many documents and tokens that makes
+
     def write_text(self, split, found, result):
-        ids = self.tokenizer.encode_documents([text for _, text in found])
+        ids = self.tokenizer.encode_documents(found)
         result.out[split + ".bin"] = ids.astype(self.dtype).tobytes()
-        self.add(result, split, len(found), len(ids))
+        return len(found), len(ids)
 
     def write_chat(self, split, found, result):
         ids, mask, documents = [], [], 0
-        for at, messages in found:
+        for messages in found:
             conversation, its_mask = render_chat(messages, self.tokenizer)
             if self.block_size and len(conversation) > self.block_size:
-                length = f"the conversation has {len(conversation)} tokens"
-                result.wrong.append((at, f"{length}, --block_size={self.block_size}"))
+                result.count[LONG] += 1
                 continue
             ids += conversation
             mask += its_mask
             documents += 1
         result.out[split + ".bin"] = np.array(ids, self.dtype).tobytes()
         result.out[split + ".mask"] = bytes(mask)
-        self.add(result, split, documents, len(ids))
+        return documents, len(ids)
 
     def write_records(self, split, found, result):
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for _, record in found]
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in found]
         result.out[split + ".jsonl"] = "".join(lines).encode()
-        self.add(result, split, len(found), 0)
-
-    def add(self, result, split, documents, tokens):
-        result.count["documents"] += documents
-        result.count[split + "_documents"] += documents
-        result.count[split + "_tokens"] += tokens
+        return len(found), 0
 
 
-def _shape_of(file, block, wanted, field):
-    """(shape, field) of the records: what the user wants, or what the first record looks like."""
-    if block.kind in ("documents", "train", "val"):
-        if wanted not in ("", "text"):
-            raise UserError(
-                f"{file.path}: --as={wanted} wants records (.jsonl or .parquet), and this is plain "
-                "text"
-            )
-        return "text", ""
-    keys, where = _first_keys(file, block)
-
-    def has(*names):
-        return any(name in keys for name in names)
-
-    text_field = next((f for f in ([field] if field else ["text", "content"]) if f in keys), None)
-    is_chat, is_prompt = has("messages", "conversations"), has("prompt", "question")
-    fits = []
-    if is_prompt and has("chosen") and has("rejected"):
-        fits.append("prefs")
-    if is_prompt and has("answer"):
-        fits.append("verify")
-    if is_chat or (is_prompt and has("answer", "chosen")):
-        fits.append("chat")
-    if text_field:
-        fits.append("text")
-
-    if wanted:
-        shape = wanted
-    elif field or not fits:
-        shape = "text"
-    elif is_chat and "prefs" not in fits:
-        shape = "chat"
-    else:
-        shape = fits[0]
-    if shape not in fits:
-        missing = dict(
-            text=f"no field {field or 'text'!r}",
-            chat="no 'messages', nor 'prompt' and 'answer'",
-            prefs="no 'prompt', 'chosen' and 'rejected'",
-            verify="no 'prompt' and 'answer'",
-        )[shape]
-        close = difflib.get_close_matches(field or "text", keys, n=1)
-        raise UserError(
-            f"{file.path}{where}: {missing} in {', '.join(keys)[:200]}; name the text with "
-            f"--field={close[0] if close else 'NAME'}, or its shape with --as="
-        )
-    return shape, text_field if shape == "text" else ""
-
-
-def _first_keys(file, block):
-    """The keys of the first record, and where it stands, for messages."""
+def read_records(block, result):
+    """(line, record number or row, record, bytes) of each record of a Block."""
     if block.kind == "rows":
-        return block.data.schema.names, ""
-    numbered = enumerate(block.data.split(b"\n"), 1)
-    number, line = next(((n, line) for n, line in numbered if line.strip()), (1, b""))
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict):
+        for i, row in enumerate(block.data.to_pylist(), block.at + 1):
+            yield i, row, block.data.nbytes // len(block.data)
+        return
+    for at, line in enumerate(block.data.split(b"\n"), block.at + 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(result.decode(line, None))
+            if b"\\ud" in line or b"\\uD" in line:  # half a surrogate pair, which JSON can hold
+                whole = json.dumps(record, ensure_ascii=False).encode("utf-8", "replace")
+                record = json.loads(whole)
+            yield at, record, len(line)
+        except json.JSONDecodeError as e:
+            result.wrong.append((at, f"not JSON: {e.msg} at character {e.pos + 1}"))
+        except (ValueError, RecursionError):
+            result.wrong.append((at, "JSON of too many levels, or too long a number"))
+
+
+def recognize(files, wanted, field):
+    """(shape, field, first Block) of a source: what the user wants, or what its first record looks
+    like. Prints what it was taken for."""
+    sources = ((f, block) for f in files for block in read_blocks(f, len(files) == 1))
+    file, block = next(sources, (files[0], None))
+    if block is None:
+        raise UserError(f"{file.path}: empty, there is no text in it")
+    if block.kind in ("documents", "train", "val"):
+        if wanted not in ("", "text") or field:
+            option = f"--field={field}" if field else f"--as={wanted}"
+            raise UserError(
+                f"{file.path}: {option} wants records (.jsonl or .parquet), and this is plain text"
+            )
+        return "text", "", block
+    result, text_fields = Encoded(), [field] if field else TEXT_FIELDS
+    read = [row for row in read_records(block, result) if isinstance(row[1], dict)]
+    unit = block.kind.removesuffix("s")
+    if not read:
+        at = result.wrong[0][0] if result.wrong else 1
         raise UserError(
-            f"{file.path}, line {number}: not a JSON object; a .jsonl file has one object in every "
-            "line"
+            f"{file.path}, {unit} {at}: not a JSON object; a .jsonl file has one object in every "
+            "line, a .json file may also be an array of objects"
         )
-    return list(record), f", line {number}"
+    wanted = wanted or ("text" if field else "")
+    if field and wanted != "text":
+        raise UserError(f"--field={field} names a text, --as={wanted} has none: leave one out")
+    keys = {key: None for _, record, _ in read for key in record}
+    fits = _shapes(keys, text_fields)  # those of the first record that tells
+    for _, record, _ in read:
+        filled = _shapes([key for key in record if _is_filled(record[key])], text_fields)
+        if wanted in filled or (filled and not wanted):
+            fits = filled
+            break
+    shape = wanted or next(iter(fits), "text")
+    if shape not in fits:
+        close = difflib.get_close_matches(field or "text", keys, n=1)
+        missing = NEEDS.get(shape, f"field {field or 'text'!r}")
+        raise UserError(
+            f"{file.path}, {unit} {read[0][0]}: no {missing} in {', '.join(keys)[:200]}; name the "
+            f"text with --field={close[0] if close else 'NAME'}, or its shape with --as="
+        )
+    others = "".join(f"; --as={other} would do too" for other in fits if other != shape)
+    print(f"{file.path}: read as {shape}, from {', '.join(fits[shape])}{others}")
+    return shape, fits[shape][0] if shape == "text" else "", block
+
+
+def _shapes(keys, text_fields):
+    """{shape: the fields that it is made from} of the shapes that a record with these keys can
+    have, the likeliest first."""
+
+    def first(*fields):
+        return next((field for field in fields if field in keys), None)
+
+    prompt = first(*PROMPT)
+    candidates = [
+        ("prefs", [prompt or first("chosen"), first("chosen"), first("rejected")]),
+        ("chat", [first(*CONVERSATION)]),
+        ("verify", [prompt, first("answer")]),
+        ("chat", [prompt or first("chosen"), first(*ANSWER)]),
+        ("text", [first(*text_fields)]),
+    ]
+    fits = {}
+    for shape, fields in candidates:
+        if None not in fields:
+            fits.setdefault(shape, list(dict.fromkeys(fields)))
+    return fits
+
+
+def print_first(encoder, block):
+    """Prints the first record as it will be trained on; of a text, the summary shows the begin."""
+    first = next(encoder.contents(block, Encoded()), None)
+    if encoder.shape == "text" or first is None:
+        return
+    (record, _), more = first, ""
+    messages = record if encoder.shape == "chat" else record["prompt"]
+    if encoder.shape == "prefs":
+        messages = [*messages, dict(role="assistant", content=record["chosen"])]
+        more = f"\nrejected: [[{record['rejected']}]]"
+    if encoder.shape == "verify":
+        more = f"\nanswer to compare with: {record['answer']}"
+    tokenizer = encoder.tokenizer or with_chat_tokens(load_tokenizer("byte"))
+    is_prompt, is_pair = encoder.shape == "verify", encoder.shape == "prefs"
+    ids, mask = render_chat(messages, tokenizer, is_prompt, last_only=is_pair)
+    text = ""
+    for counts, group in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1]):
+        part = tokenizer.decode([token for token, _ in group])
+        text += f"[[{part}]]" if counts else part
+    text = for_terminal(text + more)
+    text = text if len(text) < 2000 else f"{text[:1500]} ... {text[-400:]}"
+    print("its first record; [[ ]] is what the loss counts:\n" + textwrap.indent(text, "    "))
 
 
 # -----------------------------------------------------------------------------
@@ -1955,7 +2182,9 @@ class Pairs(_Conversations):
         """[(ids, mask) chosen, (ids, mask) rejected], or why the pair is left out."""
         sides = [
             render_chat(
-                record["prompt"] + [dict(role="assistant", content=record[side])], self.tokenizer
+                record["prompt"] + [dict(role="assistant", content=record[side])],
+                self.tokenizer,
+                last_only=True,
             )
             for side in ("chosen", "rejected")
         ]
@@ -2617,8 +2846,8 @@ class Total:
     without its ending, {output: bytes of it that are taken})]. `problem`: why the source is
     refused."""
 
-    def __init__(self, encoder, max_tokens):
-        self.encoder, self.max_tokens = encoder, max_tokens
+    def __init__(self, encoder, max_tokens, max_unusable):
+        self.encoder, self.max_tokens, self.max_unusable = encoder, max_tokens, max_unusable
         self.count, self.examples, self.pieces = collections.Counter(), [], []
         self.problem = ""
 
@@ -2640,8 +2869,11 @@ class Total:
             taken.update(sizes)
             self.examples = (self.examples + block["examples"])[:3]
             wrong, documents = self.count["wrong"], self.count["documents"]
-            if wrong > 20 + 0.05 * documents:
-                self.problem = f"{wrong} of the first {wrong + documents} records are unusable"
+            if wrong > 20 + self.max_unusable * (wrong + documents):
+                self.problem = (
+                    f"{wrong} of the first {wrong + documents} records are unusable, more than 20 "
+                    f"and --max_unusable={self.max_unusable}"
+                )
         self.pieces.append((part, taken))
 
     def shorten(self, part, before, count, sizes, room, kind):
@@ -2665,15 +2897,15 @@ class Total:
             sizes["train.mask"] = cut
 
 
-def pack(files, encoder, partial, max_tokens, workers):
+def pack(files, encoder, partial, max_tokens, workers, max_unusable):
     """Writes train.bin, val.bin and the like into the directory `partial`. Returns the Total."""
     workers = workers or os.cpu_count() or 1
     # a small max_tokens in small parts: those under way when it is reached are wasted
     blocks_per_part = BLOCKS_PER_PART
     if max_tokens:
         blocks_per_part = min(BLOCKS_PER_PART, max(1, max_tokens >> 25))
-    total, queue = Total(encoder, max_tokens), collections.deque()
-    size, only, column = sum(f.size for f in files), len(files) == 1, encoder.field or None
+    total, queue = Total(encoder, max_tokens, max_unusable), collections.deque()
+    size, only = sum(f.size for f in files), len(files) == 1
 
     def collect(waiting):
         """Adds the oldest parts to the total, until `waiting` are left."""
@@ -2697,7 +2929,7 @@ def pack(files, encoder, partial, max_tokens, workers):
             part_of_file = os.path.join(partial, f"part-{i:04d}")
             complete = _complete_parts(part_of_file)
             queue.extend((part, None) for part in complete)
-            blocks = [] if complete else read_blocks(file, only, column)
+            blocks = [] if complete else read_blocks(file, only, encoder.fields)
             for j, (group, is_last) in enumerate(_groups(blocks, blocks_per_part)):
                 if total.full():
                     break
@@ -2791,10 +3023,10 @@ def _encode_part(file, blocks, part, is_last):
         for name, data in result.out.items():
             outputs[name].append(data)
         result.count["wrong"] = len(result.wrong)
-        unit = dict(lines="line", rows="row").get(block.kind, "byte")
+        unit = dict(lines="line", records="record", rows="row").get(block.kind, "byte")
         examples = [f"{file.path}, {unit} {at}: {why}" for at, why in result.wrong[:3]]
         if result.broken_at is not None:
-            examples.append(f"{file.path}, byte {result.broken_at}: not UTF-8")
+            examples.append(f"{file.path}, byte {result.broken_at}: not UTF-8, or zero")
         sizes = {name: len(data) for name, data in result.out.items()}
         rows.append(dict(kind=block.kind, count=result.count, sizes=sizes, examples=examples))
     for name, data in outputs.items():
@@ -2853,6 +3085,8 @@ def prepare(
     block_size=0,
     workers=0,
     seed=1337,
+    keep_crlf=False,
+    max_unusable=0.05,
 ):
     """Makes data/<name>/ from a known name, a file, a folder or hub:owner/name, and returns that
     directory. The arguments are the keys of the config block.
@@ -2867,7 +3101,7 @@ def prepare(
     if val_fraction is None:
         val_fraction = known.get("val_fraction", 0.005)
     counts = dict(max_tokens=max_tokens, block_size=block_size, workers=workers, seed=seed)
-    _check_ranges(val_fraction, as_, counts)
+    _check_ranges(val_fraction, max_unusable, as_, counts)
     usual = SMOLLM2 if source.startswith("hub:") else "bpe:4096"
     tokenizer = tokenizer or known.get("tokenizer", "") or usual
     target = os.path.join(data_dir, name)
@@ -2888,6 +3122,8 @@ def prepare(
         block_size=block_size,
         tokenizer=tokenizer,
     )
+    if keep_crlf:  # the stamps of data sets made before do not have it
+        settings["keep_crlf"] = True
     os.makedirs(partial, exist_ok=True)
     with _locked(partial):
         if kind_of_directory(partial) != "unfinished data set":
@@ -2899,7 +3135,7 @@ def prepare(
                 files = _source_files(source, known, partial, config, split, seed)
                 # a folder may hold links to files of the target
                 check_target(target, "data set", [f.path for f in files if os.path.islink(f.path)])
-                made = _make(files, settings, partial, target, workers)
+                made = _make(files, settings, partial, target, workers, max_unusable)
         except BaseException:
             with contextlib.suppress(OSError):
                 if not _parts_in(partial):  # there is nothing to continue
@@ -2916,13 +3152,15 @@ def prepare(
     return target
 
 
-def _check_ranges(val_fraction, as_, counts):
+def _check_ranges(val_fraction, max_unusable, as_, counts):
     """The configurator checks the command line; this is for those who call prepare()."""
     for key, value in counts.items():
         if value < 0:
             raise UserError(f"--{key}={value}: 0 or more is wanted")
     if not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction={val_fraction}: a share between 0 and 1 is wanted")
+    if not 0 <= max_unusable <= 1:
+        raise UserError(f"--max_unusable={max_unusable}: a share from 0 to 1 is wanted")
     if as_ not in ("", "text", *SHAPES):
         raise UserError(f"--as={as_}: one of text, chat, prefs, verify")
 
@@ -2964,7 +3202,7 @@ def _unknown_source(source):
 
 def _stem(source):
     base = os.path.basename(os.path.abspath(source))
-    for ending in (*COMPRESSED, *TEXT, *LINES, ".parquet"):
+    for ending in (*COMPRESSED, *KINDS):
         base = base.removesuffix(ending)
     return base
 
@@ -3053,14 +3291,13 @@ def _meta_of(tokenizer):
     return dict(tokenizer=tokenizer.name, **ids)
 
 
-def _make(files, settings, partial, target, workers):
+def _make(files, settings, partial, target, workers, max_unusable):
     """Encodes the files into the directory `partial`; False if `target` holds the same already."""
-    first = next(read_blocks(files[0], len(files) == 1), None)
-    if first is None:
-        raise UserError(f"{files[0].path}: empty, there is no text in it")
-    shape, field = _shape_of(files[0], first, settings["shape"], settings["field"])
-    settings.update(shape=shape, field=field)
-    stamp = _stamp(files, settings, partial)
+    shape, field, first = recognize(files, settings["shape"], settings["field"])
+    settings["shape"] = shape
+    if shape == "prefs" or (first.kind != "rows" and b"\r\n" in first.data):
+        settings["version"] = 2  # version 1 read these differently; what it made is made again
+    stamp = _stamp(files, dict(settings, field=field), partial)
     if _is_made(target, stamp):
         return False
     _continue_or_clear(partial, stamp)
@@ -3068,13 +3305,16 @@ def _make(files, settings, partial, target, workers):
     tokenizer = None  # preferences and problems stay text, for any model's own tokenizer
     if shape in ("text", "chat"):
         tokenizer = _tokenizer_for(files, settings, partial).fast()
-    encoder = Encoder(tokenizer, shape, field, settings["val_fraction"], settings["block_size"])
+    encoder = _encoder(tokenizer, settings)
+    print_first(encoder, first)
     _check_space(partial, _estimate(files, encoder, settings["max_tokens"]))
-    total = pack(files, encoder, partial, settings["max_tokens"], workers)
+    total = pack(files, encoder, partial, settings["max_tokens"], workers, max_unusable)
 
     count = total.count
     examples = _in_brackets(total.examples)
     problem = total.problem + examples if total.problem else ""
+    if not problem:
+        _print_changes(count, examples)
     problem = problem or _missing_split(count, settings, first.kind, tokenizer, examples)
     if problem:
         remove_files(partial, "unfinished data set")
@@ -3087,7 +3327,7 @@ def _make(files, settings, partial, target, workers):
         documents=count["documents"],
         bytes=count["bytes"],
         val_fraction=settings["val_fraction"],
-        left_out=count["wrong"],
+        left_out=count["wrong"] + sum(count[reason] for reason in SKIPPED),
         replaced_characters=count["broken"],
     )
     if tokenizer:
@@ -3096,11 +3336,31 @@ def _make(files, settings, partial, target, workers):
     else:
         meta |= dict(train_records=count["train_documents"], val_records=count["val_documents"])
     _finish(partial, meta)
+    return True
+
+
+def _encoder(tokenizer, settings):
+    return Encoder(
+        tokenizer,
+        settings["shape"],
+        settings["field"],
+        settings["val_fraction"],
+        settings["block_size"],
+        settings.get("keep_crlf", False),
+    )
+
+
+def _print_changes(count, examples):
+    """Prints what was left out of a source, and what was replaced in it."""
+    for reason in SKIPPED:
+        if count[reason]:
+            print(f"left out: {count[reason]:,} records {reason}")
     if count["wrong"]:
         print(f"left out: {count['wrong']} records{examples}")
     if count["broken"]:
-        print(f"not UTF-8: {count['broken']} characters replaced by U+FFFD{examples}")
-    return True
+        print(f"not UTF-8, or zero: {count['broken']} characters became U+FFFD{examples}")
+    if count["crlf"]:
+        print(f"CRLF: {count['crlf']:,} line ends became LF; --keep_crlf keeps them")
 
 
 def _stamp(files, settings, partial):
@@ -3163,7 +3423,7 @@ def _tokenizer_for(files, settings, partial):
         return load_tokenizer(partial)
     wanted, max_tokens = settings["tokenizer"], settings["max_tokens"]
     most = min(1 << 30, 6 * max_tokens or 1 << 30)  # bytes: a vocabulary does not need more
-    encoder = Encoder(None, settings["shape"], settings["field"])
+    encoder = _encoder(None, settings)
     tokenizer = make_tokenizer(wanted, _texts(files, encoder, None if wanted == "char" else most))
     if settings["shape"] == "chat":
         tokenizer = with_chat_tokens(tokenizer)
@@ -3175,14 +3435,14 @@ def _texts(files, encoder, most=None):
     """The texts of a source, or about its first `most` bytes, to make a tokenizer from."""
     result, size = Encoded(), 0
     for file in files:
-        for block in read_blocks(file, len(files) == 1, encoder.field or None):
+        for block in read_blocks(file, len(files) == 1, encoder.fields):
             if most and size > most:
                 return
             if block.kind in ("train", "val"):
-                yield result.decode(block.data, None)
+                yield encoder.text_of(block, result)
                 size += len(block.data)
                 continue
-            for _, content, length in encoder.contents(block, result):
+            for content, length in encoder.contents(block, result):
                 if isinstance(content, str):
                     yield content
                 else:
@@ -3250,12 +3510,11 @@ def _report(target):
         print(f"  {train} and {val} tokens{ratio}")
         print(f"  tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} ids, {meta['dtype']}")
         ids = np.fromfile(os.path.join(target, "train.bin"), meta["dtype"], 60)
-        print(f"  begins: {load_tokenizer(target).decode(ids)!r}")
+        if meta["kind"] == "text":
+            print(f"  begins: {load_tokenizer(target).decode(ids)!r}")
     else:
         train, val = f"{meta['train_records']:,} training", f"{meta['val_records']:,} validation"
         print(f"  {train} and {val} records")
-        with open(os.path.join(target, "train.jsonl"), encoding="utf-8") as f:
-            print(f"  begins: {f.readline()[:300].rstrip()}")
     stage, how = dict(chat="sft", prefs="dpo", verify="rlvr").get(meta["kind"]), ""
     has_config = stage and meta["source"].startswith("toy")
     if has_config:
@@ -3513,7 +3772,7 @@ def copy_files(source, target, names):
 # The command line
 
 
-def make_tokenizer_only(paths, name, data_dir, as_, field, vocab_size, min_frequency, **others):
+def make_tokenizer_only(paths, name, data_dir, as_, field, vocab_size, min_frequency, **options):
     """python prepare.py tokenizer PATH...: trains a tokenizer without preparing a data set."""
     if not paths:
         raise UserError("python prepare.py tokenizer PATH...: name the texts to train it on")
@@ -3528,9 +3787,8 @@ def make_tokenizer_only(paths, name, data_dir, as_, field, vocab_size, min_frequ
     def texts():
         for path in paths:
             files = local_files(path)
-            first = next(read_blocks(files[0], len(files) == 1), None)
-            if first:
-                yield from _texts(files, Encoder(None, *_shape_of(files[0], first, as_, field)))
+            shape, _, _ = recognize(files, as_, field)
+            yield from _texts(files, Encoder(None, shape, field, keep_crlf=options["keep_crlf"]))
 
     tokenizer = train_bpe(texts(), int(vocab_size), f"bpe:{vocab_size}", min_frequency)
     partial = _real_place(target) + ".partial"
