@@ -31,6 +31,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import shutil
@@ -64,11 +65,13 @@ min_frequency = 2        # of `prepare.py tokenizer`: rarer pairs are not merged
 # -----------------------------------------------------------------------------
 
 EOT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+ROLES = ("system", "user", "assistant", "tool", "function", "developer")  # of chat messages
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLOCK = 1 << 20          # bytes of text that are tokenized at a time
 BLOCKS_PER_PART = 8      # blocks that a worker gets at a time, and that a kill costs at most
 LONGEST = 16 << 20       # a longer document is split, so that nothing larger is held in memory
 MAX_VOCABULARY = 1 << 20
+LONGEST_WORD = 64        # bytes: longer words are cut before a BPE is trained, see train_bpe
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M"
 LLAMA2 = "NousResearch/Llama-2-7b-hf"  # a copy of Meta's tokenizer that needs no signature
@@ -123,34 +126,44 @@ def describe(name):
 # Tokenizers. Each is a tokenizer.json, whatever it was made from, so transformers reads it too.
 
 
+# What ends a document: the first of these that a tokenizer has, and only then the token that its
+# config names, which for an instruct model ends a turn (<|im_end|>, <|eot_id|>).
+DOCUMENT_ENDS = (EOT, "<|end_of_text|>", "<eos>", "</s>", "<EOS_TOKEN>", "<|eos|>", "[EOS]")
+
+
 class Tokenizer:
     """Text to ids and back. `name` is the spec that it was made from, `vocab_size` counts all ids,
-    `eos_id` ends a document. encode() never returns special tokens: "<|im_end|>" in a text is
-    encoded as the characters that it consists of."""
+    `eos_id` ends a document; nanoGPT's character data has no such token, there it is -1. encode()
+    never returns special tokens: "<|im_end|>" in a text is encoded as the characters that it
+    consists of."""
 
     def __init__(self, spec, name, settings=None):
         """`spec`: the content of tokenizer.json; `settings`: of tokenizer_config.json beside it."""
         from tokenizers import Tokenizer as Library
 
         self.name = name
-        self.spec = dict(spec, truncation=None, padding=None)
-        self.spec.setdefault("added_tokens", [])
+        self.spec = {"added_tokens": []} | spec | {"truncation": None, "padding": None}
         self.library = Library.from_str(json.dumps(self.spec))
         self.library.encode_special_tokens = True  # which means: as ordinary text
         vocab = self.library.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
-        configured = (settings or {}).get("eos_token")
+        self.eos = self._end_of_document(vocab, settings or {})
+        self.eos_id = vocab.get(self.eos, -1)
+        self.bos = next((t for t in ("<s>", "<|begin_of_text|>", "<bos>") if t in vocab), None)
+        # what a text without a prompt begins with; nanoGPT's samples begin with a line break
+        self.start_id = vocab.get(self.eos or "\n", 0)
+        self.engine = self._plain_engine()
+
+    def _end_of_document(self, vocab, settings):
+        configured = settings.get("eos_token")
         if isinstance(configured, dict):
             configured = configured["content"]
-        # <|endoftext|> before the configured one: an instruct model's config names <|im_end|>,
-        # which ends a turn
-        usual = ("</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
-        self.eos = next((t for t in (EOT, configured, *usual) if t in vocab), None)
-        if self.eos is None:
-            raise UserError(f"{name}: this tokenizer has no end-of-text token ({EOT}, </s>, ...)")
-        self.eos_id = vocab[self.eos]
-        self.bos = next((t for t in ("<s>", "<|begin_of_text|>", "<bos>") if t in vocab), None)
-        self.engine = self._plain_engine()
+        if "nanosmol_name" in settings:  # written by save(): decided already
+            return configured
+        for token in (*DOCUMENT_ENDS, configured):
+            if token in vocab:
+                return token
+        raise UserError(f"{self.name}: this tokenizer has no end-of-text token ({EOT}, </s>, ...)")
 
     def _plain_engine(self):
         model, pre_tokenizer = self.spec["model"], self.spec.get("pre_tokenizer") or {}
@@ -318,7 +331,8 @@ class TiktokenEngine(Engine):
 
 def load_tokenizer(spec):
     """The tokenizer that `spec` names: a directory with a tokenizer.json (a data set, a
-    checkpoint), a path to one, 'gpt2', 'byte', or a Hub id (owner/name); else UserError."""
+    checkpoint) or with nanoGPT's meta.pkl, a path to a tokenizer.json, 'gpt2', 'byte', or a Hub id
+    (owner/name); else UserError."""
     if spec == "gpt2":
         return _gpt2()
     if spec == "byte":
@@ -327,6 +341,8 @@ def load_tokenizer(spec):
     if os.path.isfile(path):
         return _tokenizer_from_file(path, spec)
     if os.path.isdir(spec):
+        if os.path.exists(os.path.join(spec, "meta.pkl")):
+            return _char(read_meta_pkl(spec), end=None)
         raise UserError(f"{spec}: this directory has no tokenizer.json")
     if spec == "char" or spec.startswith("bpe:"):
         raise UserError(
@@ -335,9 +351,10 @@ def load_tokenizer(spec):
         )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not spec.endswith(".json"):
         directory = hub_snapshot(spec, ["tokenizer.json", "tokenizer_config.json"])
-        if not os.path.exists(os.path.join(directory, "tokenizer.json")):
+        path = os.path.join(directory, "tokenizer.json")
+        if not os.path.exists(path):
             raise UserError(f"{spec}: this Hub repository has no tokenizer.json; name one that has")
-        tokenizer = load_tokenizer(directory)
+        tokenizer = _tokenizer_from_file(path, spec)
         tokenizer.name = spec
         return tokenizer
     raise UserError(
@@ -360,13 +377,42 @@ def _tokenizer_from_file(path, spec):
         raise UserError(f"{path}: not a tokenizer.json that `tokenizers` can read: {e}") from None
 
 
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, texts and numbers. A pickle that names a class or a function could run
+    any program: it is refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not loaded")
+
+
+def read_meta_pkl(directory):
+    """{character: id} of the meta.pkl beside nanoGPT's character data (stoi, or itos)."""
+    path = os.path.join(directory, "meta.pkl")
+    try:
+        with open(path, "rb") as f:
+            meta = _PlainUnpickler(f).load()
+        vocab = meta.get("stoi") or {c: i for i, c in sorted(dict(meta["itos"]).items())}
+        # each character once, with ids from 0 on
+        if sorted(vocab.values()) != list(range(len(vocab))) or any(len(c) != 1 for c in vocab):
+            raise ValueError("its stoi does not give each character an id from 0 on")
+        return vocab
+    except OSError:
+        raise
+    except Exception as e:  # a damaged pickle raises whatever it likes
+        reason = f"{type(e).__name__}: {e}".splitlines()[0]
+        raise UserError(
+            f"{path}: expected nanoGPT's stoi and itos, one id for each character ({reason}); "
+            "remove it if the bins hold GPT-2 tokens"
+        ) from None
+
+
 def make_tokenizer(spec, texts):
     """A tokenizer made from `texts` if spec is 'char' or 'bpe:SIZE'; else load_tokenizer(spec)."""
     if spec == "char":
         characters = set()
         for text in texts:
             characters.update(text)
-        return _char(sorted(characters))
+        return _char({c: i for i, c in enumerate(sorted(characters))})
     if re.fullmatch(r"bpe:\d+", spec):
         return train_bpe(texts, int(spec[4:]), spec)
     return load_tokenizer(spec)
@@ -374,7 +420,11 @@ def make_tokenizer(spec, texts):
 
 def train_bpe(texts, size, name, min_frequency=2):
     """A byte-level BPE of `size` ids trained on `texts`. Ids 0, 1 and 2 are <|endoftext|> and
-    ChatML's two."""
+    ChatML's two.
+
+    The time that training takes grows with the square of a word's length, and Chinese, DNA or
+    base64 is one long word. So training sees words of more than LONGEST_WORD bytes in pieces of
+    that length. It changes no other word, and not how a text is encoded afterwards."""
     if not 256 + 3 <= size <= MAX_VOCABULARY:
         raise UserError(
             f"a byte-level BPE has from {256 + 3} ids (the bytes and 3 special tokens) to "
@@ -382,35 +432,48 @@ def train_bpe(texts, size, name, min_frequency=2):
         )
     if min_frequency < 1:
         raise UserError(f"--min_frequency={min_frequency}: 1 or more is wanted")
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Library
-    from tokenizers import decoders, models, pre_tokenizers, trainers
 
     library = Library(models.BPE())
     # digits one by one, as SmolLM has them: numbers that share no token with their neighbours are
     # hard to calculate with
     digits = pre_tokenizers.Digits(individual_digits=True)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    # a piece ends between two characters: behind the bytes that continue one in UTF-8
+    continuation = "".join(_byte_characters()[0x80:0xC0])
+    piece = Regex(f".{{1,{LONGEST_WORD}}}[{continuation}]*")
+    cut = pre_tokenizers.Split(piece, "isolated")
+    library.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level, cut])
     library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         min_frequency=min_frequency,
         special_tokens=[EOT, IM_START, IM_END],
-        show_progress=False,
+        show_progress=True,  # on a terminal
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     library.train_from_iterator(texts, trainer)
+    library.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     return Tokenizer(json.loads(library.to_str()), name)
 
 
 def with_chat_tokens(tokenizer):
-    """`tokenizer` itself if it has the ChatML tokens, else a copy with them as the next ids."""
-    missing = [t for t in (IM_START, IM_END) if tokenizer.encode_special(t) is None]
-    if not missing:
+    """`tokenizer` itself if it has all that the chat template needs, else a copy with the rest as
+    the next ids: ChatML's tokens, an end-of-text token, and to a char tokenizer the characters of
+    the roles' names."""
+    model, eos, characters = tokenizer.spec["model"], tokenizer.eos or EOT, []
+    if isinstance(tokenizer.engine, CharacterEngine):
+        characters = sorted(set("\n".join(ROLES)) - model["vocab"].keys())
+    tokens = [t for t in (eos, IM_START, IM_END) if tokenizer.encode_special(t) is None]
+    if not characters and not tokens:
         return tokenizer
-    added = [_special(token, tokenizer.vocab_size + i) for i, token in enumerate(missing)]
-    spec = dict(tokenizer.spec, added_tokens=tokenizer.spec["added_tokens"] + added)
-    return Tokenizer(spec, tokenizer.name, dict(eos_token=tokenizer.eos))
+    ids = {new: tokenizer.vocab_size + i for i, new in enumerate([*characters, *tokens])}
+    if characters:
+        model = dict(model, vocab=model["vocab"] | {c: ids[c] for c in characters})
+    added = tokenizer.spec["added_tokens"] + [_special(token, ids[token]) for token in tokens]
+    spec = dict(tokenizer.spec, model=model, added_tokens=added)
+    return Tokenizer(spec, tokenizer.name, dict(eos_token=eos, nanosmol_name=tokenizer.name))
 
 
 # What the tokenizer.json of char, byte and gpt2 consists of
@@ -421,20 +484,23 @@ def _special(token, i):
     return dict(id=i, content=token, **flags, special=True)
 
 
-def _tokenizer_json(model, pre_tokenizer, decoder, eot_id):
+def _tokenizer_json(model, pre_tokenizer, decoder, added_tokens):
     absent = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
-    special = [_special(EOT, eot_id)]
     parts = dict(model=model, pre_tokenizer=pre_tokenizer, decoder=decoder)
-    return dict(version="1.0", **absent, added_tokens=special, **parts)
+    return dict(version="1.0", **absent, added_tokens=added_tokens, **parts)
 
 
-def _char(characters):
-    vocab = {c: i for i, c in enumerate(characters)} | {EOT: len(characters)}
+def _char(vocab, end=EOT):
+    """One id for each character of `vocab`, and one for the end-of-text token unless it is None."""
+    added = []
+    if end:
+        added = [_special(end, len(vocab))]
+        vocab = vocab | {end: len(vocab)}
     pattern = dict(Regex=r"[\s\S]")
     pre_tokenizer = dict(type="Split", pattern=pattern, behavior="Isolated", invert=False)
     model = dict(type="WordLevel", vocab=vocab, unk_token=EOT)  # the library needs an unk_token
-    spec = _tokenizer_json(model, pre_tokenizer, dict(type="Fuse"), len(characters))
-    return Tokenizer(spec, "char")
+    spec = _tokenizer_json(model, pre_tokenizer, dict(type="Fuse"), added)
+    return Tokenizer(spec, "char", dict(eos_token=end, nanosmol_name="char"))
 
 
 def _byte():
@@ -449,7 +515,7 @@ def _byte_level_bpe(vocab, merges, eot_id, use_regex):
     flags = dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False)
     model = dict(type="BPE", **absent, **flags, vocab=vocab, merges=merges)
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=use_regex)
-    return _tokenizer_json(model, level, level, eot_id)
+    return _tokenizer_json(model, level, level, [_special(EOT, eot_id)])
 
 
 @functools.cache
@@ -2228,10 +2294,14 @@ def parse_mixture(dataset):
 
 
 def read_meta(directory):
-    """meta.json of a data set. Bins without one are nanoGPT's: GPT-2 tokens, uint16."""
+    """meta.json of a data set. Bins without one are nanoGPT's, uint16: characters if there is a
+    meta.pkl, else GPT-2 tokens."""
     path = os.path.join(directory, "meta.json")
     if os.path.exists(path):
         return read_json(path)
+    if os.path.exists(os.path.join(directory, "meta.pkl")):
+        vocab_size = len(read_meta_pkl(directory))
+        return {"tokenizer": directory, "vocab_size": vocab_size, "dtype": "uint16"}
     # nanoGPT rounds 50,257 up to 50,304 rows, a multiple of 64, for speed
     return {"tokenizer": "gpt2", "vocab_size": 50304, "dtype": "uint16", "eos_id": 50256}
 
