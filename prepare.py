@@ -37,6 +37,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import types
 
@@ -450,7 +451,7 @@ def train_bpe(texts, size, name, min_frequency=2):
         vocab_size=size,
         min_frequency=min_frequency,
         special_tokens=[EOT, IM_START, IM_END],
-        show_progress=True,  # on a terminal
+        show_progress=sys.stderr.isatty(),  # elsewhere it prints empty lines
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     library.train_from_iterator(texts, trainer)
@@ -754,14 +755,16 @@ def as_prefs(record):
 
 
 def as_verify(record):
-    """{"prompt": messages, "answer": text}"""
+    """{"prompt": messages, "answer": text}, and the other fields, which a verifier may take."""
     answer = record["answer"]
     if isinstance(answer, float) and math.isfinite(answer):
         answer = format(decimal.Decimal(repr(answer)), "f")  # 0.00001 for 1e-05
     if not isinstance(answer, (str, int)) or not str(answer).strip():
         raise ValueError("'answer' is neither a text nor a number")
     prompt = _messages(_first(record, "prompt", "question"), "prompt")
-    return dict(prompt=prompt, answer=str(answer))
+    used = ("prompt", "question", "answer")
+    others = {k: v for k, v in record.items() if k not in used and v is not None}
+    return dict(prompt=prompt, answer=str(answer), **others)
 
 
 def _first(record, *keys):
@@ -774,8 +777,30 @@ def _first(record, *keys):
 # -----------------------------------------------------------------------------
 # Verifiers: verify(prompt, completion, answer) -> float, 1.0 for a right completion
 
-# 7, -1,234.50, .5, 1e-05. Three digits of an exponent at most: 10 ** 999999999 fills the memory
-NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|(?<!\d)\.\d+)(?:[eE][+-]?\d{1,3}(?!\w))?")
+# 7, -1,234.50, .5, 1e-05, 3/4, 1 1/2. Three digits of an exponent at most: 10 ** 999999999 fills
+# the memory. A minus after a digit, a letter or a bracket is no sign: 3-5
+NUMBER = (
+    r"(?P<sign>(?<![\w)}])[-+])?"
+    r"(?:(?:(?P<whole>\d+) )?(?P<over>\d+) ?/ ?(?P<under>\d+)(?![\d/]|\.\d)"
+    r"|(?P<decimal>(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
+    r"(?:[eE][+-]?\d{1,3}(?!\w))?))"
+)
+# what may stand around the one number of a reference answer: "The answer is" or "x =" before it, a
+# unit behind it (5cm, 60 km/h, 12 apples), but no word or letter that makes it another number
+LEAD_IN = (
+    r"(?:(?i:(?:so|thus|the|final|correct|answer|result|total|value|it|that|this|is|equals)[:,]?)\s+"
+    r"|[A-Za-z] ?= ?|= ?)*"
+)
+WORD = (
+    r"(?!(?i:hundred|thousand|million|billion|trillion|dozen|percentile|squared|cubed|factorial|pi|"
+    r"half|halves|thirds?|quarters?|times|plus|minus|or|and|to|of|less|more|than|below|above)s?\b)"
+    r"(?:[^\W\d_]{2,}|[mgshLlKVAWJNCF]\b)\.?"
+)
+GLUED = (
+    r"(?:mm|cm|dm|km|m|mg|g|kg|lbs?|oz|ft|in|yd|mi|mph|kph|ml|mL|L|ms|s|min|hr?s?|h|Hz|kHz|MHz|GHz|"
+    r"KB|MB|GB|TB|kW|kWh|W|V|kPa|Pa|J|kJ|N)(?![^\W\d_])"
+)
+GOLD = re.compile(rf"{LEAD_IN}{NUMBER}(?: ?%| ?°[CF]?|(?:{GLUED}| {WORD})(?:(?: |/|-){WORD})*)?\.?")
 # eight numbers with nothing between them: a model that tries them all gets no reward
 LISTING = re.compile(r"(?:-?\d[\d.]*[\s,;]+){7,}-?\d")
 
@@ -783,10 +808,11 @@ LISTING = re.compile(r"(?:-?\d[\d.]*[\s,;]+){7,}-?\d")
 def verifier(spec):
     """The function verify(prompt, completion, answer) -> float that `spec` names.
 
-    'number': the last number, or the one after ####, equals that of the answer. 'exact': the texts
-    are equal. 'regex:PATTERN': its first group, or all that it matches, is the answer. 'toy':
-    toy_verify. FILE.py: the function verify that it defines. UserError if there is no such
-    verifier, or if its verify does not take three arguments."""
+    'number': the number that the completion ends in (final_number) equals the answer, which is one
+    number (gold_number); 1/2 is 0.5, 50% is 50. 'exact': the texts are equal. 'regex:PATTERN': its
+    first group, or all that it matches, is the answer. 'toy': toy_verify. FILE.py: the function
+    verify that it defines; if that takes **record, it also gets the other fields of the record.
+    UserError if there is no such verifier, or if its verify does not take three arguments."""
     if spec == "number":
         return _same_number
     if spec == "exact":
@@ -805,17 +831,17 @@ def verifier(spec):
 
 def readable_gold(spec, answer):
     """Whether the verifier `spec` can reward a completion if `answer` is the reference answer. To
-    'number', an answer without a number can't be compared. True for regex: and .py, whose
+    'number', an answer that is not one number can't be compared. True for regex: and .py, whose
     requirements are not known here."""
     if spec == "number":
-        return final_number(answer) is not None
+        return gold_number(answer) is not None
     if spec == "toy":
         return answer.isdigit() or toy_verify("", answer, answer) == 1.0
     return bool(answer.strip())
 
 
 def _same_number(prompt, completion, answer):
-    number, right = final_number(completion), final_number(answer)
+    number, right = final_number(completion), gold_number(answer)
     return float(number is not None and number == right)
 
 
@@ -823,18 +849,84 @@ def _same_text(prompt, completion, answer):
     return float(completion.strip() == answer.strip())
 
 
-def final_number(text):
-    """The number after the only #### of a text, else its last number, as a Fraction; or None."""
-    from fractions import Fraction
+def gold_number(answer):
+    """The number that a reference answer is, as a Fraction; None if it is not one number. It may
+    have a currency, a percent sign, a unit; with a #### or a \boxed{} only what is there counts."""
+    before, mark, after = answer.partition("####")
+    boxed = _last_boxed(answer)
+    if boxed is not None:
+        after = boxed
+    elif not mark:
+        after = before
+    return _value(GOLD.fullmatch(_plain_numbers(after)))
 
+
+def final_number(text):
+    """The number that a completion ends in, as a Fraction, or None: what stands in its last
+    \boxed{}, else the first number after its only ####, else its last one."""
+    boxed = _last_boxed(text)
+    if boxed is not None:
+        return gold_number(boxed)
     _, mark, after = text.partition("####")
     if "####" in after or LISTING.search(text):
         return None
-    numbers = NUMBER.findall(after if mark else text)
+    plain = _plain_numbers(after if mark else text)
+    numbers = list(re.finditer(NUMBER, plain))
     if not numbers:
         return None
     number = numbers[0] if mark else numbers[-1]
-    return Fraction(number.replace(",", "")) if len(number) < 1000 else None
+    # 2^10 is neither 2 nor 10, 5! is not 5
+    if re.search(r"\^\{?$", plain[: number.start()]) or re.match(
+        r"\^|!\s*$", plain[number.end() :]
+    ):
+        return None
+    return _value(number)
+
+
+def _last_boxed(text):
+    """What stands between the braces of the last \boxed{} of a text; None without one."""
+    _, found, rest = text.rpartition("\\boxed{")
+    depth = 1
+    for i, character in enumerate(rest):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return rest[:i]
+    return rest if found else None
+
+
+def _plain_numbers(text):
+    """`text` with its numbers as NUMBER reads them: no LaTeX, no currency, 1,234 for 1 234."""
+    for pattern, plain in (
+        (r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r"\1"),
+        (r"\\left|\\right|\\[()\[\]!]|[*_`]{2}", ""),
+        ("\u2212", "-"),  # the minus sign
+        (r"(?<=\d)(?:\{,\}|\\,|[\u00a0\u2009\u202f])(?=\d{3})", ","),
+        (r"\\[ ,]|~|\s+", " "),
+        (r"\\([%$])", r"\1"),
+        (r"\^ ?\{? ?\\circ ?\}?|\\degree", "°"),
+        (r"^ *\$(.*)\$ *$", r"\1"),  # mathematics in $ $
+        (r"(?:(?:US)?[$€£¥₹] ?|\b(?:USD|EUR|GBP) )(?=[-+.\d])|(?<=\d) ?[$€£¥₹]", ""),
+        (r"(?<=\d) ?\\[dtc]?frac", r" \\frac"),  # 1\frac{1}{2} is 1 1/2
+        (r"\\[dtc]?frac ?\{ ?(-?\d+) ?\} ?\{ ?(\d+) ?\}", r"\1/\2"),
+        (r"\\[dtc]?frac ?(\d) ?(\d)", r"\1/\2"),
+        (r"(?<=\d) ?(?:\\times|\\cdot|×|·|\*) ?10 ?(?:\^|\*\*) ?\{?([-+]?\d{1,3})\b\}?", r"e\1"),
+        (r"(?<=[^\W\d_])(?:\^\{?[23]\}?|[²³])", ""),  # cm^2
+    ):
+        text = re.sub(pattern, plain, text)
+    return text.strip()
+
+
+def _value(number):
+    """The Fraction that a match of NUMBER is; None for no match, and for a denominator of 0."""
+    from fractions import Fraction
+
+    if not number or len(number[0]) > 1000 or not int(number["under"] or 1):
+        return None
+    if number["decimal"]:
+        value = Fraction(number["decimal"].replace(",", ""))
+    else:
+        value = int(number["whole"] or 0) + Fraction(int(number["over"]), int(number["under"]))
+    return -value if number["sign"] == "-" else value
 
 
 def _regex_verifier(spec):
@@ -857,10 +949,13 @@ def _regex_verifier(spec):
 
 def _file_verifier(path):
     """The verify of a Python file, which may import modules from its own directory."""
-    usage = "it must define verify(prompt, completion, answer) -> float"
+
+    def refuse(problem):
+        usage = "it must define verify(prompt, completion, answer) -> float"
+        raise UserError(f"--verifier={path}: {problem}; {usage}") from None
+
     if not os.path.isfile(path):
-        problem = "not a file" if os.path.exists(path) else "no such file"
-        raise UserError(f"--verifier={path}: {problem}; {usage}")
+        refuse("not a file" if os.path.exists(path) else "no such file")
     module = types.ModuleType("user_verifier")
     module.__file__ = path
     sys.modules[module.__name__] = module  # dataclasses and pickle look it up there
@@ -871,28 +966,25 @@ def _file_verifier(path):
         with open(path, "rb") as f:  # bytes: compile() handles a byte-order mark and encoding line
             exec(compile(f.read(), path, "exec"), module.__dict__)
     except (Exception, SystemExit) as e:
-        raise UserError(f"--verifier={path}: {type(e).__name__}: {e}".split("\n")[0]) from None
+        refuse(f"{type(e).__name__}: {e}".splitlines()[0])
     function = getattr(module, "verify", None)
     if not callable(function):
-        raise UserError(f"--verifier={path}: {usage}")
+        refuse("there is no function verify in it")
     if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
-        raise UserError(f"--verifier={path}: verify is a coroutine or a generator; {usage}")
+        refuse("verify is a coroutine or a generator")
+    signature = _signature(function)
     try:
-        signature = inspect.signature(function)
-    except ValueError:  # written in C
-        signature = None
-    try:
-        if signature:
-            signature.bind("prompt", "completion", "answer")
+        signature.bind("prompt", "completion", "answer")
     except TypeError:
-        raise UserError(
-            f"--verifier={path}: verify{signature} does not take three arguments; {usage}"
-        ) from None
+        refuse(f"verify{signature} does not take three arguments")
+    return function
 
-    def verify(prompt, completion, answer):
-        return float(function(prompt, completion, answer))
 
-    return verify
+def _signature(function):
+    try:
+        return inspect.signature(function)
+    except ValueError:  # written in C; three arguments are given to it
+        return inspect.signature(_same_text)
 
 
 # -----------------------------------------------------------------------------
@@ -1454,6 +1546,8 @@ class Encoder:
 
     def split(self, content):
         """'train' or 'val' by a hash of the text, so that more data never moves a document over."""
+        if self.shape == "verify":
+            content = {key: content[key] for key in ("prompt", "answer")}
         text = content if isinstance(content, str) else json.dumps(content, sort_keys=True)
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         return "val" if digest < self.threshold else "train"
@@ -1541,7 +1635,11 @@ class Encoder:
         self.add(result, split, documents, len(ids))
 
     def write_records(self, split, found, result):
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for _, record in found]
+        # a parquet column may hold dates, which are written as text
+        lines = [json.dumps(record, ensure_ascii=False, default=str) + "\n" for _, record in found]
+        if self.shape == "verify":
+            unread = [record for _, record in found if gold_number(record["answer"]) is None]
+            result.count["no_number"] += len(unread)
         result.out[split + ".jsonl"] = "".join(lines).encode()
         self.add(result, split, len(found), 0)
 
@@ -1928,8 +2026,9 @@ class Windows:
         self.shares = dict(zip([name for name, _ in self.mixture], self.order.shares))
         own = os.path.exists(os.path.join(directories[0], "tokenizer.json"))
         self.tokenizer = load_tokenizer(directories[0] if own else metas[0]["tokenizer"])
-        self.vocab_size, self.notes = metas[0]["vocab_size"], []
-        self.ends = [self.tokenizer.eos_id]
+        self.vocab_size = metas[0]["vocab_size"]
+        self.notes = [meta["note"] for meta in metas if "note" in meta]
+        self.ends = [self.tokenizer.eos_id] if self.tokenizer.eos else []
         if config["stage"] == "sft":
             self.ends.append(self.tokenizer.encode_special(IM_END))
         self.amount = " + ".join(bins.amount for bins in self.train)
@@ -2040,9 +2139,9 @@ class Pairs(_Conversations):
 
 
 class Problems(_Conversations):
-    """Verifiable problems. `batch` gives a list of (place, (prompt ids, question, answer)):
-    train.py makes a Batch of it by sampling. `place` tells problems apart, so that each
-    completion draws from a seed of its own."""
+    """Verifiable problems. `batch` gives a list of (place, (prompt ids, question, answer, the
+    record's other fields)): train.py makes a Batch of it by sampling. `place` tells problems
+    apart, so that each completion draws from a seed of its own."""
 
     def __init__(self, config, tokenizer):
         self.longest = config["block_size"] - config["max_completion"]
@@ -2050,13 +2149,15 @@ class Problems(_Conversations):
         super().__init__(config, tokenizer)
 
     def encode(self, record):
-        """(prompt ids, the question's text, answer), or why the problem is left out."""
+        """(prompt ids, the question's text, answer, the record's other fields), or why the problem
+        is left out."""
         ids, _ = render_chat(record["prompt"], self.tokenizer, add_generation_prompt=True)
         if len(ids) > self.longest:
             return f"a prompt longer than {self.longest} tokens, which leave no room for the answer"
         if self.verifier and not readable_gold(self.verifier, record["answer"]):
             return f"an answer that verifier={self.verifier!r} can't read"
-        return ids, record["prompt"][-1]["content"], record["answer"]
+        fields = {key: value for key, value in record.items() if key not in ("prompt", "answer")}
+        return ids, record["prompt"][-1]["content"], record["answer"], fields
 
     def batch(self, positions):
         return [(p, self.train[p][1]) for p in positions]
@@ -2072,15 +2173,16 @@ class Problems(_Conversations):
         follows from its problem's place in the data, not from the process or the batch that samples
         it.
         """
-        prompts = [ids for _, (ids, _, _) in problems for _ in range(copies)]
+        prompts = [ids for _, (ids, *_) in problems for _ in range(copies)]
         seeds = [
             first_seed + place * copies + copy for place, _ in problems for copy in range(copies)
         ]
         completions = []
         for i, (ids, ended) in enumerate(generate(prompts, seeds)):
-            _, question, answer = problems[i // copies][1]
+            _, question, answer, fields = problems[i // copies][1]
             text = self.tokenizer.decode(ids[:-1] if ended else ids)
-            completions.append((prompts[i], ids, ended, grade(question, text, answer, ended)))
+            reward = grade(question, text, answer, ended, fields)
+            completions.append((prompts[i], ids, ended, reward))
         return completions
 
     def judge_prompt(self, question, completion):
@@ -2134,45 +2236,95 @@ def pass_rates(greedy, sampled, group_size, passing=1.0):
     }
 
 
-class Grader:
-    """Rewards of completions by a verifier: verify(question, completion, answer) -> a number.
+class TimeIsUp(BaseException):
+    """No Exception, so that a verifier's own `except Exception` does not catch it."""
 
-    A completion that is empty or never ends gets 0. So does one at which the verifier raises, or
-    gives a number that is not finite or beyond LARGEST: it is counted in `raised`, and the first
-    time said once.
+
+def call_within(seconds, function, *arguments, **fields):
+    """function(*arguments, **fields), or TimeIsUp after so many seconds.
+
+    A signal interrupts Python code, sleeping and waiting, on Linux and macOS, but not a long call
+    of C. Windows has no such signal, and it reaches the main thread only: elsewhere the call
+    takes as long as it takes."""
+    if not can_interrupt():
+        return function(*arguments, **fields)
+    running = True
+
+    def expire(number, frame):
+        if running:
+            raise TimeIsUp(f"it took longer than verifier_timeout={seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    try:
+        # once more every second: a bare `except:` may catch the first
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+        try:
+            return function(*arguments, **fields)
+        finally:
+            running = False
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def can_interrupt():
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    return hasattr(signal, "setitimer") and in_main_thread
+
+
+class Grader:
+    """Rewards of completions by a verifier: verify(question, completion, answer) -> a number; one
+    that takes **record gets the other fields of the record, too.
+
+    A completion that is empty or never ends gets 0. So does one at which the verifier raises, takes
+    longer than `timeout` seconds, or gives a number that is not finite or beyond LARGEST: it is
+    counted in `raised`, and the first time said once.
     """
 
-    LARGEST = (
-        1e6  # a reward is usually between 0 and 1; gradients overflow long before float32 does
-    )
+    LARGEST = 1e6  # usual rewards are from 0 to 1; gradients overflow long before float32 does
+    ONLY_TIMEOUTS = 8  # after so many calls that all took too long, a run stops
 
-    def __init__(self, verify, name, say):
-        self.verify, self.name, self.say = verify, name, say
-        self.calls, self.raised, self.last_error = 0, 0, ""
+    def __init__(self, verify, name, say, timeout=10.0):
+        self.verify, self.name, self.say, self.timeout = verify, name, say, timeout
+        self.calls, self.raised, self.timeouts, self.last_error = 0, 0, 0, ""
         self.calls_before, self.raised_before, self.failing_steps = 0, 0, 0
+        parameters = list(_signature(verify).parameters.values())
+        self.takes_record = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self.taken = {p.name for p in parameters[:3]}  # a field of such a name is left out
+        if not can_interrupt():
+            say("warning: verifier_timeout has no effect on this system: a verifier may hang")
 
-    def __call__(self, question, completion, answer, ended):
+    def __call__(self, question, completion, answer, ended, record):
         if not ended or not completion.strip():
             return 0.0
         self.calls += 1
+        fields = {}
+        if self.takes_record:
+            fields = {key: value for key, value in record.items() if key not in self.taken}
         try:
-            reward = float(self.verify(question, completion, answer))
+            arguments = (question, completion, answer)
+            reward = float(call_within(self.timeout, self.verify, *arguments, **fields))
             if not abs(reward) <= self.LARGEST:  # NaN is not, either
                 raise ValueError(
                     f"its reward is {reward:g}; expected a finite number of at most "
                     f"{self.LARGEST:g} in size"
                 )
             return reward
-        except (Exception, SystemExit) as e:
+        except (Exception, SystemExit, TimeIsUp) as e:
             self.raised += 1
+            self.timeouts += isinstance(e, TimeIsUp)
             self.last_error = f"{type(e).__name__}: {e}".splitlines()[0]
-            if self.raised == 1:
-                self.say(
-                    f"warning: the verifier raised on {completion[:60]!r}, which counts as no "
-                    "reward: "
-                    f"{self.last_error}"
-                )
-            return 0.0
+        if self.raised == 1:
+            self.say(
+                f"warning: the verifier raised on {completion[:60]!r}, which counts as no reward: "
+                f"{self.last_error}"
+            )
+        if self.timeouts == self.calls == self.ONLY_TIMEOUTS:
+            raise UserError(
+                f"verifier={self.name}: each of the first {self.calls} calls took longer than "
+                f"verifier_timeout={self.timeout:g} seconds; raise it, or mend verify"
+            )
+        return 0.0
 
     def check_step(self, patience, over_processes):
         """To be called once a step, on all processes. UserError if the verifier raised at every
@@ -2301,9 +2453,11 @@ def read_meta(directory):
         return read_json(path)
     if os.path.exists(os.path.join(directory, "meta.pkl")):
         vocab_size = len(read_meta_pkl(directory))
-        return {"tokenizer": directory, "vocab_size": vocab_size, "dtype": "uint16"}
+        note = f"{directory}: nanoGPT's character data, {vocab_size} characters by its meta.pkl"
+        return dict(tokenizer=directory, vocab_size=vocab_size, dtype="uint16", note=note)
     # nanoGPT rounds 50,257 up to 50,304 rows, a multiple of 64, for speed
-    return {"tokenizer": "gpt2", "vocab_size": 50304, "dtype": "uint16", "eos_id": 50256}
+    note = f"{directory}: no meta.json, so its bins are read as GPT-2 tokens, as nanoGPT's are"
+    return dict(tokenizer="gpt2", vocab_size=50304, dtype="uint16", eos_id=50256, note=note)
 
 
 def check_kind(directory, stage):
@@ -3167,6 +3321,11 @@ def _make(files, settings, partial, target, workers):
     _finish(partial, meta)
     if count["wrong"]:
         print(f"left out: {count['wrong']} records{examples}")
+    if count["no_number"] and not settings["source"].startswith("toy"):
+        print(
+            f"not one number: {count['no_number']} of {count['documents']} answers; "
+            "--verifier=number will leave them out (exact, regex:... or a .py file takes them)"
+        )
     if count["broken"]:
         print(f"not UTF-8: {count['broken']} characters replaced by U+FFFD{examples}")
     return True
@@ -3236,6 +3395,11 @@ def _tokenizer_for(files, settings, partial):
     tokenizer = make_tokenizer(wanted, _texts(files, encoder, None if wanted == "char" else most))
     if settings["shape"] == "chat":
         tokenizer = with_chat_tokens(tokenizer)
+    if not tokenizer.eos:
+        raise UserError(
+            f"--tokenizer={wanted}: it has no end-of-text token, as nanoGPT's character data has "
+            "none, so documents can't be told apart; --tokenizer=char makes one that has"
+        )
     tokenizer.save(partial)
     return tokenizer
 
