@@ -392,13 +392,13 @@ def read_meta_pkl(directory):
     try:
         with open(path, "rb") as f:
             meta = _PlainUnpickler(f).load()
-        vocab = meta.get("stoi") or {c: i for i, c in sorted(dict(meta["itos"]).items())}
-        # each character once, with ids from 0 on
+        vocab = meta.get("stoi")
+        if not vocab:
+            itos = meta["itos"]  # a list, or a dict
+            vocab = {itos[i]: i for i in range(len(itos))}
         if sorted(vocab.values()) != list(range(len(vocab))) or any(len(c) != 1 for c in vocab):
-            raise ValueError("its stoi does not give each character an id from 0 on")
+            raise ValueError("they do not number single characters from 0 on")
         return vocab
-    except OSError:
-        raise
     except Exception as e:  # a damaged pickle raises whatever it likes
         reason = f"{type(e).__name__}: {e}".splitlines()[0]
         raise UserError(

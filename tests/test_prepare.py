@@ -1466,7 +1466,16 @@ def test_golds_that_a_verifier_cannot_read(here):
     for answer in readable:
         assert prepare.readable_gold("number", answer), answer
         assert prepare.verifier("number")("", answer, answer) == 1.0, answer
-    for answer in ("yes", "", "####", "3 of 4", "seven", "#### 7 #### 8", "1 2 3 4 5 6 7 8 9", "9" * 5000):
+    for answer in (
+        "yes",
+        "",
+        "####",
+        "3 of 4",
+        "seven",
+        "#### 7 #### 8",
+        "1 2 3 4 5 6 7 8 9",
+        "9" * 5000,
+    ):
         assert not prepare.readable_gold("number", answer), answer
         assert prepare.verifier("number")("", answer, answer) == 0.0, answer
     assert prepare.readable_gold("exact", "yes") and not prepare.readable_gold("exact", " ")
