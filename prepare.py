@@ -1730,17 +1730,8 @@ class Batch(types.SimpleNamespace):
     """
 
     def __init__(self, x, y, units, tokens, **more):
-        super().__init__(
-            **{
-                "x": x,
-                "y": y,
-                "units": units,
-                "tokens": tokens,
-                "with_signal": units,
-                "metrics": {},
-                **more,
-            }
-        )
+        super().__init__(x=x, y=y, units=units, tokens=tokens, **more)
+        self.with_signal, self.metrics = units, {}
 
     def to(self, device):
         """Moves its tensors to a device, in place, without waiting for the copy. Returns itself."""
@@ -1776,6 +1767,11 @@ def spread(count, wanted):
     return [i * count // min(count, wanted) for i in range(min(count, wanted))]
 
 
+def _unusable(path, problem):
+    """The UserError for a file of a prepared data set."""
+    return UserError(f"{path}: {problem}; {how_to_prepare(os.path.dirname(path))}")
+
+
 class Bins:
     """The windows of one split of a prepared data set, in an order that is a pure function of
     (seed, position): `position` counts the windows consumed since the start of training.
@@ -1789,39 +1785,36 @@ class Bins:
     """
 
     def __init__(self, directory, split, block_size, seed=1337):
-        self.directory, self.block_size, self.seed, self._epoch = directory, block_size, seed, None
+        self.block_size, self.seed, self._epoch = block_size, seed, None
         self.meta = read_meta(directory)
         self.path = os.path.join(directory, f"{split}.bin")
         dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
         if not os.path.exists(self.path):
-            raise UserError(f"{self.path}: no such file; {how_to_prepare(directory)}")
+            raise _unusable(self.path, "no such file")
         size = os.path.getsize(self.path)
         if size == 0:
-            raise UserError(f"{self.path}: 0 bytes are no tokens; {how_to_prepare(directory)}")
+            raise _unusable(self.path, "0 bytes are no tokens")
         if size % dtype.itemsize:
-            raise UserError(
-                f"{self.path}: {size:,} bytes are no whole number of {dtype.name} tokens; "
-                f"{how_to_prepare(directory)}"
-            )
+            problem = f"{size:,} bytes are no whole number of {dtype.name} tokens"
+            raise _unusable(self.path, problem)
         self.tokens = np.memmap(self.path, dtype=dtype, mode="r")
-        enough = block_size + 1 if split == "train" else 2
-        if len(self.tokens) < enough:
+        count = len(self.tokens)
+        if count < (block_size + 1 if split == "train" else 2):
             raise UserError(
-                f"{self.path}: {len(self.tokens):,} tokens are too few for one window of "
-                f"block_size={block_size} and its targets; set "
-                f"--block_size={max(1, len(self.tokens) - 1)} "
+                f"{self.path}: {count:,} tokens are too few for one window of "
+                f"block_size={block_size} and its targets; set --block_size={max(1, count - 1)} "
                 "or less, or prepare more text"
             )
-        mask = os.path.join(directory, f"{split}.mask")
-        self.mask = np.memmap(mask, dtype=np.uint8, mode="r") if os.path.exists(mask) else None
-        if self.mask is not None and len(self.mask) != len(self.tokens):
-            raise UserError(
-                f"{mask}: {len(self.mask):,} bytes for {len(self.tokens):,} tokens; "
-                f"{how_to_prepare(directory)}"
-            )
-        self.amount = f"{len(self.tokens):,} tokens"
+        mask, self.mask = os.path.join(directory, f"{split}.mask"), None
+        if os.path.exists(mask):
+            self.mask = np.memmap(mask, dtype=np.uint8, mode="r")
+            if len(self.mask) != count:
+                raise _unusable(mask, f"{len(self.mask):,} bytes for {count:,} tokens")
+        self.amount = f"{count:,} tokens"
+        # held-out windows that are read at a time: small ones in larger batches
+        self.at_least = 4096 // block_size
         # one window less than fit leaves the grid room to shift by up to a whole window
-        self.per_epoch = max(1, (len(self.tokens) - 1) // block_size - 1)
+        self.per_epoch = max(1, (count - 1) // block_size - 1)
 
     def start(self, position):
         """The first token of the window at `position`."""
@@ -1829,11 +1822,8 @@ class Bins:
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, epoch])
             room = min(self.block_size, len(self.tokens) - self.per_epoch * self.block_size)
-            self._epoch, self._offset, self._order = (
-                epoch,
-                int(rng.integers(room)),
-                rng.permutation(self.per_epoch),
-            )
+            self._epoch, self._offset = epoch, int(rng.integers(room))
+            self._order = rng.permutation(self.per_epoch)
         return self._offset + int(self._order[index]) * self.block_size
 
     def batch(self, positions):
@@ -1872,10 +1862,10 @@ class Bins:
             int(piece[: 2**20].max()) for piece in np.array_split(self.tokens, 256) if len(piece)
         )
         if largest >= vocab_size:
-            raise UserError(
-                f"{self.path}: token {largest} exceeds the vocabulary of {vocab_size}; was it made "
-                f"with another tokenizer than {self.meta['tokenizer']!r}? "
-                f"{how_to_prepare(self.directory)}"
+            raise _unusable(
+                self.path,
+                f"token {largest} exceeds the vocabulary of {vocab_size}, was it made with another "
+                f"tokenizer than {self.meta['tokenizer']!r}?",
             )
 
     def fingerprint(self):
@@ -1940,129 +1930,128 @@ class Records:
     counted in `left_out`.
     """
 
+    at_least = 1  # see Bins
+
     def __init__(self, directory, split, encode, seed=1337):
         self.path, self.seed, self._epoch = os.path.join(directory, f"{split}.jsonl"), seed, None
         if not os.path.exists(self.path):
-            raise UserError(f"{self.path}: no such file; {how_to_prepare(directory)}")
+            raise _unusable(self.path, "no such file")
         self.rows, self.left_out = [], collections.Counter()
         with open(self.path, encoding="utf-8", newline="\n") as f:  # U+2028 ends no record
             for n, line in enumerate(f, 1):
                 try:
-                    record = json.loads(line)
-                except ValueError as e:
-                    raise UserError(
-                        f"{self.path}, line {n}: not JSON ({e}); {how_to_prepare(directory)}"
-                    ) from None
-                row = encode(record)
+                    row = encode(json.loads(line))
+                except json.JSONDecodeError as e:
+                    raise _unusable(f"{self.path}, line {n}", f"not JSON ({e})") from None
                 if isinstance(row, str):
                     self.left_out[row] += 1
                 else:
                     self.rows.append(row)
         if not self.rows:
-            why = (
-                "; ".join(f"{count} left out: {reason}" for reason, count in self.left_out.items())
-                or "it is empty"
-            )
-            raise UserError(
-                f"{self.path}: nothing in it can be used ({why}); {how_to_prepare(directory)}"
-            )
+            reasons = [f"{count} left out: {why}" for why, count in self.left_out.items()]
+            why = "; ".join(reasons) or "it is empty"
+            raise _unusable(self.path, f"nothing in it can be used ({why})")
         self.per_epoch, self.amount = len(self.rows), f"{len(self.rows):,} records"
 
     def __getitem__(self, position):
         """(index in rows, row) at a position."""
         epoch, index = divmod(position, self.per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = (
-                epoch,
-                np.random.default_rng([self.seed, epoch]).permutation(self.per_epoch),
-            )
+            rng = np.random.default_rng([self.seed, epoch])
+            self._epoch, self._order = epoch, rng.permutation(self.per_epoch)
         return int(self._order[index]), self.rows[self._order[index]]
 
     def held_out(self, count):
         """At most `count` indices into rows, spread evenly, the same at every call."""
         return spread(self.per_epoch, count)
 
+    def read(self, indices):
+        """[(index in rows, row)]"""
+        return [(i, self.rows[i]) for i in indices]
+
     def fingerprint(self):
         return sha256(self.path)
 
 
-# What train.py reads, a class for each kind of data. All have .tokenizer, .vocab_size, .ends (ids
-# that end a text),
-# .amount, .per_epoch, .fingerprint, .notes (lines to print), .shares ({domain: share}),
-# .batch(positions),
-# .held_out(sequences, rows, rank, world_size): (domain, batch) pairs, and
-# .check_vocabulary(vocab_size).
+class _Data:
+    """What train.py reads: Windows, Pairs or Problems. `train` and `val` are lists with a Bins or
+    Records for each domain, `shares` is {domain: share}, `ends` the ids that end a text, `notes`
+    are lines to print. batch(positions) reads from `train`."""
 
-
-class Windows:
-    """Text and conversations: windows of block_size tokens of a data set, or of a mixture, as
-    Batches."""
-
-    def __init__(self, config):
-        self.mixture = parse_mixture(config["dataset"])
-        directories = [os.path.join(config["data_dir"], name) for name, _ in self.mixture]
-        metas = [read_meta(directory) for directory in directories]
-        for directory, meta in zip(directories, metas):
-            if (meta["tokenizer"], meta["vocab_size"]) != (
-                metas[0]["tokenizer"],
-                metas[0]["vocab_size"],
-            ):
-                raise UserError(
-                    f"{directory} was made with the tokenizer {meta['tokenizer']!r}, "
-                    f"{directories[0]} with "
-                    f"{metas[0]['tokenizer']!r}; a mixture has to share one"
-                )
-        block_size, seed = config["block_size"], config["seed"]
-        self.train = [Bins(d, "train", block_size, seed) for d in directories]
-        self.val = [Bins(d, "val", block_size, seed) for d in directories]
-        if config["stage"] == "sft" and any(bins.mask is None for bins in self.train + self.val):
-            raise UserError(
-                f"{config['dataset']}: stage='sft' wants conversations, with a train.mask and a "
-                "val.mask beside "
-                "the bins; python prepare.py CHATS.jsonl --as=chat makes them"
-            )
-        self.order = Mixture(self.train, [weight for _, weight in self.mixture], seed)
-        self.per_epoch = self.order.per_epoch
-        self.shares = dict(zip([name for name, _ in self.mixture], self.order.shares))
-        own = os.path.exists(os.path.join(directories[0], "tokenizer.json"))
-        self.tokenizer = load_tokenizer(directories[0] if own else metas[0]["tokenizer"])
-        self.vocab_size = metas[0]["vocab_size"]
-        self.notes = [meta["note"] for meta in metas if "note" in meta]
-        self.ends = [self.tokenizer.eos_id] if self.tokenizer.eos else []
-        if config["stage"] == "sft":
-            self.ends.append(self.tokenizer.encode_special(IM_END))
-        self.amount = " + ".join(bins.amount for bins in self.train)
-        self.fingerprint = [bins.fingerprint() for bins in self.train]
-
-    def batch(self, positions):
-        return self._batch(*self.order.batch(positions))
-
-    def _batch(self, x, y):
-        return Batch(x, y, units=(y >= 0).sum().item(), tokens=x.numel())
+    def __init__(self, train, val, shares, tokenizer, vocab_size):
+        self.train, self.val, self.shares = train, val, shares
+        self.tokenizer, self.vocab_size, self.notes = tokenizer, vocab_size, []
+        self.ends = [tokenizer.eos_id] if tokenizer.eos else []
+        self.amount = " + ".join(part.amount for part in train)
+        self.per_epoch = sum(part.per_epoch for part in train)
+        self.fingerprint = [part.fingerprint() for part in train]
 
     def held_out(self, sequences, rows, rank=0, world_size=1):
-        """Batches of `rows` windows of this process's share of at most `sequences` of each
-        domain."""
-        for domain, bins in zip(self.shares, self.val):
-            starts = bins.held_out(sequences)[rank::world_size]
-            rows = max(rows, 4096 // bins.block_size)  # small windows are read in larger batches
-            for i in range(0, len(starts), rows):
-                yield domain, self._batch(*bins.read(starts[i : i + rows]))
+        """(domain, batch): batches of `rows` windows or records of this process's share of at most
+        `sequences` of each domain."""
+        for domain, part in zip(self.shares, self.val):
+            places = part.held_out(sequences)[rank::world_size]
+            step = max(rows, part.at_least)
+            for i in range(0, len(places), step):
+                yield domain, self._batch(part.read(places[i : i + step]))
 
     def held_out_count(self, sequences):
-        """How many windows of the smallest domain held_out gives to all processes together."""
-        return min(len(bins.held_out(sequences)) for bins in self.val)
+        """How much of the smallest domain held_out gives to all processes together."""
+        return min(len(part.held_out(sequences)) for part in self.val)
 
     def check_vocabulary(self, vocab_size):
         if vocab_size < self.vocab_size:
             raise UserError(
                 f"vocab_size={vocab_size} of the model is smaller than the data's {self.vocab_size}"
             )
+
+
+class Windows(_Data):
+    """Text and conversations: windows of block_size tokens of a data set, or of a mixture, as
+    Batches."""
+
+    def __init__(self, config):
+        names, weights = zip(*parse_mixture(config["dataset"]))
+        directories = [os.path.join(config["data_dir"], name) for name in names]
+        first, *others = [read_meta(directory) for directory in directories]
+        for directory, meta in zip(directories[1:], others):
+            if any(meta[key] != first[key] for key in ("tokenizer", "vocab_size")):
+                raise UserError(
+                    f"{directory} was made with the tokenizer {meta['tokenizer']!r}, "
+                    f"{directories[0]} with {first['tokenizer']!r}; a mixture has to share one"
+                )
+        block_size, seed = config["block_size"], config["seed"]
+        train, val = (
+            [Bins(directory, split, block_size, seed) for directory in directories]
+            for split in ("train", "val")
+        )
+        if config["stage"] == "sft" and any(bins.mask is None for bins in train + val):
+            raise UserError(
+                f"{config['dataset']}: stage='sft' wants conversations, with a train.mask and a "
+                "val.mask beside the bins; python prepare.py CHATS.jsonl --as=chat makes them"
+            )
+        own = os.path.exists(os.path.join(directories[0], "tokenizer.json"))
+        tokenizer = load_tokenizer(directories[0] if own else first["tokenizer"])
+        self.order = Mixture(train, weights, seed)
+        shares = dict(zip(names, self.order.shares))
+        super().__init__(train, val, shares, tokenizer, first["vocab_size"])
+        if config["stage"] == "sft":
+            self.ends.append(tokenizer.encode_special(IM_END))
+
+    def batch(self, positions):
+        return self._batch(self.order.batch(positions))
+
+    def _batch(self, windows):
+        x, y = windows
+        return Batch(x, y, units=(y >= 0).sum().item(), tokens=x.numel())
+
+    def check_vocabulary(self, vocab_size):
+        super().check_vocabulary(vocab_size)
         for bins in self.train + self.val:
             bins.check_vocabulary(vocab_size)
 
 
-class _Conversations:
+class _Conversations(_Data):
     """What Pairs and Problems share: records stay text until the tokenizer of the model that is
     trained meets them."""
 
@@ -2073,38 +2062,16 @@ class _Conversations:
                 f"dataset={config['dataset']!r}: stage={config['stage']!r} takes one data set, not "
                 "a mixture"
             )
-        self.directory, self.tokenizer = os.path.join(config["data_dir"], name), tokenizer
-        self.vocab_size, self.shares = tokenizer.vocab_size, {name: 1.0}
-        self.ends = [tokenizer.eos_id, tokenizer.encode_special(IM_END)]
-        self.train, self.val = (
-            Records(self.directory, split, self.encode, config["seed"])
-            for split in ("train", "val")
+        self.tokenizer, directory = tokenizer, os.path.join(config["data_dir"], name)
+        train, val = (
+            Records(directory, split, self.encode, config["seed"]) for split in ("train", "val")
         )
-        self.notes = []
-        for records, what in ((self.train, "records"), (self.val, "held-out records")):
+        super().__init__([train], [val], {name: 1.0}, tokenizer, tokenizer.vocab_size)
+        self.ends.append(tokenizer.encode_special(IM_END))
+        for records, what in ((train, "records"), (val, "held-out records")):
             total = sum(records.left_out.values()) + records.per_epoch
             for reason, count in records.left_out.items():
                 self.notes.append(f"left out {count} of {total} {what} of {name}: {reason}")
-        self.per_epoch, self.amount = self.train.per_epoch, self.train.amount
-        self.fingerprint = [self.train.fingerprint()]
-
-    def held_out(self, sequences, rows, rank=0, world_size=1):
-        """Batches of `rows` of this process's share of at most `sequences` held-out records."""
-        indices = self.val.held_out(sequences)[rank::world_size]
-        for i in range(0, len(indices), rows):
-            yield (
-                next(iter(self.shares)),
-                self._batch([(j, self.val.rows[j]) for j in indices[i : i + rows]]),
-            )
-
-    def held_out_count(self, sequences):
-        return len(self.val.held_out(sequences))
-
-    def check_vocabulary(self, vocab_size):
-        if vocab_size < self.vocab_size:
-            raise UserError(
-                f"vocab_size={vocab_size} of the model is smaller than the data's {self.vocab_size}"
-            )
 
 
 class Pairs(_Conversations):
@@ -2117,12 +2084,10 @@ class Pairs(_Conversations):
 
     def encode(self, record):
         """[(ids, mask) chosen, (ids, mask) rejected], or why the pair is left out."""
-        sides = [
-            render_chat(
-                record["prompt"] + [dict(role="assistant", content=record[side])], self.tokenizer
-            )
-            for side in ("chosen", "rejected")
-        ]
+        sides = []
+        for side in ("chosen", "rejected"):
+            answer = dict(role="assistant", content=record[side])
+            sides.append(render_chat(record["prompt"] + [answer], self.tokenizer))
         if sides[0] == sides[1]:
             return "both sides are equal"
         if max(len(ids) for ids, _ in sides) > self.block_size + 1:
@@ -2130,7 +2095,7 @@ class Pairs(_Conversations):
         return sides
 
     def batch(self, positions):
-        return self._batch([self.train[p] for p in positions])
+        return self._batch([self.train[0][p] for p in positions])
 
     def _batch(self, pairs):
         rows = [pair[0] for _, pair in pairs] + [pair[1] for _, pair in pairs]
@@ -2160,7 +2125,7 @@ class Problems(_Conversations):
         return ids, record["prompt"][-1]["content"], record["answer"], fields
 
     def batch(self, positions):
-        return [(p, self.train[p][1]) for p in positions]
+        return [(p, self.train[0][p][1]) for p in positions]
 
     def _batch(self, problems):
         return problems
@@ -2196,22 +2161,17 @@ class Problems(_Conversations):
         """A Batch of completions with the advantage of each, a tensor. A truncated completion
         has no reward to speak of: it is left out of the loss, and counted. Without advantages
         every token of every completion is a target."""
-        masks = [ended or advantages is None for _, _, ended, _ in completions]
-        rows = [
-            (prompt + ids, [0] * len(prompt) + [int(mask)] * len(ids))
-            for (prompt, ids, _, _), mask in zip(completions, masks)
-        ]
+        rows = []
+        for prompt, ids, ended, _ in completions:
+            counts = int(ended or advantages is None)
+            rows.append((prompt + ids, [0] * len(prompt) + [counts] * len(ids)))
         x, y = padded(rows, self.tokenizer.eos_id)
-        batch = Batch(
-            x,
-            y,
-            units=(y >= 0).sum().item(),
-            tokens=sum(len(ids) for ids, _ in rows),
-            advantages=advantages,
-        )
+        tokens = sum(len(ids) for ids, _ in rows)
+        batch = Batch(x, y, (y >= 0).sum().item(), tokens, advantages=advantages)
+        lengths = [len(ids) for _, ids, _, _ in completions]
         batch.metrics = {
-            "completions/length": sum(len(ids) for _, ids, _, _ in completions) / len(completions),
-            "completions/cut": sum(not ended for _, _, ended, _ in completions) / len(completions),
+            "completions/length": sum(lengths) / len(lengths),
+            "completions/cut": sum(not ended for _, _, ended, _ in completions) / len(lengths),
         }
         if advantages is not None:
             batch.with_signal = (y[advantages != 0] >= 0).sum().item()
@@ -2225,14 +2185,12 @@ def pass_rates(greedy, sampled, group_size, passing=1.0):
     groups = [rewards[i : i + group_size] for i in range(0, len(rewards), group_size)]
     passed = sum(reward >= passing for _, _, _, reward in greedy)
     passed_any = sum(max(group) >= passing for group in groups)
+    tokens, count = sum(len(ids) for _, ids, _, _ in sampled), len(sampled)
     return {
         "pass@1": (passed / len(greedy), len(greedy)),
         f"pass@{group_size}": (passed_any / len(groups), len(groups)),
-        "reward/mean": (sum(rewards) / len(rewards), len(rewards)),
-        "completions/length": (
-            sum(len(ids) for _, ids, _, _ in sampled) / len(sampled),
-            len(sampled),
-        ),
+        "reward/mean": (sum(rewards) / count, count),
+        "completions/length": (tokens / count, count),
     }
 
 
@@ -2315,10 +2273,8 @@ class Grader:
             self.timeouts += isinstance(e, TimeIsUp)
             self.last_error = f"{type(e).__name__}: {e}".splitlines()[0]
         if self.raised == 1:
-            self.say(
-                f"warning: the verifier raised on {completion[:60]!r}, which counts as no reward: "
-                f"{self.last_error}"
-            )
+            what = f"the verifier raised on {completion[:60]!r}, which counts as no reward"
+            self.say(f"warning: {what}: {self.last_error}")
         if self.timeouts == self.calls == self.ONLY_TIMEOUTS:
             raise UserError(
                 f"verifier={self.name}: each of the first {self.calls} calls took longer than "
@@ -2330,11 +2286,8 @@ class Grader:
         """To be called once a step, on all processes. UserError if the verifier raised at every
         call of the step, and never worked before, or did not for `patience` steps in a row:
         nothing can be learned from it."""
-        calls, raised, worked = over_processes(
-            self.calls - self.calls_before,
-            self.raised - self.raised_before,
-            self.calls - self.raised,
-        )
+        new = (self.calls - self.calls_before, self.raised - self.raised_before)
+        calls, raised, worked = over_processes(*new, self.calls - self.raised)
         self.calls_before, self.raised_before = self.calls, self.raised
         if calls == 0:
             return
@@ -2392,10 +2345,9 @@ def means(measured, shares, over_processes):
         row[f"val/{name}"] = row.get(f"val/{name}", 0.0) + shares[domain] * mean
         if len(shares) > 1:
             row[f"val/{domain}/{name}"] = mean
-    if sums and all(name == "loss" for _, name in dict.fromkeys(key[:2] for key in keys)):
-        row |= {
-            f"{key.removesuffix('loss')}ppl": math.exp(min(loss, 700)) for key, loss in row.items()
-        }
+    if {name for _, name, _ in keys} == {"loss"}:
+        for key, loss in list(row.items()):
+            row[f"{key.removesuffix('loss')}ppl"] = math.exp(min(loss, 700))
     return row
 
 
@@ -2417,6 +2369,8 @@ def prepare_missing(config, say, world_size=1):
             check_kind(directory, config["stage"])
         file = "train.bin" if config["stage"] in ("pretrain", "sft") else "meta.json"
         if os.path.exists(os.path.join(directory, file)):
+            if "note" in read_meta(directory):
+                say(read_meta(directory)["note"])
             continue
         if name not in KNOWN or world_size > 1:
             how = how_to_prepare(directory, config["stage"])
@@ -2429,9 +2383,9 @@ def parse_mixture(dataset):
     """'web:0.87,code:0.13' -> [('web', 0.87), ('code', 0.13)]; a single name needs no weight."""
     parts = []
     for part in dataset.split(","):
-        name, colon, weight = (
-            part.strip().rpartition(":") if ":" in part else (part.strip(), "", "1")
-        )
+        name, colon, weight = part.strip().rpartition(":")
+        if not colon:
+            name, weight = part.strip(), "1"
         try:
             value = float(weight)
         except ValueError:
