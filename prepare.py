@@ -276,13 +276,6 @@ class ByteEngine(Engine):
     def encode(self, text):
         return np.frombuffer(text.encode("utf-8", "replace"), np.uint8)
 
-    def encode_documents(self, texts, eos_id):
-        end = b"\xff"  # a byte that UTF-8 does not have
-        data = b"".join([text.encode("utf-8", "replace") + end for text in texts])
-        ids = np.frombuffer(data, np.uint8).astype(np.uint32)
-        ids[ids == 255] = eos_id
-        return ids
-
 
 class LibraryEngine(Engine):
     """The `tokenizers` library, which encodes with any tokenizer.json."""
