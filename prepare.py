@@ -953,13 +953,18 @@ def _file_verifier(path):
     module.__file__ = path
     sys.modules[module.__name__] = module  # dataclasses and pickle look it up there
     directory = os.path.dirname(os.path.abspath(path))
-    if directory not in sys.path:
-        sys.path.append(directory)  # last, so that nothing there replaces a module of this program
+    is_new = directory not in sys.path
+    if is_new:
+        sys.path.insert(0, directory)  # as Python does for a script
     try:
         with open(path, "rb") as f:  # bytes: compile() handles a byte-order mark and encoding line
             exec(compile(f.read(), path, "exec"), module.__dict__)
     except (Exception, SystemExit) as e:
         refuse(f"{type(e).__name__}: {e}".splitlines()[0])
+    finally:
+        if is_new:  # from here on last, so that nothing there replaces a module of this program
+            sys.path.remove(directory)
+            sys.path.append(directory)
     function = getattr(module, "verify", None)
     if not callable(function):
         refuse("there is no function verify in it")

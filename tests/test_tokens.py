@@ -383,6 +383,23 @@ def test_preparing_keeps_the_fields_of_a_problem(tmp_path, monkeypatch):
     assert seen == [(question, "7", True, {"level": 3, "tests": ["a"]})] * 2
 
 
+def test_a_verifier_imports_the_file_beside_it(tmp_path):
+    """Also where a module of that name is installed; afterwards it replaces none."""
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "tomllib.py").write_text("def norm(text):\n    return text.lower()\n")
+    source = "from tomllib import norm\ndef verify(p, c, a):\n    return norm(c) == norm(a)\n"
+    loaded = sys.modules.pop("tomllib", None)
+    try:
+        grade, said = grader(tmp_path / "v", source)
+        assert grade("", "YES", "yes", True, {}) == 1.0 and not said
+        assert sys.path[0] != str(tmp_path / "v") and sys.path[-1] == str(tmp_path / "v")
+    finally:
+        del sys.modules["tomllib"]
+        sys.path.remove(str(tmp_path / "v"))
+        if loaded:
+            sys.modules["tomllib"] = loaded
+
+
 needs_alarm = pytest.mark.skipif(
     not hasattr(signal, "setitimer"), reason="this system has no signal.setitimer"
 )
