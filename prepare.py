@@ -2199,10 +2199,10 @@ class TimeIsUp(BaseException):
 def call_within(seconds, function, *arguments, **fields):
     """function(*arguments, **fields), or TimeIsUp after so many seconds.
 
-    A signal interrupts Python code, sleeping and waiting, on Linux and macOS, but not a long call
-    of C. Windows has no such signal, and it reaches the main thread only: elsewhere the call
-    takes as long as it takes."""
-    if not can_interrupt():
+    A timer's signal interrupts Python code, sleeping and waiting, on Linux and macOS, but not a
+    long call of C. Windows has no such timer, and only the main thread is interrupted: elsewhere
+    the call takes as long as it takes."""
+    if math.isinf(seconds) or not can_interrupt():
         return function(*arguments, **fields)
     running = True
 

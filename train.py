@@ -283,7 +283,8 @@ else:
         def verify(question, completion, answer):
             return yes_probability(judge, *data.judge_prompt(question, completion))
 
-    grade = prepare.Grader(verify, verifier_model or verifier, say, verifier_timeout)
+    limit = math.inf if verifier_model else verifier_timeout  # a model always answers
+    grade = prepare.Grader(verify, verifier_model or verifier, say, limit)
 
     def complete(problems, copies, temperature, first_seed):
         def generate(prompts, seeds):
