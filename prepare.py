@@ -868,10 +868,8 @@ def final_number(text):
     if not numbers:
         return None
     number = numbers[0] if mark else numbers[-1]
-    # 2^10 is neither 2 nor 10, 5! is not 5
-    if re.search(r"\^\{?$", plain[: number.start()]) or re.match(
-        r"\^|!\s*$", plain[number.end() :]
-    ):
+    before, behind = plain[: number.start()], plain[number.end() :]
+    if before.endswith(("^", "^{")) or behind.startswith("^"):  # 2^10 is neither 2 nor 10
         return None
     return _value(number)
 
@@ -891,7 +889,9 @@ def _plain_numbers(text):
     """`text` with its numbers as NUMBER reads them: no LaTeX, no currency, 1,234 for 1 234."""
     for pattern, plain in (
         (r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r"\1"),
-        (r"\\left|\\right|\\[()\[\]!]|[*_`]{2}", ""),
+        (r"\\left|\\right|\\[()\[\]!]|`", ""),
+        (r"(?<!\d)\*\*([^*]+)\*\*", r"\1"),  # bold
+        (r"\*\*", "^"),
         ("\u2212", "-"),  # the minus sign
         (r"(?<=\d)(?:\{,\}|\\,|[\u00a0\u2009\u202f])(?=\d{3})", ","),
         (r"\\[ ,]|~|\s+", " "),
@@ -902,7 +902,7 @@ def _plain_numbers(text):
         (r"(?<=\d) ?\\[dtc]?frac", r" \\frac"),  # 1\frac{1}{2} is 1 1/2
         (r"\\[dtc]?frac ?\{ ?(-?\d+) ?\} ?\{ ?(\d+) ?\}", r"\1/\2"),
         (r"\\[dtc]?frac ?(\d) ?(\d)", r"\1/\2"),
-        (r"(?<=\d) ?(?:\\times|\\cdot|×|·|\*) ?10 ?(?:\^|\*\*) ?\{?([-+]?\d{1,3})\b\}?", r"e\1"),
+        (r"(?<=\d) ?(?:\\times|\\cdot|×|·|\*) ?10 ?\^ ?\{?([-+]?\d{1,3})\b\}?", r"e\1"),
         (r"(?<=[^\W\d_])(?:\^\{?[23]\}?|[²³])", ""),  # cm^2
     ):
         text = re.sub(pattern, plain, text)
