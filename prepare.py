@@ -417,7 +417,7 @@ def train_bpe(texts, size, name, min_frequency=2):
     ChatML's two.
 
     The time that training takes grows with the square of a word's length, and Chinese, DNA or
-    base64 is one long word. So training sees words of more than LONGEST_WORD bytes in pieces of
+    base64 is one long word. So training sees words of more than LONGEST_WORD (64) bytes in pieces of
     that length. It changes no other word, and not how a text is encoded afterwards."""
     if not 256 + 3 <= size <= MAX_VOCABULARY:
         raise UserError(
@@ -795,7 +795,7 @@ GLUED = (
 )
 GOLD = re.compile(rf"{LEAD_IN}{NUMBER}(?: ?%| ?°[CF]?|(?:{GLUED}| {WORD})(?:(?: |/|-){WORD})*)?\.?")
 # eight numbers with nothing between them: a model that tries them all gets no reward
-LISTING = re.compile(r"(?:-?\d[\d.]*[\s,;]+){7,}-?\d")
+LISTING = re.compile(r"(?<![\d.])(?:-?\d[\d.]*[\s,;]+){7,}-?\d")
 
 
 def verifier(spec):

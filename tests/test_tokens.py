@@ -313,6 +313,14 @@ def test_number_compares_values(completion, answer, reward):
     assert prepare.verifier("number")("", completion, answer) == reward
 
 
+@pytest.mark.parametrize("text", ["9", "1.1", "the ", "1/", "\\frac{", "\\boxed{", "**a", "1,"])
+def test_reading_a_number_takes_no_time_that_explodes(text):
+    """A model that repeats itself for thousands of tokens must not hold up a step."""
+    begun = time.perf_counter()
+    prepare.verifier("number")("", text * 5000, text * 5000)
+    assert time.perf_counter() - begun < 2
+
+
 def test_preparing_counts_answers_that_are_no_number(tmp_path, monkeypatch, capsys):
     """Before anybody pays for training. Float answers keep their value."""
     monkeypatch.chdir(tmp_path)
