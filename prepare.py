@@ -417,8 +417,8 @@ def train_bpe(texts, size, name, min_frequency=2):
     ChatML's two.
 
     The time that training takes grows with the square of a word's length, and Chinese, DNA or
-    base64 is one long word. So training sees words of more than LONGEST_WORD (64) bytes in pieces of
-    that length. It changes no other word, and not how a text is encoded afterwards."""
+    base64 is one long word. So training sees words of more than LONGEST_WORD (64) bytes in pieces
+    of that length. It changes no other word, and not how a text is encoded afterwards."""
     if not 256 + 3 <= size <= MAX_VOCABULARY:
         raise UserError(
             f"a byte-level BPE has from {256 + 3} ids (the bytes and 3 special tokens) to "
