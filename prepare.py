@@ -33,12 +33,14 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import shutil
 import signal
 import sys
 import textwrap
+import threading
 import time
 import types
 
@@ -69,12 +71,14 @@ min_frequency = 2        # of `prepare.py tokenizer`: rarer pairs are not merged
 # -----------------------------------------------------------------------------
 
 EOT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+ROLES = ("system", "user", "assistant", "tool", "function", "developer")  # of chat messages
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLOCK = 1 << 20          # bytes of text that are tokenized at a time
 BLOCKS_PER_PART = 8      # blocks that a worker gets at a time, and that a kill costs at most
 LONGEST = 16 << 20       # a longer document is split, so that nothing larger is held in memory
 LONGEST_ARRAY = 256 << 20  # a JSON array is read whole, unless it has more bytes
 MAX_VOCABULARY = 1 << 20
+LONGEST_WORD = 64        # bytes: longer words are cut before a BPE is trained, see train_bpe
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M"
 LLAMA2 = "NousResearch/Llama-2-7b-hf"  # a copy of Meta's tokenizer that needs no signature
@@ -129,34 +133,44 @@ def describe(name):
 # Tokenizers. Each is a tokenizer.json, whatever it was made from, so transformers reads it too.
 
 
+# What ends a document: the first of these that a tokenizer has, and only then the token that its
+# config names, which for an instruct model ends a turn (<|im_end|>, <|eot_id|>).
+DOCUMENT_ENDS = (EOT, "<|end_of_text|>", "<eos>", "</s>", "<EOS_TOKEN>", "<|eos|>", "[EOS]")
+
+
 class Tokenizer:
     """Text to ids and back. `name` is the spec that it was made from, `vocab_size` counts all ids,
-    `eos_id` ends a document. encode() never returns special tokens: "<|im_end|>" in a text is
-    encoded as the characters that it consists of."""
+    `eos_id` ends a document; nanoGPT's character data has no such token, there it is -1. encode()
+    never returns special tokens: "<|im_end|>" in a text is encoded as the characters that it
+    consists of."""
 
     def __init__(self, spec, name, settings=None):
         """`spec`: the content of tokenizer.json; `settings`: of tokenizer_config.json beside it."""
         from tokenizers import Tokenizer as Library
 
         self.name = name
-        self.spec = dict(spec, truncation=None, padding=None)
-        self.spec.setdefault("added_tokens", [])
+        self.spec = {"added_tokens": []} | spec | {"truncation": None, "padding": None}
         self.library = Library.from_str(json.dumps(self.spec))
         self.library.encode_special_tokens = True  # which means: as ordinary text
         vocab = self.library.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
-        configured = (settings or {}).get("eos_token")
+        self.eos = self._end_of_document(vocab, settings or {})
+        self.eos_id = vocab.get(self.eos, -1)
+        self.bos = next((t for t in ("<s>", "<|begin_of_text|>", "<bos>") if t in vocab), None)
+        # what a text without a prompt begins with; nanoGPT's samples begin with a line break
+        self.start_id = vocab.get(self.eos or "\n", 0)
+        self.engine = self._plain_engine()
+
+    def _end_of_document(self, vocab, settings):
+        configured = settings.get("eos_token")
         if isinstance(configured, dict):
             configured = configured["content"]
-        # <|endoftext|> before the configured one: an instruct model's config names <|im_end|>,
-        # which ends a turn
-        usual = ("</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
-        self.eos = next((t for t in (EOT, configured, *usual) if t in vocab), None)
-        if self.eos is None:
-            raise UserError(f"{name}: this tokenizer has no end-of-text token ({EOT}, </s>, ...)")
-        self.eos_id = vocab[self.eos]
-        self.bos = next((t for t in ("<s>", "<|begin_of_text|>", "<bos>") if t in vocab), None)
-        self.engine = self._plain_engine()
+        if "nanosmol_name" in settings:  # written by save(): decided already
+            return configured
+        for token in (*DOCUMENT_ENDS, configured):
+            if token in vocab:
+                return token
+        raise UserError(f"{self.name}: this tokenizer has no end-of-text token ({EOT}, </s>, ...)")
 
     def _plain_engine(self):
         model, pre_tokenizer = self.spec["model"], self.spec.get("pre_tokenizer") or {}
@@ -268,13 +282,6 @@ class ByteEngine(Engine):
     def encode(self, text):
         return np.frombuffer(text.encode("utf-8", "replace"), np.uint8)
 
-    def encode_documents(self, texts, eos_id):
-        end = b"\xff"  # a byte that UTF-8 does not have
-        data = b"".join([text.encode("utf-8", "replace") + end for text in texts])
-        ids = np.frombuffer(data, np.uint8).astype(np.uint32)
-        ids[ids == 255] = eos_id
-        return ids
-
 
 class LibraryEngine(Engine):
     """The `tokenizers` library, which encodes with any tokenizer.json."""
@@ -324,7 +331,8 @@ class TiktokenEngine(Engine):
 
 def load_tokenizer(spec):
     """The tokenizer that `spec` names: a directory with a tokenizer.json (a data set, a
-    checkpoint), a path to one, 'gpt2', 'byte', or a Hub id (owner/name); else UserError."""
+    checkpoint) or with nanoGPT's meta.pkl, a path to a tokenizer.json, 'gpt2', 'byte', or a Hub id
+    (owner/name); else UserError."""
     if spec == "gpt2":
         return _gpt2()
     if spec == "byte":
@@ -333,6 +341,8 @@ def load_tokenizer(spec):
     if os.path.isfile(path):
         return _tokenizer_from_file(path, spec)
     if os.path.isdir(spec):
+        if os.path.exists(os.path.join(spec, "meta.pkl")):
+            return _char(read_meta_pkl(spec), end=None)
         raise UserError(f"{spec}: this directory has no tokenizer.json")
     if spec == "char" or spec.startswith("bpe:"):
         raise UserError(
@@ -341,9 +351,10 @@ def load_tokenizer(spec):
         )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not spec.endswith(".json"):
         directory = hub_snapshot(spec, ["tokenizer.json", "tokenizer_config.json"])
-        if not os.path.exists(os.path.join(directory, "tokenizer.json")):
+        path = os.path.join(directory, "tokenizer.json")
+        if not os.path.exists(path):
             raise UserError(f"{spec}: this Hub repository has no tokenizer.json; name one that has")
-        tokenizer = load_tokenizer(directory)
+        tokenizer = _tokenizer_from_file(path, spec)
         tokenizer.name = spec
         return tokenizer
     raise UserError(
@@ -366,13 +377,42 @@ def _tokenizer_from_file(path, spec):
         raise UserError(f"{path}: not a tokenizer.json that `tokenizers` can read: {e}") from None
 
 
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, texts and numbers. A pickle that names a class or a function could run
+    any program: it is refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not loaded")
+
+
+def read_meta_pkl(directory):
+    """{character: id} of the meta.pkl beside nanoGPT's character data (stoi, or itos)."""
+    path = os.path.join(directory, "meta.pkl")
+    try:
+        with open(path, "rb") as f:
+            meta = _PlainUnpickler(f).load()
+        vocab = meta.get("stoi")
+        if not vocab:
+            itos = meta["itos"]  # a list, or a dict
+            vocab = {itos[i]: i for i in range(len(itos))}
+        if sorted(vocab.values()) != list(range(len(vocab))) or any(len(c) != 1 for c in vocab):
+            raise ValueError("they do not number single characters from 0 on")
+        return vocab
+    except Exception as e:  # a damaged pickle raises whatever it likes
+        reason = f"{type(e).__name__}: {e}".splitlines()[0]
+        raise UserError(
+            f"{path}: expected nanoGPT's stoi and itos, one id for each character ({reason}); "
+            "remove it if the bins hold GPT-2 tokens"
+        ) from None
+
+
 def make_tokenizer(spec, texts):
     """A tokenizer made from `texts` if spec is 'char' or 'bpe:SIZE'; else load_tokenizer(spec)."""
     if spec == "char":
         characters = set()
         for text in texts:
             characters.update(text)
-        return _char(sorted(characters))
+        return _char({c: i for i, c in enumerate(sorted(characters))})
     if re.fullmatch(r"bpe:\d+", spec):
         return train_bpe(texts, int(spec[4:]), spec)
     return load_tokenizer(spec)
@@ -380,7 +420,11 @@ def make_tokenizer(spec, texts):
 
 def train_bpe(texts, size, name, min_frequency=2):
     """A byte-level BPE of `size` ids trained on `texts`. Ids 0, 1 and 2 are <|endoftext|> and
-    ChatML's two."""
+    ChatML's two.
+
+    The time that training takes grows with the square of a word's length, and Chinese, DNA or
+    base64 is one long word. So training sees words of more than LONGEST_WORD (64) bytes in pieces
+    of that length. It changes no other word, and not how a text is encoded afterwards."""
     if not 256 + 3 <= size <= MAX_VOCABULARY:
         raise UserError(
             f"a byte-level BPE has from {256 + 3} ids (the bytes and 3 special tokens) to "
@@ -388,35 +432,48 @@ def train_bpe(texts, size, name, min_frequency=2):
         )
     if min_frequency < 1:
         raise UserError(f"--min_frequency={min_frequency}: 1 or more is wanted")
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Library
-    from tokenizers import decoders, models, pre_tokenizers, trainers
 
     library = Library(models.BPE())
     # digits one by one, as SmolLM has them: numbers that share no token with their neighbours are
     # hard to calculate with
     digits = pre_tokenizers.Digits(individual_digits=True)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    # a piece ends between two characters: behind the bytes that continue one in UTF-8
+    continuation = "".join(_byte_characters()[0x80:0xC0])
+    piece = Regex(f".{{1,{LONGEST_WORD}}}[{continuation}]*")
+    cut = pre_tokenizers.Split(piece, "isolated")
+    library.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level, cut])
     library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         min_frequency=min_frequency,
         special_tokens=[EOT, IM_START, IM_END],
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),  # elsewhere it prints empty lines
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     library.train_from_iterator(texts, trainer)
+    library.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     return Tokenizer(json.loads(library.to_str()), name)
 
 
 def with_chat_tokens(tokenizer):
-    """`tokenizer` itself if it has the ChatML tokens, else a copy with them as the next ids."""
-    missing = [t for t in (IM_START, IM_END) if tokenizer.encode_special(t) is None]
-    if not missing:
+    """`tokenizer` itself if it has all that the chat template needs, else a copy with the rest as
+    the next ids: ChatML's tokens, an end-of-text token, and to a char tokenizer the characters of
+    the roles' names."""
+    model, eos, characters = tokenizer.spec["model"], tokenizer.eos or EOT, []
+    if isinstance(tokenizer.engine, CharacterEngine):
+        characters = sorted(set("\n".join(ROLES)) - model["vocab"].keys())
+    tokens = [t for t in (eos, IM_START, IM_END) if tokenizer.encode_special(t) is None]
+    if not characters and not tokens:
         return tokenizer
-    added = [_special(token, tokenizer.vocab_size + i) for i, token in enumerate(missing)]
-    spec = dict(tokenizer.spec, added_tokens=tokenizer.spec["added_tokens"] + added)
-    return Tokenizer(spec, tokenizer.name, dict(eos_token=tokenizer.eos))
+    ids = {new: tokenizer.vocab_size + i for i, new in enumerate([*characters, *tokens])}
+    if characters:
+        model = dict(model, vocab=model["vocab"] | {c: ids[c] for c in characters})
+    added = tokenizer.spec["added_tokens"] + [_special(token, ids[token]) for token in tokens]
+    spec = dict(tokenizer.spec, model=model, added_tokens=added)
+    return Tokenizer(spec, tokenizer.name, dict(eos_token=eos, nanosmol_name=tokenizer.name))
 
 
 # What the tokenizer.json of char, byte and gpt2 consists of
@@ -427,20 +484,23 @@ def _special(token, i):
     return dict(id=i, content=token, **flags, special=True)
 
 
-def _tokenizer_json(model, pre_tokenizer, decoder, eot_id):
+def _tokenizer_json(model, pre_tokenizer, decoder, added_tokens):
     absent = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
-    special = [_special(EOT, eot_id)]
     parts = dict(model=model, pre_tokenizer=pre_tokenizer, decoder=decoder)
-    return dict(version="1.0", **absent, added_tokens=special, **parts)
+    return dict(version="1.0", **absent, added_tokens=added_tokens, **parts)
 
 
-def _char(characters):
-    vocab = {c: i for i, c in enumerate(characters)} | {EOT: len(characters)}
+def _char(vocab, end=EOT):
+    """One id for each character of `vocab`, and one for the end-of-text token unless it is None."""
+    added = []
+    if end:
+        added = [_special(end, len(vocab))]
+        vocab = vocab | {end: len(vocab)}
     pattern = dict(Regex=r"[\s\S]")
     pre_tokenizer = dict(type="Split", pattern=pattern, behavior="Isolated", invert=False)
     model = dict(type="WordLevel", vocab=vocab, unk_token=EOT)  # the library needs an unk_token
-    spec = _tokenizer_json(model, pre_tokenizer, dict(type="Fuse"), len(characters))
-    return Tokenizer(spec, "char")
+    spec = _tokenizer_json(model, pre_tokenizer, dict(type="Fuse"), added)
+    return Tokenizer(spec, "char", dict(eos_token=end, nanosmol_name="char"))
 
 
 def _byte():
@@ -455,7 +515,7 @@ def _byte_level_bpe(vocab, merges, eot_id, use_regex):
     flags = dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False)
     model = dict(type="BPE", **absent, **flags, vocab=vocab, merges=merges)
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=use_regex)
-    return _tokenizer_json(model, level, level, eot_id)
+    return _tokenizer_json(model, level, level, [_special(EOT, eot_id)])
 
 
 @functools.cache
@@ -806,31 +866,56 @@ def as_prefs(record):
 
 
 def as_verify(record):
-    """{"prompt": messages, "answer": text}"""
+    """{"prompt": messages, "answer": text}, and the other fields, which a verifier may take."""
     prompt, (_, answer) = _with_system(record, _prompt(record)), _required(record, "answer")
     if isinstance(answer, float) and math.isfinite(answer):
         answer = format(decimal.Decimal(repr(answer)), "f")  # 0.00001 for 1e-05
     if not isinstance(answer, (str, int)):
         raise _unexpected("'answer'", answer, "a text or a number")
-    return dict(prompt=prompt, answer=str(answer))
+    used = (*PROMPT, "answer")
+    others = {k: v for k, v in record.items() if k not in used and v is not None}
+    return dict(prompt=prompt, answer=str(answer), **others)
 
 
 # -----------------------------------------------------------------------------
 # Verifiers: verify(prompt, completion, answer) -> float, 1.0 for a right completion
 
-# 7, -1,234.50, .5, 1e-05. Three digits of an exponent at most: 10 ** 999999999 fills the memory
-NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|(?<!\d)\.\d+)(?:[eE][+-]?\d{1,3}(?!\w))?")
+# 7, -1,234.50, .5, 1e-05, 3/4, 1 1/2. Three digits of an exponent at most: 10 ** 999999999 fills
+# the memory. A minus after a digit, a letter or a bracket is no sign: 3-5
+NUMBER = (
+    r"(?P<sign>(?<![\w)}])[-+])?"
+    r"(?:(?:(?P<whole>\d+) )?(?P<over>\d+) ?/ ?(?P<under>\d+)(?![\d/]|\.\d)"
+    r"|(?P<decimal>(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
+    r"(?:[eE][+-]?\d{1,3}(?!\w))?))"
+)
+# what may stand around the one number of a reference answer: "The answer is" or "x =" before it, a
+# unit behind it (5cm, 60 km/h, 12 apples), but no word or letter that makes it another number
+LEAD_IN = (
+    r"(?:(?i:(?:so|thus|the|final|correct|answer|result|total|value|it|that|this|is|equals)[:,]?)\s+"
+    r"|[A-Za-z] ?= ?|= ?)*"
+)
+WORD = (
+    r"(?!(?i:hundred|thousand|million|billion|trillion|dozen|percentile|squared|cubed|factorial|pi|"
+    r"half|halves|thirds?|quarters?|times|plus|minus|or|and|to|of|less|more|than|below|above)s?\b)"
+    r"(?:[^\W\d_]{2,}|[mgshLlKVAWJNCF]\b)\.?"
+)
+GLUED = (
+    r"(?:mm|cm|dm|km|m|mg|g|kg|lbs?|oz|ft|in|yd|mi|mph|kph|ml|mL|L|ms|s|min|hr?s?|h|Hz|kHz|MHz|GHz|"
+    r"KB|MB|GB|TB|kW|kWh|W|V|kPa|Pa|J|kJ|N)(?![^\W\d_])"
+)
+GOLD = re.compile(rf"{LEAD_IN}{NUMBER}(?: ?%| ?°[CF]?|(?:{GLUED}| {WORD})(?:(?: |/|-){WORD})*)?\.?")
 # eight numbers with nothing between them: a model that tries them all gets no reward
-LISTING = re.compile(r"(?:-?\d[\d.]*[\s,;]+){7,}-?\d")
+LISTING = re.compile(r"(?<![\d.])(?:-?\d[\d.]*[\s,;]+){7,}-?\d")
 
 
 def verifier(spec):
     """The function verify(prompt, completion, answer) -> float that `spec` names.
 
-    'number': the last number, or the one after ####, equals that of the answer. 'exact': the texts
-    are equal. 'regex:PATTERN': its first group, or all that it matches, is the answer. 'toy':
-    toy_verify. FILE.py: the function verify that it defines. UserError if there is no such
-    verifier, or if its verify does not take three arguments."""
+    'number': the number that the completion ends in (final_number) equals the answer, which is one
+    number (gold_number); 1/2 is 0.5, 50% is 50. 'exact': the texts are equal. 'regex:PATTERN': its
+    first group, or all that it matches, is the answer. 'toy': toy_verify. FILE.py: the function
+    verify that it defines; if that takes **record, it also gets the other fields of the record.
+    UserError if there is no such verifier, or if its verify does not take three arguments."""
     if spec == "number":
         return _same_number
     if spec == "exact":
@@ -849,17 +934,17 @@ def verifier(spec):
 
 def readable_gold(spec, answer):
     """Whether the verifier `spec` can reward a completion if `answer` is the reference answer. To
-    'number', an answer without a number can't be compared. True for regex: and .py, whose
+    'number', an answer that is not one number can't be compared. True for regex: and .py, whose
     requirements are not known here."""
     if spec == "number":
-        return final_number(answer) is not None
+        return gold_number(answer) is not None
     if spec == "toy":
         return answer.isdigit() or toy_verify("", answer, answer) == 1.0
     return bool(answer.strip())
 
 
 def _same_number(prompt, completion, answer):
-    number, right = final_number(completion), final_number(answer)
+    number, right = final_number(completion), gold_number(answer)
     return float(number is not None and number == right)
 
 
@@ -867,18 +952,84 @@ def _same_text(prompt, completion, answer):
     return float(completion.strip() == answer.strip())
 
 
-def final_number(text):
-    """The number after the only #### of a text, else its last number, as a Fraction; or None."""
-    from fractions import Fraction
+def gold_number(answer):
+    """The number that a reference answer is, as a Fraction; None if it is not one number. It may
+    have a currency, a percent sign, a unit; with a #### or a \boxed{} only what is there counts."""
+    before, mark, after = answer.partition("####")
+    boxed = _last_boxed(answer)
+    if boxed is not None:
+        after = boxed
+    elif not mark:
+        after = before
+    return _value(GOLD.fullmatch(_plain_numbers(after)))
 
+
+def final_number(text):
+    """The number that a completion ends in, as a Fraction, or None: what stands in its last
+    \boxed{}, else the first number after its only ####, else its last one."""
+    boxed = _last_boxed(text)
+    if boxed is not None:
+        return gold_number(boxed)
     _, mark, after = text.partition("####")
     if "####" in after or LISTING.search(text):
         return None
-    numbers = NUMBER.findall(after if mark else text)
+    plain = _plain_numbers(after if mark else text)
+    numbers = list(re.finditer(NUMBER, plain))
     if not numbers:
         return None
     number = numbers[0] if mark else numbers[-1]
-    return Fraction(number.replace(",", "")) if len(number) < 1000 else None
+    before, behind = plain[: number.start()], plain[number.end() :]
+    if before.endswith(("^", "^{")) or behind.startswith("^"):  # 2^10 is neither 2 nor 10
+        return None
+    return _value(number)
+
+
+def _last_boxed(text):
+    """What stands between the braces of the last \boxed{} of a text; None without one."""
+    _, found, rest = text.rpartition("\\boxed{")
+    depth = 1
+    for i, character in enumerate(rest):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return rest[:i]
+    return rest if found else None
+
+
+def _plain_numbers(text):
+    """`text` with its numbers as NUMBER reads them: no LaTeX, no currency, 1,234 for 1 234."""
+    for pattern, plain in (
+        (r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r"\1"),
+        (r"\\left|\\right|\\[()\[\]!]|`", ""),
+        (r"(?<!\d)\*\*([^*]+)\*\*", r"\1"),  # bold
+        (r"\*\*", "^"),
+        ("\u2212", "-"),  # the minus sign
+        (r"(?<=\d)(?:\{,\}|\\,|[\u00a0\u2009\u202f])(?=\d{3})", ","),
+        (r"\\[ ,]|~|\s+", " "),
+        (r"\\([%$])", r"\1"),
+        (r"\^ ?\{? ?\\circ ?\}?|\\degree", "°"),
+        (r"^ *\$(.*)\$ *$", r"\1"),  # mathematics in $ $
+        (r"(?:(?:US)?[$€£¥₹] ?|\b(?:USD|EUR|GBP) )(?=[-+.\d])|(?<=\d) ?[$€£¥₹]", ""),
+        (r"(?<=\d) ?\\[dtc]?frac", r" \\frac"),  # 1\frac{1}{2} is 1 1/2
+        (r"\\[dtc]?frac ?\{ ?(-?\d+) ?\} ?\{ ?(\d+) ?\}", r"\1/\2"),
+        (r"\\[dtc]?frac ?(\d) ?(\d)", r"\1/\2"),
+        (r"(?<=\d) ?(?:\\times|\\cdot|×|·|\*) ?10 ?\^ ?\{?([-+]?\d{1,3})\b\}?", r"e\1"),
+        (r"(?<=[^\W\d_])(?:\^\{?[23]\}?|[²³])", ""),  # cm^2
+    ):
+        text = re.sub(pattern, plain, text)
+    return text.strip()
+
+
+def _value(number):
+    """The Fraction that a match of NUMBER is; None for no match, and for a denominator of 0."""
+    from fractions import Fraction
+
+    if not number or len(number[0]) > 1000 or not int(number["under"] or 1):
+        return None
+    if number["decimal"]:
+        value = Fraction(number["decimal"].replace(",", ""))
+    else:
+        value = int(number["whole"] or 0) + Fraction(int(number["over"]), int(number["under"]))
+    return -value if number["sign"] == "-" else value
 
 
 def _regex_verifier(spec):
@@ -901,42 +1052,47 @@ def _regex_verifier(spec):
 
 def _file_verifier(path):
     """The verify of a Python file, which may import modules from its own directory."""
-    usage = "it must define verify(prompt, completion, answer) -> float"
+
+    def refuse(problem):
+        usage = "it must define verify(prompt, completion, answer) -> float"
+        raise UserError(f"--verifier={path}: {problem}; {usage}") from None
+
     if not os.path.isfile(path):
-        problem = "not a file" if os.path.exists(path) else "no such file"
-        raise UserError(f"--verifier={path}: {problem}; {usage}")
+        refuse("not a file" if os.path.exists(path) else "no such file")
     module = types.ModuleType("user_verifier")
     module.__file__ = path
     sys.modules[module.__name__] = module  # dataclasses and pickle look it up there
     directory = os.path.dirname(os.path.abspath(path))
-    if directory not in sys.path:
-        sys.path.append(directory)  # last, so that nothing there replaces a module of this program
+    is_new = directory not in sys.path
+    if is_new:
+        sys.path.insert(0, directory)  # as Python does for a script
     try:
         with open(path, "rb") as f:  # bytes: compile() handles a byte-order mark and encoding line
             exec(compile(f.read(), path, "exec"), module.__dict__)
     except (Exception, SystemExit) as e:
-        raise UserError(f"--verifier={path}: {type(e).__name__}: {e}".split("\n")[0]) from None
+        refuse(f"{type(e).__name__}: {e}".splitlines()[0])
+    finally:
+        if is_new:  # from here on last, so that nothing there replaces a module of this program
+            sys.path.remove(directory)
+            sys.path.append(directory)
     function = getattr(module, "verify", None)
     if not callable(function):
-        raise UserError(f"--verifier={path}: {usage}")
+        refuse("there is no function verify in it")
     if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
-        raise UserError(f"--verifier={path}: verify is a coroutine or a generator; {usage}")
+        refuse("verify is a coroutine or a generator")
+    signature = _signature(function)
     try:
-        signature = inspect.signature(function)
-    except ValueError:  # written in C
-        signature = None
-    try:
-        if signature:
-            signature.bind("prompt", "completion", "answer")
+        signature.bind("prompt", "completion", "answer")
     except TypeError:
-        raise UserError(
-            f"--verifier={path}: verify{signature} does not take three arguments; {usage}"
-        ) from None
+        refuse(f"verify{signature} does not take three arguments")
+    return function
 
-    def verify(prompt, completion, answer):
-        return float(function(prompt, completion, answer))
 
-    return verify
+def _signature(function):
+    try:
+        return inspect.signature(function)
+    except ValueError:  # written in C; three arguments are given to it
+        return inspect.signature(_same_text)
 
 
 # -----------------------------------------------------------------------------
@@ -1586,6 +1742,8 @@ class Encoder:
 
     def split(self, content):
         """'train' or 'val' by a hash of the text, so that more data never moves a document over."""
+        if self.shape == "verify":
+            content = {key: content[key] for key in ("prompt", "answer")}
         text = content if isinstance(content, str) else json.dumps(content, sort_keys=True)
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         return "val" if digest < self.threshold else "train"
@@ -1661,7 +1819,11 @@ class Encoder:
         return documents, len(ids)
 
     def write_records(self, split, found, result):
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in found]
+        # a parquet column may hold dates, which are written as text
+        lines = [json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in found]
+        if self.shape == "verify":
+            unread = [record for record in found if gold_number(record["answer"]) is None]
+            result.count["no_number"] += len(unread)
         result.out[split + ".jsonl"] = "".join(lines).encode()
         return len(found), 0
 
@@ -1793,17 +1955,8 @@ class Batch(types.SimpleNamespace):
     """
 
     def __init__(self, x, y, units, tokens, **more):
-        super().__init__(
-            **{
-                "x": x,
-                "y": y,
-                "units": units,
-                "tokens": tokens,
-                "with_signal": units,
-                "metrics": {},
-                **more,
-            }
-        )
+        super().__init__(x=x, y=y, units=units, tokens=tokens, **more)
+        self.with_signal, self.metrics = units, {}
 
     def to(self, device):
         """Moves its tensors to a device, in place, without waiting for the copy. Returns itself."""
@@ -1839,6 +1992,11 @@ def spread(count, wanted):
     return [i * count // min(count, wanted) for i in range(min(count, wanted))]
 
 
+def _unusable(path, problem):
+    """The UserError for a file of a prepared data set."""
+    return UserError(f"{path}: {problem}; {how_to_prepare(os.path.dirname(path))}")
+
+
 class Bins:
     """The windows of one split of a prepared data set, in an order that is a pure function of
     (seed, position): `position` counts the windows consumed since the start of training.
@@ -1852,39 +2010,36 @@ class Bins:
     """
 
     def __init__(self, directory, split, block_size, seed=1337):
-        self.directory, self.block_size, self.seed, self._epoch = directory, block_size, seed, None
+        self.block_size, self.seed, self._epoch = block_size, seed, None
         self.meta = read_meta(directory)
         self.path = os.path.join(directory, f"{split}.bin")
         dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
         if not os.path.exists(self.path):
-            raise UserError(f"{self.path}: no such file; {how_to_prepare(directory)}")
+            raise _unusable(self.path, "no such file")
         size = os.path.getsize(self.path)
         if size == 0:
-            raise UserError(f"{self.path}: 0 bytes are no tokens; {how_to_prepare(directory)}")
+            raise _unusable(self.path, "0 bytes are no tokens")
         if size % dtype.itemsize:
-            raise UserError(
-                f"{self.path}: {size:,} bytes are no whole number of {dtype.name} tokens; "
-                f"{how_to_prepare(directory)}"
-            )
+            problem = f"{size:,} bytes are no whole number of {dtype.name} tokens"
+            raise _unusable(self.path, problem)
         self.tokens = np.memmap(self.path, dtype=dtype, mode="r")
-        enough = block_size + 1 if split == "train" else 2
-        if len(self.tokens) < enough:
+        count = len(self.tokens)
+        if count < (block_size + 1 if split == "train" else 2):
             raise UserError(
-                f"{self.path}: {len(self.tokens):,} tokens are too few for one window of "
-                f"block_size={block_size} and its targets; set "
-                f"--block_size={max(1, len(self.tokens) - 1)} "
+                f"{self.path}: {count:,} tokens are too few for one window of "
+                f"block_size={block_size} and its targets; set --block_size={max(1, count - 1)} "
                 "or less, or prepare more text"
             )
-        mask = os.path.join(directory, f"{split}.mask")
-        self.mask = np.memmap(mask, dtype=np.uint8, mode="r") if os.path.exists(mask) else None
-        if self.mask is not None and len(self.mask) != len(self.tokens):
-            raise UserError(
-                f"{mask}: {len(self.mask):,} bytes for {len(self.tokens):,} tokens; "
-                f"{how_to_prepare(directory)}"
-            )
-        self.amount = f"{len(self.tokens):,} tokens"
+        mask, self.mask = os.path.join(directory, f"{split}.mask"), None
+        if os.path.exists(mask):
+            self.mask = np.memmap(mask, dtype=np.uint8, mode="r")
+            if len(self.mask) != count:
+                raise _unusable(mask, f"{len(self.mask):,} bytes for {count:,} tokens")
+        self.amount = f"{count:,} tokens"
+        # held-out windows that are read at a time: small ones in larger batches
+        self.at_least = 4096 // block_size
         # one window less than fit leaves the grid room to shift by up to a whole window
-        self.per_epoch = max(1, (len(self.tokens) - 1) // block_size - 1)
+        self.per_epoch = max(1, (count - 1) // block_size - 1)
 
     def start(self, position):
         """The first token of the window at `position`."""
@@ -1892,11 +2047,8 @@ class Bins:
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, epoch])
             room = min(self.block_size, len(self.tokens) - self.per_epoch * self.block_size)
-            self._epoch, self._offset, self._order = (
-                epoch,
-                int(rng.integers(room)),
-                rng.permutation(self.per_epoch),
-            )
+            self._epoch, self._offset = epoch, int(rng.integers(room))
+            self._order = rng.permutation(self.per_epoch)
         return self._offset + int(self._order[index]) * self.block_size
 
     def batch(self, positions):
@@ -1935,10 +2087,10 @@ class Bins:
             int(piece[: 2**20].max()) for piece in np.array_split(self.tokens, 256) if len(piece)
         )
         if largest >= vocab_size:
-            raise UserError(
-                f"{self.path}: token {largest} exceeds the vocabulary of {vocab_size}; was it made "
-                f"with another tokenizer than {self.meta['tokenizer']!r}? "
-                f"{how_to_prepare(self.directory)}"
+            raise _unusable(
+                self.path,
+                f"token {largest} exceeds the vocabulary of {vocab_size}, was it made with another "
+                f"tokenizer than {self.meta['tokenizer']!r}?",
             )
 
     def fingerprint(self):
@@ -2003,129 +2155,131 @@ class Records:
     counted in `left_out`.
     """
 
+    at_least = 1  # see Bins
+
     def __init__(self, directory, split, encode, seed=1337):
         self.path, self.seed, self._epoch = os.path.join(directory, f"{split}.jsonl"), seed, None
         if not os.path.exists(self.path):
-            raise UserError(f"{self.path}: no such file; {how_to_prepare(directory)}")
+            raise _unusable(self.path, "no such file")
         self.rows, self.left_out = [], collections.Counter()
         with open(self.path, encoding="utf-8", newline="\n") as f:  # U+2028 ends no record
             for n, line in enumerate(f, 1):
                 try:
-                    record = json.loads(line)
-                except ValueError as e:
-                    raise UserError(
-                        f"{self.path}, line {n}: not JSON ({e}); {how_to_prepare(directory)}"
-                    ) from None
-                row = encode(record)
+                    row = encode(json.loads(line))
+                except json.JSONDecodeError as e:
+                    raise _unusable(f"{self.path}, line {n}", f"not JSON ({e})") from None
                 if isinstance(row, str):
                     self.left_out[row] += 1
                 else:
                     self.rows.append(row)
         if not self.rows:
-            why = (
-                "; ".join(f"{count} left out: {reason}" for reason, count in self.left_out.items())
-                or "it is empty"
-            )
-            raise UserError(
-                f"{self.path}: nothing in it can be used ({why}); {how_to_prepare(directory)}"
-            )
+            reasons = [f"{count} left out: {why}" for why, count in self.left_out.items()]
+            why = "; ".join(reasons) or "it is empty"
+            raise _unusable(self.path, f"nothing in it can be used ({why})")
         self.per_epoch, self.amount = len(self.rows), f"{len(self.rows):,} records"
 
     def __getitem__(self, position):
         """(index in rows, row) at a position."""
         epoch, index = divmod(position, self.per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = (
-                epoch,
-                np.random.default_rng([self.seed, epoch]).permutation(self.per_epoch),
-            )
+            rng = np.random.default_rng([self.seed, epoch])
+            self._epoch, self._order = epoch, rng.permutation(self.per_epoch)
         return int(self._order[index]), self.rows[self._order[index]]
 
     def held_out(self, count):
         """At most `count` indices into rows, spread evenly, the same at every call."""
         return spread(self.per_epoch, count)
 
+    def read(self, indices):
+        """[(index in rows, row)]"""
+        return [(i, self.rows[i]) for i in indices]
+
     def fingerprint(self):
         return sha256(self.path)
 
 
-# What train.py reads, a class for each kind of data. All have .tokenizer, .vocab_size, .ends (ids
-# that end a text),
-# .amount, .per_epoch, .fingerprint, .notes (lines to print), .shares ({domain: share}),
-# .batch(positions),
-# .held_out(sequences, rows, rank, world_size): (domain, batch) pairs, and
-# .check_vocabulary(vocab_size).
+class _Data:
+    """What train.py reads: Windows, Pairs or Problems. `train` and `val` are lists with a Bins or
+    Records for each domain, `shares` is {domain: share}, `ends` the ids that end a text, `notes`
+    are lines to print. batch(positions) reads from `train`."""
 
-
-class Windows:
-    """Text and conversations: windows of block_size tokens of a data set, or of a mixture, as
-    Batches."""
-
-    def __init__(self, config):
-        self.mixture, self.batch_size = parse_mixture(config["dataset"]), config["batch_size"]
-        directories = [os.path.join(config["data_dir"], name) for name, _ in self.mixture]
-        metas = [read_meta(directory) for directory in directories]
-        for directory, meta in zip(directories, metas):
-            if (meta["tokenizer"], meta["vocab_size"]) != (
-                metas[0]["tokenizer"],
-                metas[0]["vocab_size"],
-            ):
-                raise UserError(
-                    f"{directory} was made with the tokenizer {meta['tokenizer']!r}, "
-                    f"{directories[0]} with "
-                    f"{metas[0]['tokenizer']!r}; a mixture has to share one"
-                )
-        block_size, seed = config["block_size"], config["seed"]
-        self.train = [Bins(d, "train", block_size, seed) for d in directories]
-        self.val = [Bins(d, "val", block_size, seed) for d in directories]
-        if config["stage"] == "sft" and any(bins.mask is None for bins in self.train + self.val):
-            raise UserError(
-                f"{config['dataset']}: stage='sft' wants conversations, with a train.mask and a "
-                "val.mask beside "
-                "the bins; python prepare.py CHATS.jsonl --as=chat makes them"
-            )
-        self.order = Mixture(self.train, [weight for _, weight in self.mixture], seed)
-        self.per_epoch = self.order.per_epoch
-        self.shares = dict(zip([name for name, _ in self.mixture], self.order.shares))
-        own = os.path.exists(os.path.join(directories[0], "tokenizer.json"))
-        self.tokenizer = load_tokenizer(directories[0] if own else metas[0]["tokenizer"])
-        self.vocab_size, self.notes = metas[0]["vocab_size"], []
-        self.ends = [self.tokenizer.eos_id]
-        if config["stage"] == "sft":
-            self.ends.append(self.tokenizer.encode_special(IM_END))
-        self.amount = " + ".join(bins.amount for bins in self.train)
-        self.fingerprint = [bins.fingerprint() for bins in self.train]
-
-    def batch(self, positions):
-        return self._batch(*self.order.batch(positions))
-
-    def _batch(self, x, y):
-        return Batch(x, y, units=(y >= 0).sum().item(), tokens=x.numel())
+    def __init__(self, config, train, val, shares, tokenizer, vocab_size):
+        self.train, self.val, self.shares = train, val, shares
+        self.batch_size = config["batch_size"]
+        self.tokenizer, self.vocab_size, self.notes = tokenizer, vocab_size, []
+        self.ends = [tokenizer.eos_id] if tokenizer.eos else []
+        self.amount = " + ".join(part.amount for part in train)
+        self.per_epoch = sum(part.per_epoch for part in train)
+        self.fingerprint = [part.fingerprint() for part in train]
 
     def held_out(self, sequences, rows, rank=0, world_size=1):
-        """Batches of `rows` windows of this process's share of at most `sequences` of each
-        domain."""
-        for domain, bins in zip(self.shares, self.val):
-            starts = bins.held_out(sequences)[rank::world_size]
+        """(domain, batch): batches of `rows` windows or records of this process's share of at most
+        `sequences` of each domain."""
+        for domain, part in zip(self.shares, self.val):
+            places = part.held_out(sequences)[rank::world_size]
+            step = rows
             if rows >= self.batch_size:  # memory is no matter: small windows in larger batches
-                rows = max(rows, 4096 // bins.block_size)
-            for i in range(0, len(starts), rows):
-                yield domain, self._batch(*bins.read(starts[i : i + rows]))
+                step = max(rows, part.at_least)
+            for i in range(0, len(places), step):
+                yield domain, self._batch(part.read(places[i : i + step]))
 
     def held_out_count(self, sequences):
-        """How many windows of the smallest domain held_out gives to all processes together."""
-        return min(len(bins.held_out(sequences)) for bins in self.val)
+        """How much of the smallest domain held_out gives to all processes together."""
+        return min(len(part.held_out(sequences)) for part in self.val)
 
     def check_vocabulary(self, vocab_size):
         if vocab_size < self.vocab_size:
             raise UserError(
                 f"vocab_size={vocab_size} of the model is smaller than the data's {self.vocab_size}"
             )
+
+
+class Windows(_Data):
+    """Text and conversations: windows of block_size tokens of a data set, or of a mixture, as
+    Batches."""
+
+    def __init__(self, config):
+        names, weights = zip(*parse_mixture(config["dataset"]))
+        directories = [os.path.join(config["data_dir"], name) for name in names]
+        first, *others = [read_meta(directory) for directory in directories]
+        for directory, meta in zip(directories[1:], others):
+            if any(meta[key] != first[key] for key in ("tokenizer", "vocab_size")):
+                raise UserError(
+                    f"{directory} was made with the tokenizer {meta['tokenizer']!r}, "
+                    f"{directories[0]} with {first['tokenizer']!r}; a mixture has to share one"
+                )
+        block_size, seed = config["block_size"], config["seed"]
+        train, val = (
+            [Bins(directory, split, block_size, seed) for directory in directories]
+            for split in ("train", "val")
+        )
+        if config["stage"] == "sft" and any(bins.mask is None for bins in train + val):
+            raise UserError(
+                f"{config['dataset']}: stage='sft' wants conversations, with a train.mask and a "
+                "val.mask beside the bins; python prepare.py CHATS.jsonl --as=chat makes them"
+            )
+        own = os.path.exists(os.path.join(directories[0], "tokenizer.json"))
+        tokenizer = load_tokenizer(directories[0] if own else first["tokenizer"])
+        self.order = Mixture(train, weights, seed)
+        shares = dict(zip(names, self.order.shares))
+        super().__init__(config, train, val, shares, tokenizer, first["vocab_size"])
+        if config["stage"] == "sft":
+            self.ends.append(tokenizer.encode_special(IM_END))
+
+    def batch(self, positions):
+        return self._batch(self.order.batch(positions))
+
+    def _batch(self, windows):
+        x, y = windows
+        return Batch(x, y, units=(y >= 0).sum().item(), tokens=x.numel())
+
+    def check_vocabulary(self, vocab_size):
+        super().check_vocabulary(vocab_size)
         for bins in self.train + self.val:
             bins.check_vocabulary(vocab_size)
 
 
-class _Conversations:
+class _Conversations(_Data):
     """What Pairs and Problems share: records stay text until the tokenizer of the model that is
     trained meets them."""
 
@@ -2136,38 +2290,16 @@ class _Conversations:
                 f"dataset={config['dataset']!r}: stage={config['stage']!r} takes one data set, not "
                 "a mixture"
             )
-        self.directory, self.tokenizer = os.path.join(config["data_dir"], name), tokenizer
-        self.vocab_size, self.shares = tokenizer.vocab_size, {name: 1.0}
-        self.ends = [tokenizer.eos_id, tokenizer.encode_special(IM_END)]
-        self.train, self.val = (
-            Records(self.directory, split, self.encode, config["seed"])
-            for split in ("train", "val")
+        self.tokenizer, directory = tokenizer, os.path.join(config["data_dir"], name)
+        train, val = (
+            Records(directory, split, self.encode, config["seed"]) for split in ("train", "val")
         )
-        self.notes = []
-        for records, what in ((self.train, "records"), (self.val, "held-out records")):
+        super().__init__(config, [train], [val], {name: 1.0}, tokenizer, tokenizer.vocab_size)
+        self.ends.append(tokenizer.encode_special(IM_END))
+        for records, what in ((train, "records"), (val, "held-out records")):
             total = sum(records.left_out.values()) + records.per_epoch
             for reason, count in records.left_out.items():
                 self.notes.append(f"left out {count} of {total} {what} of {name}: {reason}")
-        self.per_epoch, self.amount = self.train.per_epoch, self.train.amount
-        self.fingerprint = [self.train.fingerprint()]
-
-    def held_out(self, sequences, rows, rank=0, world_size=1):
-        """Batches of `rows` of this process's share of at most `sequences` held-out records."""
-        indices = self.val.held_out(sequences)[rank::world_size]
-        for i in range(0, len(indices), rows):
-            yield (
-                next(iter(self.shares)),
-                self._batch([(j, self.val.rows[j]) for j in indices[i : i + rows]]),
-            )
-
-    def held_out_count(self, sequences):
-        return len(self.val.held_out(sequences))
-
-    def check_vocabulary(self, vocab_size):
-        if vocab_size < self.vocab_size:
-            raise UserError(
-                f"vocab_size={vocab_size} of the model is smaller than the data's {self.vocab_size}"
-            )
 
 
 class Pairs(_Conversations):
@@ -2180,14 +2312,10 @@ class Pairs(_Conversations):
 
     def encode(self, record):
         """[(ids, mask) chosen, (ids, mask) rejected], or why the pair is left out."""
-        sides = [
-            render_chat(
-                record["prompt"] + [dict(role="assistant", content=record[side])],
-                self.tokenizer,
-                last_only=True,
-            )
-            for side in ("chosen", "rejected")
-        ]
+        sides = []
+        for side in ("chosen", "rejected"):
+            conversation = record["prompt"] + [dict(role="assistant", content=record[side])]
+            sides.append(render_chat(conversation, self.tokenizer, last_only=True))
         if sides[0] == sides[1]:
             return "both sides are equal"
         if max(len(ids) for ids, _ in sides) > self.block_size + 1:
@@ -2195,7 +2323,7 @@ class Pairs(_Conversations):
         return sides
 
     def batch(self, positions):
-        return self._batch([self.train[p] for p in positions])
+        return self._batch([self.train[0][p] for p in positions])
 
     def _batch(self, pairs):
         rows = [pair[0] for _, pair in pairs] + [pair[1] for _, pair in pairs]
@@ -2204,9 +2332,9 @@ class Pairs(_Conversations):
 
 
 class Problems(_Conversations):
-    """Verifiable problems. `batch` gives a list of (place, (prompt ids, question, answer)):
-    train.py makes a Batch of it by sampling. `place` tells problems apart, so that each
-    completion draws from a seed of its own."""
+    """Verifiable problems. `batch` gives a list of (place, (prompt ids, question, answer, the
+    record's other fields)): train.py makes a Batch of it by sampling. `place` tells problems
+    apart, so that each completion draws from a seed of its own."""
 
     def __init__(self, config, tokenizer):
         self.longest = config["block_size"] - config["max_completion"]
@@ -2214,16 +2342,18 @@ class Problems(_Conversations):
         super().__init__(config, tokenizer)
 
     def encode(self, record):
-        """(prompt ids, the question's text, answer), or why the problem is left out."""
+        """(prompt ids, the question's text, answer, the record's other fields), or why the problem
+        is left out."""
         ids, _ = render_chat(record["prompt"], self.tokenizer, add_generation_prompt=True)
         if len(ids) > self.longest:
             return f"a prompt longer than {self.longest} tokens, which leave no room for the answer"
         if self.verifier and not readable_gold(self.verifier, record["answer"]):
             return f"an answer that verifier={self.verifier!r} can't read"
-        return ids, record["prompt"][-1]["content"], record["answer"]
+        fields = {key: value for key, value in record.items() if key not in ("prompt", "answer")}
+        return ids, record["prompt"][-1]["content"], record["answer"], fields
 
     def batch(self, positions):
-        return [(p, self.train[p][1]) for p in positions]
+        return [(p, self.train[0][p][1]) for p in positions]
 
     def _batch(self, problems):
         return problems
@@ -2236,15 +2366,16 @@ class Problems(_Conversations):
         follows from its problem's place in the data, not from the process or the batch that samples
         it.
         """
-        prompts = [ids for _, (ids, _, _) in problems for _ in range(copies)]
+        prompts = [ids for _, (ids, *_) in problems for _ in range(copies)]
         seeds = [
             first_seed + place * copies + copy for place, _ in problems for copy in range(copies)
         ]
         completions = []
         for i, (ids, ended) in enumerate(generate(prompts, seeds)):
-            _, question, answer = problems[i // copies][1]
+            _, question, answer, fields = problems[i // copies][1]
             text = self.tokenizer.decode(ids[:-1] if ended else ids)
-            completions.append((prompts[i], ids, ended, grade(question, text, answer, ended)))
+            reward = grade(question, text, answer, ended, fields)
+            completions.append((prompts[i], ids, ended, reward))
         return completions
 
     def judge_prompt(self, question, completion):
@@ -2258,22 +2389,17 @@ class Problems(_Conversations):
         """A Batch of completions with the advantage of each, a tensor. A truncated completion
         has no reward to speak of: it is left out of the loss, and counted. Without advantages
         every token of every completion is a target."""
-        masks = [ended or advantages is None for _, _, ended, _ in completions]
-        rows = [
-            (prompt + ids, [0] * len(prompt) + [int(mask)] * len(ids))
-            for (prompt, ids, _, _), mask in zip(completions, masks)
-        ]
+        rows = []
+        for prompt, ids, ended, _ in completions:
+            counts = int(ended or advantages is None)
+            rows.append((prompt + ids, [0] * len(prompt) + [counts] * len(ids)))
         x, y = padded(rows, self.tokenizer.eos_id)
-        batch = Batch(
-            x,
-            y,
-            units=(y >= 0).sum().item(),
-            tokens=sum(len(ids) for ids, _ in rows),
-            advantages=advantages,
-        )
+        tokens = sum(len(ids) for ids, _ in rows)
+        batch = Batch(x, y, (y >= 0).sum().item(), tokens, advantages=advantages)
+        lengths = [len(ids) for _, ids, _, _ in completions]
         batch.metrics = {
-            "completions/length": sum(len(ids) for _, ids, _, _ in completions) / len(completions),
-            "completions/cut": sum(not ended for _, _, ended, _ in completions) / len(completions),
+            "completions/length": sum(lengths) / len(lengths),
+            "completions/cut": sum(not ended for _, _, ended, _ in completions) / len(lengths),
         }
         if advantages is not None:
             batch.with_signal = (y[advantages != 0] >= 0).sum().item()
@@ -2287,66 +2413,109 @@ def pass_rates(greedy, sampled, group_size, passing=1.0):
     groups = [rewards[i : i + group_size] for i in range(0, len(rewards), group_size)]
     passed = sum(reward >= passing for _, _, _, reward in greedy)
     passed_any = sum(max(group) >= passing for group in groups)
+    tokens, count = sum(len(ids) for _, ids, _, _ in sampled), len(sampled)
     return {
         "pass@1": (passed / len(greedy), len(greedy)),
         f"pass@{group_size}": (passed_any / len(groups), len(groups)),
-        "reward/mean": (sum(rewards) / len(rewards), len(rewards)),
-        "completions/length": (
-            sum(len(ids) for _, ids, _, _ in sampled) / len(sampled),
-            len(sampled),
-        ),
+        "reward/mean": (sum(rewards) / count, count),
+        "completions/length": (tokens / count, count),
     }
 
 
-class Grader:
-    """Rewards of completions by a verifier: verify(question, completion, answer) -> a number.
+class TimeIsUp(BaseException):
+    """No Exception, so that a verifier's own `except Exception` does not catch it."""
 
-    A completion that is empty or never ends gets 0. So does one at which the verifier raises, or
-    gives a number that is not finite or beyond LARGEST: it is counted in `raised`, and the first
-    time said once.
+
+def call_within(seconds, function, *arguments, **fields):
+    """function(*arguments, **fields), or TimeIsUp after so many seconds.
+
+    A timer's signal interrupts Python code, sleeping and waiting, on Linux and macOS, but not a
+    long call of C. Windows has no such timer, and only the main thread is interrupted: elsewhere
+    the call takes as long as it takes."""
+    if math.isinf(seconds) or not can_interrupt():
+        return function(*arguments, **fields)
+    running = True
+
+    def expire(number, frame):
+        if running:
+            raise TimeIsUp(f"it took longer than verifier_timeout={seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    try:
+        # once more every second: a bare `except:` may catch the first
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+        try:
+            return function(*arguments, **fields)
+        finally:
+            running = False
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def can_interrupt():
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    return hasattr(signal, "setitimer") and in_main_thread
+
+
+class Grader:
+    """Rewards of completions by a verifier: verify(question, completion, answer) -> a number; one
+    that takes **record gets the other fields of the record, too.
+
+    A completion that is empty or never ends gets 0. So does one at which the verifier raises, takes
+    longer than `timeout` seconds, or gives a number that is not finite or beyond LARGEST: it is
+    counted in `raised`, and the first time said once.
     """
 
-    LARGEST = (
-        1e6  # a reward is usually between 0 and 1; gradients overflow long before float32 does
-    )
+    LARGEST = 1e6  # usual rewards are from 0 to 1; gradients overflow long before float32 does
+    ONLY_TIMEOUTS = 8  # after so many calls that all took too long, a run stops
 
-    def __init__(self, verify, name, say):
-        self.verify, self.name, self.say = verify, name, say
-        self.calls, self.raised, self.last_error = 0, 0, ""
+    def __init__(self, verify, name, say, timeout=10.0):
+        self.verify, self.name, self.say, self.timeout = verify, name, say, timeout
+        self.calls, self.raised, self.timeouts, self.last_error = 0, 0, 0, ""
         self.calls_before, self.raised_before, self.failing_steps = 0, 0, 0
+        parameters = list(_signature(verify).parameters.values())
+        self.takes_record = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self.taken = {p.name for p in parameters[:3]}  # a field of such a name is left out
+        if not can_interrupt():
+            say("warning: verifier_timeout has no effect on this system: a verifier may hang")
 
-    def __call__(self, question, completion, answer, ended):
+    def __call__(self, question, completion, answer, ended, record):
         if not ended or not completion.strip():
             return 0.0
         self.calls += 1
+        fields = {}
+        if self.takes_record:
+            fields = {key: value for key, value in record.items() if key not in self.taken}
         try:
-            reward = float(self.verify(question, completion, answer))
+            arguments = (question, completion, answer)
+            reward = float(call_within(self.timeout, self.verify, *arguments, **fields))
             if not abs(reward) <= self.LARGEST:  # NaN is not, either
                 raise ValueError(
                     f"its reward is {reward:g}; expected a finite number of at most "
                     f"{self.LARGEST:g} in size"
                 )
             return reward
-        except (Exception, SystemExit) as e:
+        except (Exception, SystemExit, TimeIsUp) as e:
             self.raised += 1
+            self.timeouts += isinstance(e, TimeIsUp)
             self.last_error = f"{type(e).__name__}: {e}".splitlines()[0]
-            if self.raised == 1:
-                self.say(
-                    f"warning: the verifier raised on {completion[:60]!r}, which counts as no "
-                    "reward: "
-                    f"{self.last_error}"
-                )
-            return 0.0
+        if self.raised == 1:
+            what = f"the verifier raised on {completion[:60]!r}, which counts as no reward"
+            self.say(f"warning: {what}: {self.last_error}")
+        if self.timeouts == self.calls == self.ONLY_TIMEOUTS:
+            raise UserError(
+                f"verifier={self.name}: each of the first {self.calls} calls took longer than "
+                f"verifier_timeout={self.timeout:g} seconds; raise it, or mend verify"
+            )
+        return 0.0
 
     def check_step(self, patience, over_processes):
         """To be called once a step, on all processes. UserError if the verifier raised at every
         call of the step, and never worked before, or did not for `patience` steps in a row:
         nothing can be learned from it."""
-        calls, raised, worked = over_processes(
-            self.calls - self.calls_before,
-            self.raised - self.raised_before,
-            self.calls - self.raised,
-        )
+        new = (self.calls - self.calls_before, self.raised - self.raised_before)
+        calls, raised, worked = over_processes(*new, self.calls - self.raised)
         self.calls_before, self.raised_before = self.calls, self.raised
         if calls == 0:
             return
@@ -2404,10 +2573,9 @@ def means(measured, shares, over_processes):
         row[f"val/{name}"] = row.get(f"val/{name}", 0.0) + shares[domain] * mean
         if len(shares) > 1:
             row[f"val/{domain}/{name}"] = mean
-    if sums and all(name == "loss" for _, name in dict.fromkeys(key[:2] for key in keys)):
-        row |= {
-            f"{key.removesuffix('loss')}ppl": math.exp(min(loss, 700)) for key, loss in row.items()
-        }
+    if {name for _, name, _ in keys} == {"loss"}:
+        for key, loss in list(row.items()):
+            row[f"{key.removesuffix('loss')}ppl"] = math.exp(min(loss, 700))
     return row
 
 
@@ -2429,6 +2597,8 @@ def prepare_missing(config, say, world_size=1):
             check_kind(directory, config["stage"])
         file = "train.bin" if config["stage"] in ("pretrain", "sft") else "meta.json"
         if os.path.exists(os.path.join(directory, file)):
+            if "note" in read_meta(directory):
+                say(read_meta(directory)["note"])
             continue
         if name not in KNOWN or world_size > 1:
             how = how_to_prepare(directory, config["stage"])
@@ -2441,9 +2611,9 @@ def parse_mixture(dataset):
     """'web:0.87,code:0.13' -> [('web', 0.87), ('code', 0.13)]; a single name needs no weight."""
     parts = []
     for part in dataset.split(","):
-        name, colon, weight = (
-            part.strip().rpartition(":") if ":" in part else (part.strip(), "", "1")
-        )
+        name, colon, weight = part.strip().rpartition(":")
+        if not colon:
+            name, weight = part.strip(), "1"
         try:
             value = float(weight)
         except ValueError:
@@ -2458,12 +2628,18 @@ def parse_mixture(dataset):
 
 
 def read_meta(directory):
-    """meta.json of a data set. Bins without one are nanoGPT's: GPT-2 tokens, uint16."""
+    """meta.json of a data set. Bins without one are nanoGPT's, uint16: characters if there is a
+    meta.pkl, else GPT-2 tokens."""
     path = os.path.join(directory, "meta.json")
     if os.path.exists(path):
         return read_json(path)
+    if os.path.exists(os.path.join(directory, "meta.pkl")):
+        vocab_size = len(read_meta_pkl(directory))
+        note = f"{directory}: nanoGPT's character data, {vocab_size} characters by its meta.pkl"
+        return dict(tokenizer=directory, vocab_size=vocab_size, dtype="uint16", note=note)
     # nanoGPT rounds 50,257 up to 50,304 rows, a multiple of 64, for speed
-    return {"tokenizer": "gpt2", "vocab_size": 50304, "dtype": "uint16", "eos_id": 50256}
+    note = f"{directory}: no meta.json, so its bins are read as GPT-2 tokens, as nanoGPT's are"
+    return dict(tokenizer="gpt2", vocab_size=50304, dtype="uint16", eos_id=50256, note=note)
 
 
 def check_kind(directory, stage):
@@ -3357,6 +3533,11 @@ def _print_changes(count, examples):
             print(f"left out: {count[reason]:,} records {reason}")
     if count["wrong"]:
         print(f"left out: {count['wrong']} records{examples}")
+    if count["no_number"] and not settings["source"].startswith("toy"):
+        print(
+            f"not one number: {count['no_number']} of {count['documents']} answers; "
+            "--verifier=number will leave them out (exact, regex:... or a .py file takes them)"
+        )
     if count["broken"]:
         print(f"not UTF-8, or zero: {count['broken']} characters became U+FFFD{examples}")
     if count["crlf"]:
@@ -3427,6 +3608,11 @@ def _tokenizer_for(files, settings, partial):
     tokenizer = make_tokenizer(wanted, _texts(files, encoder, None if wanted == "char" else most))
     if settings["shape"] == "chat":
         tokenizer = with_chat_tokens(tokenizer)
+    if not tokenizer.eos:
+        raise UserError(
+            f"--tokenizer={wanted}: it has no end-of-text token, as nanoGPT's character data has "
+            "none, so documents can't be told apart; --tokenizer=char makes one that has"
+        )
     tokenizer.save(partial)
     return tokenizer
 

@@ -948,7 +948,7 @@ class Checkpoints:
         def write(directory):
             import torch
 
-            generation = {"eos_token_id": ends if len(ends) > 1 else ends[0]}
+            generation = {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}
             model.save_pretrained(directory, hf_layout, generation, weights)
             tokenizer.save(directory)
             torch.save(trainer, os.path.join(directory, "trainer.pt"))
@@ -1406,11 +1406,12 @@ The run's config, as nanosmol reads it:
 
 class StopSignal:
     """SIGINT, SIGTERM and SIGHUP (a closed terminal) end the step, and a checkpoint is written.
-    `signal` is the name of the one that came, or "". Another one, a second later or more, ends the
-    process at once: until then it is the same event, which shells and torchrun pass on, too."""
+    `signal` is the name of the one that came, or "". It is said at once, unless `says` is False,
+    since a step may take a minute. Another one, a second later or more, ends the process at once:
+    until then it is the same event, which shells and torchrun pass on, too."""
 
-    def __init__(self):
-        self.signal, self.at = "", 0.0
+    def __init__(self, says=True):
+        self.signal, self.at, self.says = "", 0.0, says
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP
             ignored = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN  # nohup
@@ -1420,6 +1421,12 @@ class StopSignal:
     def _receive(self, number, frame):
         if not self.signal:
             self.signal, self.at = signal.Signals(number).name, time.monotonic()
+            if self.says:
+                text = (
+                    f"\n{self.signal}: finishing this step, then saving; once more ends at once\n"
+                )
+                with contextlib.suppress(OSError):  # the terminal is closed
+                    os.write(1, text.encode())  # print() can't be called while it is under way
         elif signal.Signals(number).name != "SIGHUP" and time.monotonic() - self.at >= 1:
             os._exit(130)
 
@@ -1544,7 +1551,7 @@ def samples(model, data, config, count, autocast, log):
 
     try:
         start, tokenizer = config["sample_start"], data.tokenizer
-        prompt, shown = tokenizer.encode(start) or [tokenizer.eos_id], start
+        prompt, shown = tokenizer.encode(start) or [tokenizer.start_id], start
         if config["stage"] != "pretrain":
             chat = [{"role": "user", "content": start}]
             prompt, _ = prepare.render_chat(chat, tokenizer, add_generation_prompt=True)

@@ -152,7 +152,7 @@ def end_tokens():
         ids = [ids]
     if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
         raise UserError(f"{path}: eos_token_id is {ids!r}, expected token ids")
-    return [tokenizer.eos_id, *ids]
+    return [tokenizer.eos_id, *ids]  # -1, no token's id, where the tokenizer has none
 
 
 def trained_on_chats():
@@ -208,7 +208,7 @@ def in_vocabulary(ids):
 def encode_text(text, max_tokens):
     """(the ids of a text to continue, how many tokens may follow)."""
     # tokenize only what the context may hold: a prompt can have megabytes
-    ids = tokenizer.encode(without_surrogates(text[-32 * window :])) or [tokenizer.eos_id]
+    ids = tokenizer.encode(without_surrogates(text[-32 * window :])) or [tokenizer.start_id]
     if len(ids) >= window and overflow == "refuse":
         raise UserError(
             f"the prompt is longer than the context of {window:,} tokens: shorten it, or use only "

@@ -81,6 +81,7 @@ label_smoothing = 0.0         # sigmoid: share of pairs with swapped labels (>= 
 reference_model = ""          # '': the model that training starts from
 # rlvr
 verifier = "number"           # number, exact, regex:..., toy, or a .py file that defines verify()
+verifier_timeout = 10.0       # seconds; a call that takes longer counts as raised (> 0)
 verifier_model = ""           # a model that answers yes or no, instead of the verifier
 group_size = 8                # completions for each prompt (>= 2)
 max_completion = 64           # tokens; a truncated completion is left out of the loss (>= 1)
@@ -272,7 +273,8 @@ else:
         def verify(question, completion, answer):
             return yes_probability(judge, *data.judge_prompt(question, completion))
 
-    grade = prepare.Grader(verify, verifier_model or verifier, say)
+    limit = math.inf if verifier_model else verifier_timeout  # a model always answers
+    grade = prepare.Grader(verify, verifier_model or verifier, say, limit)
 
     def complete(problems, copies, temperature, first_seed):
         def generate(prompts, seeds):
@@ -369,7 +371,7 @@ if eval_only:
 barrier()  # every process has read the old run
 if master_process:
     runs.claim(config, start, say)
-stop = runs.StopSignal()  # a signal ends the step, saves and exits; a second one exits at once
+stop = runs.StopSignal(says=master_process)  # ends the step, saves, exits; a second exits at once
 # A killed run may have saved its last step but not evaluated it. Only log.jsonl can tell.
 saved_at = run.step if state else -1
 evaluated_at, sampled_at, best_at, run.best = log.done(saved_at, run.best, score_of)
@@ -586,6 +588,7 @@ if ddp:
 if not master_process:
     sys.exit()
 checkpoints.wait()
+stop.says = False  # no step is under way
 is_saved = runs.is_checkpoint(checkpoints.path(run.step))
 if hub and finished and is_saved:
     card = runs.model_card(config, setup.keys, model, hf_layout, run, log.rows())

@@ -1,7 +1,8 @@
 # nanoGPT's defaults. A nanoGPT config given after this one trains the same model in the same way:
 #   python train.py config/nanogpt.py config/train_shakespeare_char.py
 # The block is GPT-2's. As in nanoGPT, bias=False also removes the biases of LayerNorm.
-# As in nanoGPT, a data set without meta.json is read as GPT-2 tokens, with 50,304 embedding rows.
+# As in nanoGPT, a data set with a meta.pkl is read as characters, one without it and without
+# meta.json as GPT-2 tokens, with 50,304 embedding rows.
 
 eval_interval = 2000
 log_interval = 1
