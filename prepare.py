@@ -3490,7 +3490,7 @@ def _make(files, settings, partial, target, workers, max_unusable):
     examples = _in_brackets(total.examples)
     problem = total.problem + examples if total.problem else ""
     if not problem:
-        _print_changes(count, examples)
+        _print_changes(count, examples, settings["source"])
     problem = problem or _missing_split(count, settings, first.kind, tokenizer, examples)
     if problem:
         remove_files(partial, "unfinished data set")
@@ -3526,14 +3526,14 @@ def _encoder(tokenizer, settings):
     )
 
 
-def _print_changes(count, examples):
+def _print_changes(count, examples, source):
     """Prints what was left out of a source, and what was replaced in it."""
     for reason in SKIPPED:
         if count[reason]:
             print(f"left out: {count[reason]:,} records {reason}")
     if count["wrong"]:
         print(f"left out: {count['wrong']} records{examples}")
-    if count["no_number"] and not settings["source"].startswith("toy"):
+    if count["no_number"] and "toy" not in KNOWN.get(source, {}):  # its verifier is another
         print(
             f"not one number: {count['no_number']} of {count['documents']} answers; "
             "--verifier=number will leave them out (exact, regex:... or a .py file takes them)"
