@@ -46,9 +46,7 @@ measure = ""  # internal: what a process of its own measures ...
 scratch = ""  # ... and the directory that it shares with the one that started it
 # -----------------------------------------------------------------------------
 own = set(globals())
-setup = configure(
-    globals(), also="train.py"
-)  # batch_size, block_size, the model's keys and all others of train.py
+setup = configure(globals(), also="train.py model.py:GPTConfig")  # all keys of a run are keys here
 
 PARTS = (
     "train",

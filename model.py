@@ -122,7 +122,7 @@ def _schema(config_class):
         if dataclasses.is_dataclass(base):
             try:
                 path = inspect.getsourcefile(base)
-                keys |= configurator.read_keys(path, base.__name__)[0]
+                keys |= configurator.read_keys(path, base.__name__)
             except (OSError, TypeError, UserError):  # a class without a source file: unchecked
                 continue
     return keys
