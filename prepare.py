@@ -3472,32 +3472,6 @@ def _sync(path):
             os.close(handle)
 
 
-def copy_whole(source, target):
-    """Copies the files of a directory to `target`, all or none, see publish. Returns `target`."""
-    target, names = _real_place(target), os.listdir(source)
-    beside = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.part")
-    os.makedirs(beside, exist_ok=True)
-
-    def clear():
-        for name in os.listdir(beside):
-            if name.removesuffix(".tmp") in names:
-                os.remove(os.path.join(beside, name))
-
-    clear()  # of what a killed copy left
-    if os.listdir(beside):
-        raise UserError(
-            f"{beside} holds {os.listdir(beside)[0]}, which is no copy; move it elsewhere"
-        )
-    try:
-        copy_files(source, beside, names)
-        publish(beside, target)
-    finally:
-        with contextlib.suppress(OSError):
-            clear()
-            os.rmdir(beside)
-    return target
-
-
 def copy_files(source, target, names):
     """Copies those of the files that exist. Only their content: a mounted drive may refuse modes
     and times."""

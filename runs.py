@@ -24,14 +24,13 @@ import time
 import types
 
 import prepare
-from configurator import UserError
+from configurator import UserError, command_line
 
 # -----------------------------------------------------------------------------
 # where runs and models are
 
 LOG, SAMPLES, PLOT = BESIDE = ("log.jsonl", "samples.txt", "loss.png")
 NAMES = r"step_\d{6,}|best|log\.jsonl|samples\.txt|loss\.png"  # a user's are refused
-START_OVER = "--init_from=scratch sets the old run aside and starts over"
 
 
 def directory_of(config_files):
@@ -140,15 +139,39 @@ def is_run(directory):
     return False
 
 
-def make_way(target):
-    """Sets aside what has the name of a checkpoint and holds a user's files."""
-    if os.path.lexists(target) and not prepare.ours(target):
-        set_aside(target)
-
-
 def hidden(verb, directory):
     """Where a directory is written or deleted: what has a final name is whole at every moment."""
     return os.path.join(os.path.dirname(directory), f".{verb}.{os.path.basename(directory)}")
+
+
+@contextlib.contextmanager
+def written_whole(target):
+    """Gives a directory to write in. It gets the name `target` once all of it is on the disk, or
+    after an error is removed. What has the name and holds a user's files is set aside."""
+    beside = hidden("writing", target)
+    try:
+        remove_leftover(beside)
+        os.makedirs(beside, exist_ok=True)
+        yield beside
+        if os.path.lexists(target) and not prepare.ours(target):
+            set_aside(target)
+        prepare.publish(beside, target)
+    except BaseException:
+        remove_leftover(beside)
+        raise
+
+
+def copy_directory(source, target, skip=(), link=False):
+    """Copies a model or checkpoint, whole or not at all. `link`: as hard links, which cost no
+    space, where the file system has them."""
+    with written_whole(target) as beside:
+        for name, path in files_of(source, skip).items():
+            copy = os.path.join(beside, name)
+            if link:
+                with contextlib.suppress(OSError):
+                    os.link(os.path.realpath(path), copy)
+            if not os.path.exists(copy):
+                shutil.copyfile(path, copy)
 
 
 def remove_leftover(directory):
@@ -161,24 +184,6 @@ def remove_checkpoint(directory):
     remove_leftover(hidden("deleting", directory))
     os.rename(directory, hidden("deleting", directory))
     remove_leftover(hidden("deleting", directory))
-
-
-def link_directory(source, target, skip=()):
-    """`target` becomes a second name of the model or checkpoint in `source`: hard links, which cost
-    no space; copies where the file system has none. Whole or not at all."""
-    beside = hidden("writing", target)
-    try:
-        remove_leftover(beside)
-        os.makedirs(beside, exist_ok=True)
-        for name, path in files_of(source, skip).items():
-            try:
-                os.link(os.path.realpath(path), os.path.join(beside, name))
-            except OSError:
-                shutil.copyfile(path, os.path.join(beside, name))
-        prepare.publish(beside, target)
-    except BaseException:
-        remove_leftover(beside)
-        raise
 
 
 def clean(directory):
@@ -276,6 +281,14 @@ def is_typed(key, setup):
     return setup.given.get(key) == "command line"
 
 
+def remedy(config, setup):
+    """What to do where out_dir's run can't go on. To start over from scratch is no help to
+    somebody who typed where the weights are to come from."""
+    if is_typed("init_from", setup) and config["init_from"] not in ("scratch", "resume"):
+        return "choose another --out_dir"
+    return "choose another --out_dir, or --init_from=scratch to set the old run aside"
+
+
 def leaves_the_run_alone(config, setup):
     """--init_from=scratch starts over; with --eval_only --init_from names a model to measure."""
     if not is_typed("init_from", setup) or config["init_from"] == "resume":
@@ -297,17 +310,14 @@ def restore_backup(config, setup, say):
         for name in ("best", "start"):
             source, target = os.path.join(backup, name), os.path.join(out_dir, name)
             if os.path.isdir(source) and not os.path.exists(target):
-                prepare.copy_whole(source, target)
+                copy_directory(source, target)
         for checkpoint in reversed(checkpoints(backup)):
-            target = os.path.join(out_dir, os.path.basename(checkpoint))
-            copy = prepare.copy_whole(checkpoint, hidden("writing", target))
-            if load(copy, say)[0]:
-                os.rename(copy, target)
+            if load(checkpoint, say)[0]:
+                copy_directory(checkpoint, os.path.join(out_dir, os.path.basename(checkpoint)))
                 return say(f"{out_dir} held no run: {checkpoint} is copied back")
-            remove_leftover(copy)
     except OSError as e:
         raise UserError(f"{backup} can't be copied back to {out_dir}: {first_line(e)}") from None
-    raise UserError(f"{backup}: no checkpoint is whole; {START_OVER}")
+    raise UserError(f"{backup}: no checkpoint is whole; {remedy(config, setup)}")
 
 
 def find(config, setup, say):
@@ -316,14 +326,12 @@ def find(config, setup, say):
     `checkpoint`, `model`, `state`: of the newest whole checkpoint in out_dir; None for a new run;
     `init_from`: "scratch", or where a new run takes its weights from; of a resumed run, where it
         once took them;
-    `typed`: whether init_from was given on the command line, where it is an order;
     `start_over`: --init_from=scratch was typed, so an old run in out_dir is to be set aside;
     `seen`: the checkpoints in out_dir; `damaged`: those newer than `checkpoint`, unreadable.
     """
     out_dir, init_from = config["out_dir"], config["init_from"]
     start = types.SimpleNamespace(checkpoint=None, model=None, state=None, damaged=[])
-    start.typed = is_typed("init_from", setup)
-    start.start_over = start.typed and init_from == "scratch"
+    start.start_over = is_typed("init_from", setup) and init_from == "scratch"
     if start.start_over:  # from where the config says: in a later stage it names a model
         init_from = setup.from_files.get("init_from", "scratch")
     start.init_from = init_from
@@ -337,7 +345,7 @@ def find(config, setup, say):
             return start
         start.damaged.append(checkpoint)
     if saved:
-        raise UserError(f"{out_dir}: no checkpoint is whole; {START_OVER}")
+        raise UserError(f"{out_dir}: no checkpoint is whole; {remedy(config, setup)}")
     if init_from == "resume":
         raise UserError(f"{out_dir}: no run to resume; leave out --init_from=resume to start one")
     if config["stage"] in ("dpo", "rlvr") and init_from == "scratch":
@@ -393,45 +401,48 @@ def open_model(start, config, setup, data, say):
 
     keys = {key: config[key] for key in GPTConfig.__dataclass_fields__}
     if start.init_from == "scratch":
-        vocab_size = config["vocab_size"] or data.vocab_size
-        asked = vars(GPTConfig(**keys | {"vocab_size": vocab_size}))
+        asked = vars(GPTConfig(**keys | {"vocab_size": config["vocab_size"] or data.vocab_size}))
     else:  # the weights bring their shape; only what was asked for explicitly can contradict it
-        how_weights_begin = ("init", "init_std", "unit_embed", "scale_residual")
-        asked = {key: value for key, value in keys.items() if key in setup.given}
-        for key, value in keys.items():
-            if key in how_weights_begin or (key in FOLLOWS and value == 0):
-                asked.pop(key, None)
+        follows = {key for key in FOLLOWS if keys[key] == 0}
+        ignored = follows | {"init", "init_std", "unit_embed", "scale_residual"}
+        asked = {key: keys[key] for key in keys if key in setup.given and key not in ignored}
     if start.state:
-        refuse_another_run(start, config, asked, data.fingerprint)
+        refuse_another_run(start, config, setup, asked, data.fingerprint)
         say(f"{'evaluating' if config['eval_only'] else 'resuming'} {start.checkpoint}")
         say_what_changed(start.state["config"], config, set(setup.keys) - set(keys), say)
         return start.model
     if start.init_from == "scratch":
         if config["stage"] == "sft":
-            say(
-                "warning: stage='sft' from random weights; --init_from= names a model to begin with"
-            )
+            say("warning: stage='sft' from random weights; --init_from= names a model")
         torch.manual_seed(config["seed"])
         return GPT(GPTConfig(**asked))
+    return model_to_continue(start, config, asked, data, say)
 
-    where, directory, block_size = start.init_from, start.checkpoint, config["block_size"]
+
+def model_to_continue(start, config, asked, data, say):
+    """The model that init_from names, with as many rows as the data has chat tokens."""
+    from model import GPT
+
+    directory, block_size = start.checkpoint, config["block_size"]
     model = GPT.from_pretrained(directory)
+    found = vars(model.config)
     for key, value in asked.items():
-        found = getattr(model.config, key)
-        if value != found and key not in ("block_size", "dropout"):
-            raise UserError(f"{key}={value!r} was asked for, the model in {where} has {found!r}")
+        if value != found[key] and key not in ("block_size", "dropout"):
+            raise UserError(
+                f"{key}={value!r} was asked for, the model in {start.init_from} has {found[key]!r}"
+            )
     if block_size > model.config.max_positions:
         raise UserError(
             f"block_size={block_size} is beyond the max_positions={model.config.max_positions} "
-            f"of {where}"
+            f"of {start.init_from}"
         )
     model.set_runtime(block_size, config["dropout"])
     say(f"weights from {directory}")
     has_tokenizer = os.path.exists(os.path.join(directory, "tokenizer.json"))
     if has_tokenizer and not data.tokenizer.agrees(prepare.load_tokenizer(directory)):
         raise UserError(
-            f"{config['dataset']} was made with another tokenizer than {where}; prepare it "
-            f"with --tokenizer={directory}"
+            f"{config['dataset']} was made with another tokenizer than {start.init_from}; prepare "
+            f"it with --tokenizer={directory}"
         )
     missing = data.vocab_size - model.config.vocab_size
     if missing > 0 and config["stage"] != "pretrain":
@@ -441,31 +452,30 @@ def open_model(start, config, setup, data, say):
 
 
 def say_what_changed(before, config, keys, say):
-    keys = [key for key in config if key in keys and key in before and before[key] != config[key]]
-    kept = ("init_from", "eval_only", "dtype")
-    changed = [f"{key} {before[key]!r} -> {config[key]!r}" for key in keys if key not in kept]
-    if changed:
-        say(f"changed since: {', '.join(changed)}")
+    keys = keys - {"init_from", "eval_only", "dtype"}
+    keys = [key for key in config if key in keys and before.get(key, config[key]) != config[key]]
+    if keys:
+        changes = ", ".join(f"{key} {before[key]!r} -> {config[key]!r}" for key in keys)
+        say(f"changed since: {changes}")
 
 
-def refuse_another_run(start, config, asked, fingerprint):
+def refuse_another_run(start, config, setup, asked, fingerprint):
     """A run goes on only with the same stage, data and model."""
     before, out_dir = start.state["config"], config["out_dir"]
     same = {key: config[key] for key in ("stage", "dataset", "seed", "doc_mask", "optimizer")}
     same |= asked
-    if start.typed and config["init_from"] != "resume":
+    if is_typed("init_from", setup) and config["init_from"] != "resume":
         same["init_from"] = config["init_from"]
-    remedy = "choose another --out_dir, or --init_from=scratch to set the old run aside"
     for key, value in same.items():
         if before.get(key, value) != value:
             raise UserError(
                 f"{out_dir} holds a run with {key}={before[key]!r}, this one asks for {value!r}; "
-                f"{remedy}"
+                f"{remedy(config, setup)}"
             )
     if start.state["fingerprint"] != fingerprint:
         raise UserError(
             f"{config['dataset']}: the data changed since the run in {out_dir} began; put it back, "
-            f"{remedy}"
+            f"or {remedy(config, setup)}"
         )
 
 
@@ -558,7 +568,7 @@ def keep_first_model(out_dir, source, say):
         if same_files(source, kept, skip):
             return
         say(f"{kept} is not the model that this run begins with: set aside as {set_aside(kept)}")
-    link_directory(source, kept, skip)
+    copy_directory(source, kept, skip, link=True)
 
 
 def frozen(key, where, data, device):
@@ -965,18 +975,13 @@ class Checkpoints:
         self.jobs.append(self.thread.submit(run))
 
     def _write(self, step, write, waited):
-        """Written beside, synced, renamed: a directory under its final name is whole."""
         target = self.path(step)
-        beside = hidden("writing", target)
         try:
-            remove_leftover(beside)
-            write(beside)
-            make_way(target)
-            prepare.publish(beside, target)
+            with written_whole(target) as directory:
+                write(directory)
             row = {"event": "checkpoint", "path": target, "bytes": size_of(target)}
             self.log(step, row | {"training_waited_s": waited})
         except Exception as e:  # a full disk, most often: training goes on
-            remove_leftover(beside)
             before = "the one before it stays"
             if not checkpoints(self.out_dir):
                 before = "there is none before it"
@@ -991,8 +996,7 @@ class Checkpoints:
         if not is_checkpoint(source):  # it could not be written, which was said
             return
         try:
-            make_way(self.best)
-            link_directory(source, self.best)
+            copy_directory(source, self.best, link=True)
             self.log(step, {"event": "best", "path": self.best})
         except Exception as e:
             trouble = f"{self.best} could not become {source}: {first_line(e)}; training goes on"
@@ -1263,8 +1267,7 @@ class Backup:
         """Copies a checkpoint, whole or not at all; the oldest ones go. False if it is there."""
         if same_files(item, self.path_of(item)):
             return False
-        make_way(self.path_of(item))
-        prepare.copy_whole(item, self.path_of(item))
+        copy_directory(item, self.path_of(item))
         wanted = [os.path.basename(path) for path in self.wanted()]
         older = []
         for there in checkpoints(self.directory):
@@ -1294,8 +1297,7 @@ class Backup:
     def _put(self, name):
         source, target = os.path.join(self.out_dir, name), os.path.join(self.directory, name)
         if os.path.isdir(source) and not same_files(source, target):
-            make_way(target)
-            prepare.copy_whole(source, target)
+            copy_directory(source, target)
 
     def _marker(self):
         """What tells one best/ from the next without reading it; None if there is none."""
@@ -1328,56 +1330,21 @@ PRIVATE += ("terminate_pod", "terminate_on_error", "wandb_log", "wandb_project",
 PRIVATE += ("tensorboard", "dry_run", "gpu", "mfu", "gpu_cost_per_hour")
 
 
-def model_card(config, keys, model, loads_in_transformers, run, rows):
-    """README.md of the Hub repository, from the run's own config and log."""
-    stage, repo, dataset = config["stage"], config["hf_repo"], config["dataset"]
-    goal, choose = ("val/pass@1", max) if stage == "rlvr" else ("val/loss", min)
-    nothing = [(run.step, math.nan)]
-    measured = column(rows, goal) or nothing
-    best_step, best_value = choose(measured, key=lambda point: point[1])
-    last_loss = (column(rows, "train/loss") or nothing)[-1][1]
-    known = [prepare.KNOWN.get(name, {}) for name, _ in prepare.parse_mixture(dataset)]
-    sources = [entry["hub"] for entry in known if "hub" in entry]
-    base = config["init_from"]
-    if base == "scratch" or os.path.exists(base) or base.startswith((".", "/", "out/")):
-        base = ""  # no Hub id
-    head = {
-        "library_name": "transformers" if loads_in_transformers else "nanosmol",
-        "pipeline_tag": "text-generation",
-        "tags": ["nanosmol", stage],
-        "base_model": base,
-        "datasets": sources,
-    }
-    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items() if value)
-    shown = [key for key in keys if key not in PRIVATE]
-    shown = [key for key in shown if not str(config[key]).startswith(("/", "~"))]
-    settings = "\n".join(f"{key} = {config[key]!r}" for key in shown)
-    usage = f"""```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("{repo}")
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
-```
-
-In nanosmol:"""
-    if not loads_in_transformers:
-        usage = "In nanosmol, since transformers has no architecture like this one:"
-    made_from = f", from {base}" if base else ""
-    data = f"{dataset} ({', '.join(sources)})" if sources else dataset
-    return f"""---
+CARD = """---
 {front}
 ---
 
-# {repo.split("/")[1]}
+# {name}
 
-{model.n_params():,} parameters, trained with nanosmol ({stage}{made_from}) for {run.step:,} \
-steps on {run.tokens:,} tokens of {data}. The weights are those of the last step; `checkpoints/` \
-holds earlier ones, with the state of their optimizers.
+{n_params:,} parameters, trained with nanosmol ({stage}) for {step:,} steps on {tokens:,} tokens \
+of {data}. The weights are those of the last step; `checkpoints/` holds earlier ones, with the \
+state of their optimizers.
 
 | | step | |
 |---|---|---|
-| {goal} at the end | {measured[-1][0]:,} | {measured[-1][1]:.4f} |
-| {goal} at its best | {best_step:,} | {best_value:.4f} |
-| train/loss at the end | {run.step:,} | {last_loss:.4f} |
+| {goal} at the end | {last[0]:,} | {last[1]:.4f} |
+| {goal} at its best | {best[0]:,} | {best[1]:.4f} |
+| train/loss at the end | {step:,} | {last_loss:.4f} |
 
 ![loss](loss.png)
 
@@ -1391,6 +1358,53 @@ The run's config, as nanosmol reads it:
 {settings}
 ```
 """
+IN_TRANSFORMERS = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("{repo}")
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+```
+
+In nanosmol:"""
+
+
+def model_card(config, keys, model, loads_in_transformers, run, rows):
+    """README.md of the Hub repository, from the run's own config and log."""
+    stage, repo, dataset, base = (config[k] for k in ("stage", "hf_repo", "dataset", "init_from"))
+    goal, choose = ("val/pass@1", max) if stage == "rlvr" else ("val/loss", min)
+    nothing = [(run.step, math.nan)]
+    measured = column(rows, goal) or nothing
+    known = [prepare.KNOWN.get(name, {}) for name, _ in prepare.parse_mixture(dataset)]
+    sources = [entry["hub"] for entry in known if "hub" in entry]
+    if base == "scratch" or os.path.exists(base) or base.startswith((".", "/", "out/")):
+        base = ""  # no Hub id
+    head = {
+        "library_name": "transformers" if loads_in_transformers else "nanosmol",
+        "pipeline_tag": "text-generation",
+        "tags": ["nanosmol", stage],
+        "base_model": base,
+        "datasets": sources,
+    }
+    usage = "In nanosmol, since transformers has no architecture like this one:"
+    if loads_in_transformers:
+        usage = IN_TRANSFORMERS.format(repo=repo)
+    shown = [key for key in keys if key not in PRIVATE]
+    shown = [key for key in shown if not str(config[key]).startswith(("/", "~"))]
+    return CARD.format(
+        front="\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items() if value),
+        name=repo.split("/")[1],
+        n_params=model.n_params(),
+        stage=f"{stage}, from {base}" if base else stage,
+        step=run.step,
+        tokens=run.tokens,
+        data=f"{dataset} ({', '.join(sources)})" if sources else dataset,
+        goal=goal,
+        last=measured[-1],
+        best=choose(measured, key=lambda point: point[1]),
+        last_loss=(column(rows, "train/loss") or nothing)[-1][1],
+        usage=usage,
+        repo=repo,
+        settings="\n".join(f"{key} = {config[key]!r}" for key in shown),
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -1514,6 +1528,19 @@ def headline(model, data, config, sequences, attention, say):
         f"{config['out_dir']}: {device}, {config['dtype']}, {config['optimizer']}, "
         f"attention: {attention}{apart}"
     )
+    try:
+        data.tokenizer.encode(config["sample_start"])
+    except UserError as e:
+        start = config["sample_start"]
+        say(f"warning: sample_start={start!r}: {e}; samples begin with the end-of-text token")
+
+
+def in_vocabulary(start, tokenizer):
+    """`start`, or "" where the vocabulary lacks a character of it, which headline() reports."""
+    with contextlib.suppress(UserError):
+        tokenizer.encode(start)
+        return start
+    return ""
 
 
 def samples(model, data, config, count, autocast, log):
@@ -1522,7 +1549,8 @@ def samples(model, data, config, count, autocast, log):
     import torch
 
     try:
-        start, tokenizer = config["sample_start"], data.tokenizer
+        tokenizer = data.tokenizer
+        start = in_vocabulary(config["sample_start"], tokenizer)
         prompt, shown = tokenizer.encode(start) or [tokenizer.eos_id], start
         if config["stage"] != "pretrain":
             chat = [{"role": "user", "content": start}]
@@ -1569,17 +1597,16 @@ def last_checkpoint(config, run, why, say):
     )
 
 
-def command(*without):
-    """The command line of this process as a list, without --init_from=scratch, which would start
-    over, and without arguments that begin with one of `without`."""
-    head = ["python"]
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        head = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
-    return head + [a for a in sys.argv if not a.startswith(("--init_from=scratch", *without))]
+def command(*changes):
+    """The line that started this process, with these options in place of others of their keys, and
+    without --init_from=scratch, which would start over."""
+    replaced = ("--init_from=scratch", *(change.partition("=")[0] + "=" for change in changes))
+    return command_line([a for a in sys.argv if not a.startswith(replaced)] + list(changes))
 
 
-def summary(config, run, is_saved):
-    """The end of a finished run, with what to type next."""
+def summary(config, run, trained, is_saved, tokenizer):
+    """The end of a finished run, with what to type next. `trained`: whether this process did; a run
+    that was finished before is not trained again."""
     out_dir, name = config["out_dir"], "pass@1" if config["stage"] == "rlvr" else "val loss"
     best = "not evaluated"
     if math.isfinite(run.best[0]):
@@ -1589,15 +1616,21 @@ def summary(config, run, is_saved):
         f"{best} ---",
         f"the loss, drawn      {os.path.join(out_dir, PLOT)}",
     ]
+    if not trained:
+        lines[0] = (
+            f"--- nothing left to do: the run in {out_dir} has {run.step:,} steps, and max_iters="
+            f"{config['max_iters']} asks for no more; {best} ---"
+        )
     if is_saved:
-        sample = ["python", "sample.py", f"--out_dir={out_dir}"]
+        sample = ["sample.py", f"--out_dir={out_dir}", "--interactive"]
         if config["stage"] == "pretrain":
-            sample.append(f"--start={config['sample_start'] or 'Once upon a time'}")
-        else:
-            sample.append("--interactive")
-        longer = [*command("--max_iters="), f"--max_iters={2 * config['max_iters']}"]
-        lines.append(f"write more           {shlex.join(sample)}")
-        lines.append(f"train longer         {shlex.join(longer)}")
+            start = in_vocabulary(config["sample_start"] or "Once upon a time", tokenizer)
+            sample[2:] = [f"--start={start}"] if start else []
+        lines.append(f"write more           python {shlex.join(sample)}")
+        longer = max(2 * config["max_iters"], run.step + config["max_iters"])
+        lines.append(f"train longer         {command(f'--max_iters={longer}')}")
+    if not trained:
+        lines.append(f"train anew           {command(f'--out_dir={out_dir}_again')}")
     return "\n".join(lines)
 
 
@@ -1605,5 +1638,5 @@ def how_to_resume(stopped_by, step, max_iters, is_saved):
     saved = "which is saved" if is_saved else "which is not saved"
     return (
         f"{stopped_by or 'a signal'}: stopped after step {step:,} of {max_iters:,}, {saved}. "
-        f"To go on:\n  {shlex.join(command())}"
+        f"To go on:\n  {command()}"
     )

@@ -575,9 +575,10 @@ if hub and finished and is_saved:
     hub.put_final(checkpoints.path(run.step), card)
 log.close_bar()
 if finished:
-    for text in runs.samples(model, data, config, 3, autocast, log):
-        say(f"--- a sample ---\n{prepare.for_terminal(text)}")
-    say(runs.summary(config, run, is_saved))
+    if steps_here:
+        for text in runs.samples(model, data, config, 3, autocast, log):
+            say(f"--- a sample ---\n{prepare.for_terminal(text)}")
+    say(runs.summary(config, run, steps_here > 0, is_saved, tokenizer))
 else:
     say(runs.how_to_resume(stop.signal, run.step, max_iters, is_saved))
 everything_is_sent = checkpoints.finish(tries=4 if finished else 1, stop=stop)

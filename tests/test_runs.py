@@ -148,7 +148,9 @@ def test_the_newest_whole_checkpoint_is_resumed(tmp_path, out, loads):
     assert not start.start_over
     for path in (out / "step_000010", out / "step_000020"):
         (path / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(runs.UserError, match="no checkpoint is whole; --init_from=scratch sets"):
+    with pytest.raises(
+        runs.UserError, match="no checkpoint is whole; .*--init_from=scratch to set"
+    ):
         runs.find(*asks(tmp_path), said.append)
 
 
@@ -199,7 +201,7 @@ def test_another_run_is_refused_by_name(tmp_path):
     setup.given = {}
     before = config | {"learning_rate": 1.0}
     start = types.SimpleNamespace(state={"config": before, "fingerprint": "f"}, init_from="scratch")
-    start.checkpoint, start.model, start.typed = "out/step_000010", "a model", False
+    start.checkpoint, start.model = "out/step_000010", "a model"
     said = []
     changed = config | {"keep_checkpoints": 9, "learning_rate": 1.0}
     assert runs.open_model(start, changed, setup, stub_data(), said.append) == "a model"
@@ -209,7 +211,7 @@ def test_another_run_is_refused_by_name(tmp_path):
             runs.open_model(start, config | {key: value}, setup, stub_data(), print)
     with pytest.raises(runs.UserError, match="t: the data changed since the run in"):
         runs.open_model(start, config, setup, stub_data(fingerprint="g"), print)
-    start.typed = True
+    setup.given = {"init_from": "command line"}
     with pytest.raises(runs.UserError, match="init_from='scratch', this one asks for 'out/toy'"):
         runs.open_model(start, config | {"init_from": "out/toy"}, setup, stub_data(), print)
 
@@ -393,7 +395,7 @@ def test_links_fall_back_to_copies_and_a_kill_between_does_no_harm(tmp_path, mon
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", no_links)
-    runs.link_directory(str(source), str(target))
+    runs.copy_directory(str(source), str(target), link=True)
     assert runs.same_files(source, target) and not os.path.exists(tmp_path / ".writing.best")
     assert not os.path.samefile(source / "trainer.pt", target / "trainer.pt")
     (target / "trainer.pt").write_bytes(b"state 6")
@@ -433,7 +435,9 @@ def test_a_run_comes_back_from_its_backup(tmp_path, loads):
     for path in (drive / "step_000010", drive / "step_000020"):
         (path / "model.safetensors").write_bytes(b"short")
     shutil.rmtree(out)
-    with pytest.raises(runs.UserError, match="no checkpoint is whole; --init_from=scratch sets"):
+    with pytest.raises(
+        runs.UserError, match="no checkpoint is whole; .*--init_from=scratch to set"
+    ):
         runs.restore_backup(*asked, print)
 
 
@@ -451,7 +455,7 @@ def test_a_restore_that_is_killed_begins_again(tmp_path, loads, monkeypatch):
         names = ["log.jsonl", "samples.txt", "start", "step_000010"]
         assert sorted(os.listdir(tmp_path / "out")) == names, count
         if finished:
-            assert count > 10
+            assert count > 5
             return
         shutil.rmtree(tmp_path / "out")
 
@@ -1064,7 +1068,7 @@ def test_a_best_that_is_replaced_while_it_is_copied(tmp_path, out, monkeypatch):
         raise FileNotFoundError(source)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "copy_whole", moved)
+        patch.setattr(runs, "copy_directory", moved)
         turn(place)
     checkpoint(out, 2).rename(out / "best")
     turn(place)
@@ -1331,11 +1335,12 @@ def test_what_to_type_next(monkeypatch):
     monkeypatch.setattr(sys, "argv", args)
     run = types.SimpleNamespace(step=20, tokens=1000, train_s=3.2, best=[-1.5])
     config = {"out_dir": "out/toy", "stage": "pretrain", "sample_start": "", "max_iters": 20}
-    text = runs.summary(config, run, True)
+    letters = prepare.load_tokenizer("byte")
+    text = runs.summary(config, run, True, True, letters)
     assert "--- 20 steps, 1,000 tokens in 3 s of training: best val loss 1.5000 ---" in text
     assert "python sample.py --out_dir=out/toy '--start=Once upon a time'" in text
     assert text.endswith("python train.py 'my config.py' --max_iters=40")
-    assert "train longer" not in runs.summary(config, run, False)
+    assert "train longer" not in runs.summary(config, run, True, False, letters)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     text = runs.how_to_resume("SIGTERM", 5, 20, True)
     assert text.startswith("SIGTERM: stopped after step 5 of 20, which is saved. To go on:\n")
