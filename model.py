@@ -1394,9 +1394,10 @@ GPUS = {
 
 
 def gpu_spec(name):
-    """The row of GPUS for a name such as 'NVIDIA A100-SXM4-80GB', or None."""
+    """The row of GPUS for a name such as 'NVIDIA A100-SXM4-80GB', 'RTX4090' or '4090', or None."""
     for gpu, spec in GPUS.items():
-        if re.search(rf"\b{gpu}\b", name.upper()):
+        words = gpu.replace("RTX ", "(RTX[ _-]?)?")
+        if re.search(rf"(?<![A-Z0-9]){words}(?![A-Z0-9])", name.upper()):
             return spec
     return None
 
@@ -1443,6 +1444,8 @@ def plan(config, shape, gpu=""):
     """Prints what a run would take, for train.py --dry_run: parameters, FLOPs, tokens, memory, and
     on `gpu` (a name in GPUS) hours and dollars. `config` holds every key of train.py, `shape` is
     the model's GPTConfig."""
+    if gpu and not gpu_spec(gpu):
+        raise UserError(f"gpu={gpu!r}: expected one of {', '.join(GPUS)}")
     with torch.device("meta"):
         model = GPT(shape)
     flops = flops_per_token(model)
@@ -1460,8 +1463,6 @@ def plan(config, shape, gpu=""):
         print(f"{what:17} {size / 1e9:.2f} GB")
     if not gpu:
         return
-    if not gpu_spec(gpu):
-        raise UserError(f"gpu={gpu!r}: expected one of {', '.join(GPUS)}")
     peak, gigabytes, price = gpu_spec(gpu)
     price = config["gpu_cost_per_hour"] or price
     speed = peak * config["mfu"] / flops  # tokens a second

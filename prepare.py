@@ -892,9 +892,11 @@ def read_secrets(path=".env"):
 
 
 def for_terminal(text):
-    """`text` without control characters if standard output is a terminal, which would obey them."""
+    """`text` without control characters if standard output is a terminal, which would obey them;
+    CRLF, which may come in two pieces, is a line end."""
     if not sys.stdout.isatty():
         return text
+    text = text.replace("\r", "")
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 

@@ -392,6 +392,15 @@ def shape_of(config, setup):
     return shape
 
 
+def price_of(gpu, config, setup):
+    """Dollars an hour for --dry_run; 0: the table's. What a config says is the price of its own GPU
+    and not of another one, which is typed."""
+    is_another = is_typed("gpu", setup) and gpu != setup.from_files.get("gpu")
+    if is_another and not is_typed("gpu_cost_per_hour", setup):
+        return 0.0
+    return config["gpu_cost_per_hour"]
+
+
 def open_model(start, config, setup, data, say):
     """The model that training continues or begins with. UserError where out_dir holds a run with
     another model or other data, or where the weights contradict what was asked for."""

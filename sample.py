@@ -47,7 +47,7 @@ chat = "auto"                 # 'auto' (if the model was trained on conversation
 system = ""                   # the system message of a chat
 # other ways to use the model
 interactive = False           # in the terminal
-prompts = ""                  # .jsonl of {"prompt": ...} or {"messages": ...}; else one a line
+prompts = ""                  # .jsonl of {"prompt": ...} or {"messages": ...}; .txt: one a line
 out_file = ""                 # the .jsonl for the answers to prompts; '': standard output
 batch_size = 8                # prompts that are answered in parallel (>= 1)
 web = False                   # a web page
@@ -309,13 +309,15 @@ class Completion:
 
 def write_samples():
     began, n_tokens, header = time.perf_counter(), 0, start
-    if chatting and start:
-        header += "\n"
-        prompt, max_tokens, _ = encode_chat(
-            [{"role": "user", "content": start}], max_new_tokens, system
-        )
-    else:
-        prompt, max_tokens = encode_text(start, max_new_tokens)
+    try:
+        if chatting and start:
+            header += "\n"
+            message = {"role": "user", "content": start}
+            prompt, max_tokens, _ = encode_chat([message], max_new_tokens, system)
+        else:
+            prompt, max_tokens = encode_text(start, max_new_tokens)
+    except UserError as e:
+        raise UserError(f"start={start[:80]!r}: {e}") from None
     for i in range(num_samples):
         show(header)
         completion = Completion(prompt)
@@ -347,17 +349,25 @@ def encode_record(record):
 
 def read_prompts():
     """[(record, ids, how many tokens may follow)] of the prompts file."""
+    is_json = prepare._kind_of(prompts)[0] == "lines"  # .jsonl, .ndjson, .json, in any case
+    lines = prompts_text.split("\n")
+    if is_json:
+        with contextlib.suppress(ValueError, RecursionError):  # one array or object, in any layout
+            whole = json.loads(prompts_text)
+            records = whole if isinstance(whole, list) else [whole]
+            lines = [json.dumps(record) for record in records]
     requests = []
-    for number, line in enumerate(prompts_text.split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line) if prompts.endswith(".jsonl") else {"prompt": line}
+            record = json.loads(line) if is_json else {"prompt": line}
             requests.append((record, *encode_record(record)))
         except (ValueError, RecursionError) as e:  # of json, of encode_record(), or a UserError
             raise UserError(f"{prompts}, line {number}: {e}") from None
     if not requests:
         raise UserError(f"prompts={prompts}: there is no prompt in it")
+    note(f"{prompts}: {len(requests):,} prompts, {'JSON' if is_json else 'one a line'}")
     return requests
 
 

@@ -125,6 +125,7 @@ runs.check(config)
 if stage == "rlvr":  # a verifier that is missing is refused before anything is loaded
     verify = prepare.verifier(verifier)
 if dry_run:
+    config["gpu_cost_per_hour"] = runs.price_of(gpu, config, setup)
     plan(config, runs.shape_of(config, setup), gpu)
     sys.exit()
 
