@@ -390,8 +390,8 @@ DISK_ERRORS = (
 class _Stream:
     """Standard output or error, replaced by os.devnull when it fails for the first time.
 
-    Every use from then on raises that failure, an OSError with the stream's name as its filename;
-    with `survive` none does.
+    Every use from then on raises that failure, an OSError with the stream's name as its filename
+    (Python ignores the first, if it comes at the end of a script); with `survive` none does.
     """
 
     def __init__(self, stream, name, survive=False):
@@ -401,32 +401,28 @@ class _Stream:
         return getattr(self._stream, attribute)
 
     def write(self, text):
-        self._try(self._stream.write, text)
+        self._try("write", text)
         return len(text)
 
     def flush(self):
-        self._try(self._stream.flush)
+        self._try("flush")
 
-    def _try(self, function, *args):
+    def _try(self, method, *args):
         try:
-            if self._error is None:
-                function(*args)
+            getattr(self._stream, method)(*args)
         except (OSError, ValueError) as e:
             if isinstance(e, ValueError) and not self._stream.closed:
                 raise
             self._error = e if isinstance(e, OSError) else OSError(errno.EBADF, str(e))
-            self._error.filename = self._name
-            self._redirect()
+            self._error.filename, failed = self._name, self._stream
+            self._stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+            with contextlib.suppress(OSError, ValueError):  # buffered text and child processes
+                os.dup2(self._stream.fileno(), failed.fileno())
             if self.survive and self is sys.stdout:
                 reason = f"standard output is gone ({self._error.strerror}), continuing without it"
                 print(f"{os.path.basename(sys.argv[0])}: {reason}", file=sys.stderr)
         if self._error and not self.survive:
             raise self._error
-
-    def _redirect(self):
-        """Points the file descriptor to os.devnull, also for buffered text and child processes."""
-        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as devnull:
-            os.dup2(devnull.fileno(), self._stream.fileno())
 
 
 def survive_dead_stdout():
