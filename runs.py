@@ -3,8 +3,7 @@ What a run leaves behind: where it begins, its log, its checkpoints, their mirro
 a backup, the model card, and the pod that it runs on.
 
 It knows directories, models and configs, but no batch, no loss and no optimizer step: those are in
-train.py. sample.py takes newest_run and model_directory from here. torch is imported where it is
-needed, so that a mistake is reported without it.
+train.py. sample.py takes newest_run and model_directory from here.
 """
 
 import concurrent.futures
@@ -23,8 +22,11 @@ import threading
 import time
 import types
 
+import torch
+
 import prepare
 from configurator import UserError, command_line
+from model import FOLLOWS, GPT, GPTConfig, flops_per_token, gpu_spec
 
 # -----------------------------------------------------------------------------
 # where runs and models are
@@ -73,14 +75,12 @@ def model_directory(where):
     if os.path.isdir(where):
         if not checkpoints(where):
             raise UserError(
-                f"{where}: neither a model directory (no config.json) nor a run (no step_* in it)"
+                f"{where}: neither a model (no config.json) nor a run (no step_* in it)"
             )
         return checkpoints(where)[-1]
     is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", where)
     if not is_id or where.startswith((".", "out/", "data/")):
-        raise UserError(
-            f"{where}: no such directory, and not the id of a model on the Hub (owner/name)"
-        )
+        raise UserError(f"{where}: no such directory, and no id of a model on the Hub (owner/name)")
     return prepare.fetch_model(where)
 
 
@@ -96,6 +96,10 @@ def is_checkpoint(directory):
     """Whether a run wrote this directory as a checkpoint. A user may have put files in it since:
     prepare.ours says whether it may be removed."""
     return prepare.kind_of_directory(directory) == "checkpoint"
+
+
+def whole_checkpoints(run):
+    return [path for path in checkpoints(run) if is_checkpoint(path)]
 
 
 def files_of(directory, skip=()):
@@ -132,9 +136,9 @@ def is_run(directory):
         path = os.path.join(directory, name)
         left_by_full_disk = os.path.isfile(path) and os.path.getsize(path) == 0
         if re.fullmatch(NAMES, name) and not left_by_full_disk:
+            another += ", or move it away"
             raise UserError(
-                f"{directory} holds {name}, but no run: a run would replace it; {another}, or move "
-                "it away"
+                f"{directory} holds {name}, but no run, which would replace it; {another}"
             )
     return False
 
@@ -235,17 +239,11 @@ def check(config):
     if os.path.exists(backup_dir) and not os.path.isdir(backup_dir):
         raise UserError(f"backup_dir={backup_dir!r}: not a directory")
     if os.path.realpath(backup_of(config)) == os.path.realpath(out_dir):
-        raise UserError(
-            f"backup_dir={backup_dir!r}: the backup would be out_dir itself; choose another drive"
-        )
+        raise UserError(f"backup_dir={backup_dir!r}: the backup would be out_dir itself")
 
 
 def load(checkpoint, say):
     """(model, trainer state) of a checkpoint; (None, None) if it is damaged, and says so."""
-    import torch
-
-    from model import GPT
-
     try:
         prepare.load_tokenizer(checkpoint)
         model = GPT.from_pretrained(checkpoint)
@@ -349,10 +347,8 @@ def find(config, setup, say):
     if init_from == "resume":
         raise UserError(f"{out_dir}: no run to resume; leave out --init_from=resume to start one")
     if config["stage"] in ("dpo", "rlvr") and init_from == "scratch":
-        raise UserError(
-            f"stage={config['stage']!r} starts from a model: --init_from=out/<a run>, a model "
-            "directory or a Hub id"
-        )
+        where = "--init_from=RUN, a model directory or a Hub id"
+        raise UserError(f"stage={config['stage']!r} starts from a model: {where}")
     if init_from != "scratch":
         start.checkpoint = model_directory(init_from)
     return start
@@ -375,17 +371,15 @@ def began_with(key, config, setup, start):
 def shape_of(config, setup):
     """The GPTConfig of the model that a run would train, for --dry_run: of the keys, or of the
     model that init_from names, unless a config or the command line says its width."""
-    from model import GPT, GPTConfig
-
     keys = {key: config[key] for key in GPTConfig.__dataclass_fields__}
     where = config["init_from"]
     if where in ("scratch", "resume") or "n_embd" in setup.given:
         vocab_size = config["vocab_size"] or prepare.vocab_size_of(config)
         return GPTConfig(**keys | {"vocab_size": vocab_size})
     if not os.path.isdir(where):
+        advice = "put the config of the run that makes it before this one, or fetch it"
         raise UserError(
-            f"init_from={where!r}: --dry_run asks this model for its shape, and it is not here; "
-            "put the config of the run that makes it before this one, or fetch it"
+            f"init_from={where!r}: this model, whose shape counts, is not here; {advice}"
         )
     shape = GPT.from_pretrained(model_directory(where)).config
     shape.block_size = min(config["block_size"], shape.max_positions)
@@ -404,10 +398,6 @@ def price_of(gpu, config, setup):
 def open_model(start, config, setup, data, say):
     """The model that training continues or begins with. UserError where out_dir holds a run with
     another model or other data, or where the weights contradict what was asked for."""
-    import torch
-
-    from model import FOLLOWS, GPT, GPTConfig
-
     keys = {key: config[key] for key in GPTConfig.__dataclass_fields__}
     if start.init_from == "scratch":
         asked = vars(GPTConfig(**keys | {"vocab_size": config["vocab_size"] or data.vocab_size}))
@@ -430,28 +420,22 @@ def open_model(start, config, setup, data, say):
 
 def model_to_continue(start, config, asked, data, say):
     """The model that init_from names, with as many rows as the data has chat tokens."""
-    from model import GPT
-
-    directory, block_size = start.checkpoint, config["block_size"]
+    where, directory, block_size = start.init_from, start.checkpoint, config["block_size"]
     model = GPT.from_pretrained(directory)
     found = vars(model.config)
     for key, value in asked.items():
         if value != found[key] and key not in ("block_size", "dropout"):
-            raise UserError(
-                f"{key}={value!r} was asked for, the model in {start.init_from} has {found[key]!r}"
-            )
-    if block_size > model.config.max_positions:
-        raise UserError(
-            f"block_size={block_size} is beyond the max_positions={model.config.max_positions} "
-            f"of {start.init_from}"
-        )
+            raise UserError(f"{key}={value!r} was asked for, {where} has {found[key]!r}")
+    if block_size > found["max_positions"]:
+        limit = f"max_positions={found['max_positions']}"
+        raise UserError(f"block_size={block_size} is beyond the {limit} of {where}")
     model.set_runtime(block_size, config["dropout"])
     say(f"weights from {directory}")
     has_tokenizer = os.path.exists(os.path.join(directory, "tokenizer.json"))
     if has_tokenizer and not data.tokenizer.agrees(prepare.load_tokenizer(directory)):
+        advice = f"prepare it with --tokenizer={directory}"
         raise UserError(
-            f"{config['dataset']} was made with another tokenizer than {start.init_from}; prepare "
-            f"it with --tokenizer={directory}"
+            f"{config['dataset']} was made with another tokenizer than {where}; {advice}"
         )
     missing = data.vocab_size - model.config.vocab_size
     if missing > 0 and config["stage"] != "pretrain":
@@ -477,15 +461,11 @@ def refuse_another_run(start, config, setup, asked, fingerprint):
         same["init_from"] = config["init_from"]
     for key, value in same.items():
         if before.get(key, value) != value:
-            raise UserError(
-                f"{out_dir} holds a run with {key}={before[key]!r}, this one asks for {value!r}; "
-                f"{remedy(config, setup)}"
-            )
+            differs = f"{key}={before[key]!r}, this one asks for {value!r}"
+            raise UserError(f"{out_dir} holds a run with {differs}; {remedy(config, setup)}")
     if start.state["fingerprint"] != fingerprint:
-        raise UserError(
-            f"{config['dataset']}: the data changed since the run in {out_dir} began; put it back, "
-            f"or {remedy(config, setup)}"
-        )
+        changed = f"{config['dataset']}: the data changed since the run in {out_dir} began"
+        raise UserError(f"{changed}; put it back, or {remedy(config, setup)}")
 
 
 def claim(config, start, say):
@@ -506,9 +486,7 @@ def claim(config, start, say):
                 os.makedirs(out_dir)
                 lock(out_dir)
         elif checkpoints(out_dir) != start.seen:
-            raise UserError(
-                f"{out_dir}: another training went on in it just now; type the command again"
-            )
+            raise UserError(f"{out_dir}: another training went on in it just now; try again")
         for path in start.damaged:  # under its name, rotation would take it for the newest
             if os.path.exists(path + ".damaged"):
                 set_aside(path + ".damaged")
@@ -526,9 +504,8 @@ def refuse_to_move(directory, config):
     """UserError if more than a run would be set aside with a directory."""
     for inside in (os.getcwd(), config["data_dir"], os.path.dirname(os.path.abspath(__file__))):
         if (os.path.realpath(inside) + os.sep).startswith(os.path.realpath(directory) + os.sep):
-            raise UserError(
-                f"{directory} holds {inside}, so it can't be set aside; choose another --out_dir"
-            )
+            reason = f"{directory} holds {inside}, so it can't be set aside"
+            raise UserError(f"{reason}; choose another --out_dir")
 
 
 def lock(out_dir):
@@ -539,9 +516,8 @@ def lock(out_dir):
 
         fcntl.flock(os.open(out_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(
-            f"{out_dir}: another training is under way in it; choose another --out_dir"
-        ) from None
+        under_way = f"{out_dir}: another training is under way in it"
+        raise UserError(f"{under_way}; choose another --out_dir") from None
     except (ImportError, OSError):  # a drive without locks
         pass
 
@@ -560,10 +536,10 @@ def first_model(config, start):
         if before.get("start_weights") not in (None, prepare.weights_hash(source)):
             raise UserError("it holds another model by now")
     except UserError as e:
-        raise UserError(
-            f"{source}: the model that the run in {config['out_dir']} began with is no longer "
-            f"there; put it back, or choose another --out_dir ({e})"
-        ) from None
+        gone = (
+            f"{source}: the model that the run in {config['out_dir']} began with is no longer there"
+        )
+        raise UserError(f"{gone}; put it back, or choose another --out_dir ({e})") from None
     return source
 
 
@@ -584,8 +560,6 @@ def frozen(key, where, data, device):
     """A model beside the one that is trained, such as a reference model: with as many rows for
     chat tokens, and without gradients. UserError if it has another tokenizer than the data; `key`
     is the key that names it."""
-    from model import GPT
-
     directory = model_directory(where)
     if not data.tokenizer.agrees(prepare.load_tokenizer(directory)):
         raise UserError(f"{key}={where!r} has another tokenizer than the model that is trained")
@@ -597,15 +571,11 @@ def frozen(key, where, data, device):
 
 def rng_state(device):
     """The state of torch's generators, which draw dropout masks."""
-    import torch
-
     cuda = torch.cuda.get_rng_state() if device.startswith("cuda") else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_rng_state(state, device):
-    import torch
-
     torch.set_rng_state(state["cpu"])
     if device.startswith("cuda") and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])
@@ -718,9 +688,8 @@ class Log:
                 replace_text(samples, head + "".join(kept))
 
     def _gap(self, error):
-        self.warn_once(
-            "log", f"{self.path}: {first_line(error)}; training goes on, with a gap here"
-        )
+        trouble = f"{self.path}: {first_line(error)}; training goes on, with a gap here"
+        self.warn_once("log", trouble)
 
     def __call__(self, step, row):
         """A row of log.jsonl, and if it is no event of W&B and TensorBoard where they run."""
@@ -789,10 +758,8 @@ class Log:
 
             return SummaryWriter(os.path.join(self.out_dir, "tensorboard"), purge_step=step)
         except Exception as e:
-            self.say(
-                "warning: TensorBoard did not start, the run goes on without (pip install "
-                f"tensorboard): {first_line(e)}"
-            )
+            reason = f"{first_line(e)} (pip install tensorboard)"
+            self.say(f"warning: TensorBoard can't be used, the run goes on without: {reason}")
 
     def start_bar(self, total, step):
         if self.master and sys.stdout and sys.stdout.isatty():
@@ -855,10 +822,6 @@ class Meter:
     """Speed, memory and cost of a run, for the log: since the last row, and in all."""
 
     def __init__(self, run, model, cost_per_hour, device, world_size):
-        import torch
-
-        from model import flops_per_token, gpu_spec
-
         self.cost_per_hour, self.device = cost_per_hour, device
         self.flops, self.peak = flops_per_token(model), 0  # 0: not known, and no MFU
         if device.startswith("cuda"):
@@ -878,8 +841,6 @@ class Meter:
         if self.peak:
             row["train/mfu"] = speed * self.flops / self.peak
         if self.device.startswith("cuda"):
-            import torch
-
             row["gpu/memory_allocated_gb"] = torch.cuda.max_memory_allocated() / 1e9
             with contextlib.suppress(Exception):  # without NVIDIA's library, or on a part of a GPU
                 row["gpu/utilization"] = torch.cuda.utilization(self.device)
@@ -921,8 +882,6 @@ def step_line(step, row):
 
 def in_memory(value):
     """A copy on the CPU that later steps leave alone."""
-    import torch
-
     if torch.is_tensor(value):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -958,8 +917,6 @@ class Checkpoints:
         waited = time.perf_counter() - begun
 
         def write(directory):
-            import torch
-
             generation = {"eos_token_id": ends if len(ends) > 1 else ends[0]}
             model.save_pretrained(directory, hf_layout, generation, weights)
             tokenizer.save(directory)
@@ -994,10 +951,10 @@ class Checkpoints:
             before = "the one before it stays"
             if not checkpoints(self.out_dir):
                 before = "there is none before it"
-            self.log.say(
-                f"warning: {target} could not be written, {before}: {first_line(e)} "
-                f"({shutil.disk_usage(self.out_dir).free / 1e6:,.1f} MB are free)"
+            reason = (
+                f"{first_line(e)} ({shutil.disk_usage(self.out_dir).free / 1e6:,.1f} MB are free)"
             )
+            self.log.say(f"warning: {target} could not be written, {before}: {reason}")
             self.log(step, {"event": "checkpoint failed", "path": target, "error": first_line(e)})
 
     def _link_best(self, step):
@@ -1094,11 +1051,6 @@ class Mirror:
             self.news.clear()
             try:
                 self._turn()
-                if closing:
-                    self.complete = True
-                    return
-                pause = self.first_pause
-                self.news.wait()
             except Refused as e:
                 self.log.warn_once(self.place.event, f"{self.place.name}: {e}")
                 return
@@ -1110,10 +1062,14 @@ class Mirror:
                     self.tries_left -= 1
                     if self.tries_left <= 0:
                         return
-                woken = self.news.wait(pause)
+                self.news.wait(pause)
                 pause = min(2 * pause, 60)
-                if woken and not self.closing:  # a new checkpoint
-                    pause = self.first_pause
+                continue
+            if closing:
+                self.complete = True
+                return
+            pause = self.first_pause
+            self.news.wait()
 
     def _turn(self):
         self.item = None
@@ -1183,8 +1139,7 @@ class Hub:
         raise OSError(trouble)
 
     def wanted(self):
-        saved = [path for path in checkpoints(self.out_dir) if is_checkpoint(path)]
-        return saved + ([self.FINAL] if self.final else [])
+        return whole_checkpoints(self.out_dir) + ([self.FINAL] if self.final else [])
 
     def path_of(self, item):
         if item == self.FINAL:
@@ -1257,7 +1212,7 @@ class Backup:
     def __init__(self, out_dir, directory, keep):
         self.out_dir, self.directory, self.keep = out_dir, directory, keep
         self.name = f"backup_dir={os.path.dirname(directory)}"
-        self.best_marker = None
+        self.copied = {}  # best/ and start/, as they were when they were copied last
 
     def open(self):
         mount = os.path.dirname(os.path.dirname(os.path.abspath(self.directory)))
@@ -1266,8 +1221,7 @@ class Backup:
         os.makedirs(self.directory, exist_ok=True)
 
     def wanted(self):
-        saved = [path for path in checkpoints(self.out_dir) if is_checkpoint(path)]
-        return saved[-self.keep :]  # keep 0: all
+        return whole_checkpoints(self.out_dir)[-self.keep :]  # keep 0: all
 
     def path_of(self, item):
         return os.path.join(self.directory, os.path.basename(item))
@@ -1290,32 +1244,29 @@ class Backup:
         return True
 
     def put_beside(self):
-        """The log, samples and plot; best/ if it has changed, and start/."""
+        """The log, samples and plot; best/ and start/ if they have changed."""
         prepare.copy_files(self.out_dir, self.directory, BESIDE)
-        marker = self._marker()
-        if marker and marker != self.best_marker:
+        for name in ("best", "start"):
+            source, target = os.path.join(self.out_dir, name), os.path.join(self.directory, name)
+            version = self._version(source)
+            if version in (None, self.copied.get(name)):
+                continue
             try:
-                self._put("best")
+                if not same_files(source, target):
+                    copy_directory(source, target)
+                self.copied[name] = version
             except FileNotFoundError:
-                if self._marker() == marker:
-                    raise
-                return  # it is being replaced; news of that follows
-            self.best_marker = marker
-        self._put("start")
+                if self._version(source) == version:
+                    raise  # else it is being replaced; news of that follows
 
-    def _put(self, name):
-        source, target = os.path.join(self.out_dir, name), os.path.join(self.directory, name)
-        if os.path.isdir(source) and not same_files(source, target):
-            copy_directory(source, target)
-
-    def _marker(self):
+    @staticmethod
+    def _version(directory):
         """What tells one best/ from the next without reading it; None if there is none."""
-        best = os.path.join(self.out_dir, "best")
         try:
-            weights = os.stat(os.path.join(best, "model.safetensors"))
+            weights = os.stat(os.path.join(directory, "model.safetensors"))
         except OSError:
             return None
-        return (weights.st_ino, weights.st_mtime_ns) if is_checkpoint(best) else None
+        return weights.st_ino, weights.st_mtime_ns
 
 
 def start_mirrors(config, checkpoints, log):
@@ -1555,8 +1506,6 @@ def in_vocabulary(start, tokenizer):
 def samples(model, data, config, count, autocast, log):
     """Texts that begin with sample_start, or after the first stage answer it. They are for show:
     what fails here is a warning."""
-    import torch
-
     try:
         tokenizer = data.tokenizer
         start = in_vocabulary(config["sample_start"], tokenizer)

@@ -62,7 +62,6 @@ compile = False               # torch.compile; pays off only with many samples
 setup = configure(globals())
 
 import prepare  # noqa: E402
-import runs  # noqa: E402
 
 prepare.read_secrets()
 
@@ -114,18 +113,19 @@ if start.startswith("FILE:"):
     start = read_text(start[5:], "start")
 start = without_surrogates(start)
 prompts_text = read_text(prompts, "prompts") if prompts else ""
-if init_from == "resume":
-    init_from = out_dir or runs.newest_run("out")
-    if not os.path.isdir(init_from):
-        raise UserError(f"out_dir={out_dir}: no such directory")
+if out_dir and init_from == "resume" and not os.path.isdir(out_dir):
+    raise UserError(f"out_dir={out_dir}: no such directory")
 
 # -----------------------------------------------------------------------------
 # load the model and its tokenizer
 
 import torch  # noqa: E402
 
+import runs  # noqa: E402
 from model import GPT, pack_weights, pick_device, pick_dtype  # noqa: E402
 
+if init_from == "resume":
+    init_from = out_dir or runs.newest_run("out")
 device = pick_device(device)
 directory = runs.model_directory(init_from)
 tokenizer = prepare.load_tokenizer(directory)
@@ -371,16 +371,6 @@ def read_prompts():
     return requests
 
 
-def open_output():
-    """out_file, or standard output; without a buffer, so that what is written is known exactly."""
-    if not out_file:
-        return open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)
-    try:
-        return open(out_file, "xb", buffering=0)
-    except (OSError, ValueError) as e:
-        raise UserError(f"out_file={out_file}: {getattr(e, 'strerror', None) or e}") from None
-
-
 def answer_line(record, completion):
     answer = {"completion": completion.text, "finish_reason": completion.finish_reason}
     return json.dumps(record | answer, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
@@ -390,7 +380,8 @@ def answer_prompts():
     """Answers a file of prompts in its order. Only whole lines remain, whatever interrupts it."""
     requests, began = read_prompts(), time.perf_counter()
     n_answers = n_tokens = size = 0
-    output = open_output()
+    where, mode = (out_file, "xb") if out_file else (os.dup(sys.stdout.fileno()), "wb")
+    output = open(where, mode, buffering=0)  # noqa: SIM115  unbuffered: what is written is known
     try:
         for completions in complete_all(requests):
             data = b"".join(answer_line(requests[i][0], c) for i, c in sorted(completions.items()))
