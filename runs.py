@@ -74,9 +74,7 @@ def model_directory(where):
         return where
     if os.path.isdir(where):
         if not checkpoints(where):
-            raise UserError(
-                f"{where}: neither a model (no config.json) nor a run (no step_* in it)"
-            )
+            raise UserError(f"{where}: neither a model directory (config.json) nor a run (step_*)")
         return checkpoints(where)[-1]
     is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", where)
     if not is_id or where.startswith((".", "out/", "data/")):
@@ -136,10 +134,8 @@ def is_run(directory):
         path = os.path.join(directory, name)
         left_by_full_disk = os.path.isfile(path) and os.path.getsize(path) == 0
         if re.fullmatch(NAMES, name) and not left_by_full_disk:
-            another += ", or move it away"
-            raise UserError(
-                f"{directory} holds {name}, but no run, which would replace it; {another}"
-            )
+            reason = f"{directory} holds {name}, but no run: a run would replace it"
+            raise UserError(f"{reason}; {another}, or move it away")
     return False
 
 
@@ -378,9 +374,7 @@ def shape_of(config, setup):
         return GPTConfig(**keys | {"vocab_size": vocab_size})
     if not os.path.isdir(where):
         advice = "put the config of the run that makes it before this one, or fetch it"
-        raise UserError(
-            f"init_from={where!r}: this model, whose shape counts, is not here; {advice}"
-        )
+        raise UserError(f"init_from={where!r}: --dry_run asks this model for its shape; {advice}")
     shape = GPT.from_pretrained(model_directory(where)).config
     shape.block_size = min(config["block_size"], shape.max_positions)
     return shape
@@ -433,10 +427,8 @@ def model_to_continue(start, config, asked, data, say):
     say(f"weights from {directory}")
     has_tokenizer = os.path.exists(os.path.join(directory, "tokenizer.json"))
     if has_tokenizer and not data.tokenizer.agrees(prepare.load_tokenizer(directory)):
-        advice = f"prepare it with --tokenizer={directory}"
-        raise UserError(
-            f"{config['dataset']} was made with another tokenizer than {where}; {advice}"
-        )
+        differs = f"{config['dataset']} was made with another tokenizer than {where}"
+        raise UserError(f"{differs}; prepare it with --tokenizer={directory}")
     missing = data.vocab_size - model.config.vocab_size
     if missing > 0 and config["stage"] != "pretrain":
         say(f"the model grows rows for {missing} chat tokens")
@@ -536,9 +528,7 @@ def first_model(config, start):
         if before.get("start_weights") not in (None, prepare.weights_hash(source)):
             raise UserError("it holds another model by now")
     except UserError as e:
-        gone = (
-            f"{source}: the model that the run in {config['out_dir']} began with is no longer there"
-        )
+        gone = f"{source}: the model that this run began with is no longer there"
         raise UserError(f"{gone}; put it back, or choose another --out_dir ({e})") from None
     return source
 
@@ -951,9 +941,8 @@ class Checkpoints:
             before = "the one before it stays"
             if not checkpoints(self.out_dir):
                 before = "there is none before it"
-            reason = (
-                f"{first_line(e)} ({shutil.disk_usage(self.out_dir).free / 1e6:,.1f} MB are free)"
-            )
+            free = f"{shutil.disk_usage(self.out_dir).free / 1e6:,.1f} MB are free"
+            reason = f"{first_line(e)} ({free})"
             self.log.say(f"warning: {target} could not be written, {before}: {reason}")
             self.log(step, {"event": "checkpoint failed", "path": target, "error": first_line(e)})
 
@@ -996,10 +985,8 @@ class Checkpoints:
         for mirror in self.mirrors:
             mirror.close(tries)
         if any(mirror.thread.is_alive() for mirror in self.mirrors):
-            again = "again" if stop.signal else "twice"
-            self.log.say(
-                f"waiting for uploads and copies under way; Ctrl-C {again} leaves without them"
-            )
+            leave = f"Ctrl-C {'again' if stop.signal else 'twice'} leaves without them"
+            self.log.say(f"waiting for uploads and copies under way; {leave}")
         for mirror in self.mirrors:
             while mirror.thread.is_alive():
                 mirror.thread.join(0.2)
@@ -1107,8 +1094,8 @@ class Hub:
         self.api, self.final, self.has_final = None, {}, False
 
     def open(self):
-        """The client. The repository is made at once, so that a token that may not write is
-        reported at the start and not at the first checkpoint."""
+        """The client and the repository, at the start: a token that may not write is reported
+        then and not at the first checkpoint."""
         if self.api:
             return
         from huggingface_hub import HfApi, get_token
@@ -1118,24 +1105,19 @@ class Hub:
         logging.set_verbosity_error()
         prepare.hide("HF_TOKEN", get_token())  # `hf auth login` keeps one outside the environment
         api = HfApi()
-        with contextlib.suppress(OSError, LookupError):  # no network yet
-            self._ask(api.create_repo, self.repo, private=self.private, exist_ok=True)
+        self._ask(api.create_repo, self.repo, private=self.private, exist_ok=True)
         self.api = api
 
     def _ask(self, call, *args, **options):
-        """Calls the client; Refused where the answer is final, LookupError where nothing is there,
-        OSError where it is a matter of time."""
+        """Calls the client; Refused where the answer is final, OSError where it is a matter of
+        time."""
         try:
             return call(*args, **options)
         except Exception as e:
             status, trouble = getattr(getattr(e, "response", None), "status_code", 0), first_line(e)
-        if status == 404:
-            raise LookupError(trouble)
-        if 400 <= status < 500 and status not in (408, 409, 412, 429):
-            raise Refused(
-                f"the Hub refuses ({status}), so nothing more is uploaded; training goes on. Check "
-                f"that HF_TOKEN is right and may write there: {trouble}"
-            )
+        if 400 <= status < 500 and status not in (404, 408, 409, 412, 429):
+            refusal = f"the Hub refuses ({status}), so nothing more is uploaded; training goes on"
+            raise Refused(f"{refusal}. Check that HF_TOKEN may write there: {trouble}")
         raise OSError(trouble)
 
     def wanted(self):
@@ -1166,7 +1148,6 @@ class Hub:
         files = {prefix + name: source for name, source in files.items()}
         if not is_final and self._confirms(files, prefix):
             return False
-        self._ask(self.api.create_repo, self.repo, private=self.private, exist_ok=True)
         additions = [CommitOperationAdd(path, source) for path, source in files.items()]
         message = "Final model" if is_final else prefix.rstrip("/")
         self._ask(self.api.create_commit, self.repo, additions, commit_message=message)
@@ -1178,10 +1159,7 @@ class Hub:
     def _confirms(self, files, prefix):
         """Whether the Hub, asked, has every file in its size, and the weights with their
         SHA-256."""
-        try:
-            infos = self._ask(self.api.get_paths_info, self.repo, list(files))
-        except LookupError:  # the repository is not there yet
-            return False
+        infos = self._ask(self.api.get_paths_info, self.repo, list(files))
         there = {info.path: info for info in infos}
         for path, source in files.items():
             size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
@@ -1198,9 +1176,8 @@ class Hub:
     def report(self):
         if self.has_final:
             return f"the final model is at {self.api.endpoint}/{self.repo}"
-        return (
-            f"the final model is not on the Hub but in {self.out_dir}; the same command tries again"
-        )
+        here = f"the final model is not on the Hub but in {self.out_dir}"
+        return f"{here}; the same command tries again"
 
 
 class Backup:
@@ -1404,15 +1381,11 @@ class Pod:
         if not config["hf_repo"]:
             log.say("RunPod: without hf_repo the pod is stopped at the end, not terminated")
         if not os.path.realpath(config["out_dir"]).startswith("/workspace/"):
-            log.say(
-                f"warning: out_dir={config['out_dir']} is not in /workspace, and nothing else "
-                "outlives a pod that is stopped"
-            )
+            place = f"out_dir={config['out_dir']} is not in /workspace"
+            log.say(f"warning: {place}, and nothing else outlives a pod that is stopped")
         if not os.environ.get("RUNPOD_API_KEY"):
-            log.say(
-                "warning: terminate_pod=True, but there is no RUNPOD_API_KEY: the pod will run on, "
-                "and cost, after the end"
-            )
+            key = "terminate_pod=True, but there is no RUNPOD_API_KEY"
+            log.say(f"warning: {key}: the pod will run on, and cost, after the end")
 
     def end(self, how, step):
         """Terminates or stops the pod, after ten seconds in which Ctrl-C calls it off."""
@@ -1437,10 +1410,8 @@ class Pod:
             except requests.RequestException as e:
                 trouble = first_line(e)
                 time.sleep(pause)
-        self.say(
-            f"could not {how} pod {self.id}, which runs on, and costs: {trouble}. End it at "
-            "https://console.runpod.io/pods"
-        )
+        failure = f"could not {how} pod {self.id}, which runs on, and costs: {trouble}"
+        self.say(f"{failure}. End it at https://console.runpod.io/pods")
 
     def say(self, text):
         print(f"RunPod: {prepare.without_secrets(text)}", flush=True)  # whichever process crashed
@@ -1547,12 +1518,9 @@ def last_checkpoint(config, run, why, say):
             break
     advice = "Lower the learning rate, or look at the data"
     if why == "gradient is 0":
-        advice = "No weight can learn: look at how the model begins (init_std, init_from), and at "
-        advice += "what you changed in it"
-    raise Diverged(
-        f"{config['max_bad_steps']} bad steps in a row ({why}) after step {run.step} and "
-        f"{run.rollbacks} rollbacks; {kept}. {advice}"
-    )
+        advice = "No weight can learn: look at init_std, init_from, and what you changed in it"
+    trouble = f"{config['max_bad_steps']} bad steps in a row ({why}) after step {run.step}"
+    raise Diverged(f"{trouble} and {run.rollbacks} rollbacks; {kept}. {advice}")
 
 
 def command(*changes):
@@ -1569,16 +1537,11 @@ def summary(config, run, trained, is_saved, tokenizer):
     best = "not evaluated"
     if math.isfinite(run.best[0]):
         best = f"best {name} {abs(run.best[0]):.4f}"
-    lines = [
-        f"--- {run.step:,} steps, {run.tokens:,} tokens in {run.train_s:.0f} s of training: "
-        f"{best} ---",
-        f"the loss, drawn      {os.path.join(out_dir, PLOT)}",
-    ]
+    done = f"{run.step:,} steps, {run.tokens:,} tokens in {run.train_s:.0f} s of training: {best}"
     if not trained:
-        lines[0] = (
-            f"--- nothing left to do: the run in {out_dir} has {run.step:,} steps, and max_iters="
-            f"{config['max_iters']} asks for no more; {best} ---"
-        )
+        done = f"nothing left to do: the run in {out_dir} has {run.step:,} steps, and max_iters="
+        done += f"{config['max_iters']} asks for no more; {best}"
+    lines = [f"--- {done} ---", f"the loss, drawn      {os.path.join(out_dir, PLOT)}"]
     if is_saved:
         sample = ["sample.py", f"--out_dir={out_dir}", "--interactive"]
         if config["stage"] == "pretrain":
@@ -1594,7 +1557,5 @@ def summary(config, run, trained, is_saved, tokenizer):
 
 def how_to_resume(stopped_by, step, max_iters, is_saved):
     saved = "which is saved" if is_saved else "which is not saved"
-    return (
-        f"{stopped_by or 'a signal'}: stopped after step {step:,} of {max_iters:,}, {saved}. "
-        f"To go on:\n  {command()}"
-    )
+    stopped = f"{stopped_by or 'a signal'}: stopped after step {step:,} of {max_iters:,}, {saved}"
+    return f"{stopped}. To go on:\n  {command()}"
