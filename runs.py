@@ -612,6 +612,14 @@ class Log:
             self.say(f"warning: {text}")
         self.warned.add(kind)
 
+    @contextlib.contextmanager
+    def optional(self, kind, what):
+        """What fails in here is reported once of its kind, and training goes on."""
+        try:
+            yield
+        except Exception as e:
+            self.warn_once(kind, f"{what}: {first_line(e)}; training goes on")
+
     def rows(self):
         """The rows of log.jsonl, without damaged lines, such as one that a full disk cut short."""
         try:
@@ -649,10 +657,8 @@ class Log:
         """Cuts log and samples back to the step where the run begins, and starts the loggers."""
         if not self.master:
             return
-        try:
+        with self.optional("log", self.path):
             self._cut_back(step if resumed else -1)
-        except (OSError, ValueError) as e:
-            self._gap(e)
         self.wandb_run = self._start_wandb(config) if config["wandb_log"] else None
         self.board = self._start_tensorboard(step) if config["tensorboard"] else None
         more = {"left_out": left_out} if left_out else {}
@@ -677,10 +683,6 @@ class Log:
             if len(kept) < len(parts):
                 replace_text(samples, head + "".join(kept))
 
-    def _gap(self, error):
-        trouble = f"{self.path}: {first_line(error)}; training goes on, with a gap here"
-        self.warn_once("log", trouble)
-
     def __call__(self, step, row):
         """A row of log.jsonl, and if it is no event of W&B and TensorBoard where they run."""
         if not self.master:
@@ -689,12 +691,10 @@ class Log:
         for key, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 in_json[key] = None  # JSON has no word for such a number
-        try:
+        with self.optional("log", self.path):
             line = prepare.without_secrets(json.dumps(in_json)) + "\n"
             with self.lock, open(self.path, "a", encoding="utf-8") as f:
                 f.write(line)
-        except (OSError, TypeError, ValueError) as e:
-            self._gap(e)
         if "event" in row:  # an upload's step is past by then, and W&B refuses steps out of order
             return
         numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
@@ -712,15 +712,15 @@ class Log:
         """Adds a text that the model wrote to samples.txt and the log."""
         self(step, {"event": "sample", "text": text})
         path = os.path.join(self.out_dir, SAMPLES)
-        try:
-            with open(path, "a", encoding="utf-8", errors="replace") as f:
-                f.write(f"--- step {step} ---\n{text}\n")
-        except OSError as e:
-            self.warn_once("samples", f"{path}: {first_line(e)}; training goes on")
+        with (
+            self.optional("samples", path),
+            open(path, "a", encoding="utf-8", errors="replace") as f,
+        ):
+            f.write(f"--- step {step} ---\n{text}\n")
 
     def _start_wandb(self, config):
         """A W&B run, online or else offline; None, with a warning, where W&B does not work."""
-        try:
+        with self.optional("wandb", "W&B can't be used"):
             import wandb
 
             name = config["wandb_run_name"] or os.path.basename(os.path.abspath(self.out_dir))
@@ -739,17 +739,12 @@ class Log:
                 trouble = f"W&B did not start: {first_line(e)}"
             self.say(f"warning: {trouble}; so it logs offline, and wandb sync uploads it later")
             return wandb.init(**options, mode="offline")
-        except Exception as e:
-            self.say(f"warning: W&B can't be used, the run goes on without: {first_line(e)}")
 
     def _start_tensorboard(self, step):
-        try:
+        with self.optional("tensorboard", "TensorBoard can't be used (pip install tensorboard)"):
             from torch.utils.tensorboard import SummaryWriter
 
             return SummaryWriter(os.path.join(self.out_dir, "tensorboard"), purge_step=step)
-        except Exception as e:
-            reason = f"{first_line(e)} (pip install tensorboard)"
-            self.say(f"warning: TensorBoard can't be used, the run goes on without: {reason}")
 
     def start_bar(self, total, step):
         if self.master and sys.stdout and sys.stdout.isatty():
@@ -776,7 +771,7 @@ class Log:
         if not self.master:
             return
         path = os.path.join(self.out_dir, PLOT)
-        try:
+        with self.optional("plot", path):
             from matplotlib.figure import Figure
 
             rows = self.rows()
@@ -793,18 +788,14 @@ class Log:
                 axes.plot([x for x, _ in points], [y for _, y in points], label=key, **style)
             loss.legend()
             figure.savefig(path, dpi=120)
-        except Exception as e:
-            self.warn_once("plot", f"{path}: {first_line(e)}; training goes on")
 
     def close(self):
         self.close_bar()
-        try:
+        with self.optional("close", "W&B or TensorBoard could not be closed"):
             if self.wandb_run:
                 self.wandb_run.finish()
             if self.board:
                 self.board.close()
-        except Exception as e:
-            self.say(f"warning: W&B or TensorBoard could not be closed: {first_line(e)}")
         self.wandb_run = self.board = None
 
 
@@ -920,11 +911,9 @@ class Checkpoints:
 
     def _submit(self, job, *args):
         def run():
-            try:
+            with self.log.optional("writer", self.out_dir):  # it is gone itself, for example
                 job(*args)
                 self.rotate()
-            except Exception as e:  # out_dir itself is gone, for example
-                self.log.warn_once("writer", f"{self.out_dir}: {first_line(e)}; training goes on")
             for mirror in self.mirrors:
                 mirror.news.set()
 
@@ -950,12 +939,9 @@ class Checkpoints:
         source = self.path(step)
         if not is_checkpoint(source):  # it could not be written, which was said
             return
-        try:
+        with self.log.optional("best", f"{self.best} could not become {source}"):
             copy_directory(source, self.best, link=True)
             self.log(step, {"event": "best", "path": self.best})
-        except Exception as e:
-            trouble = f"{self.best} could not become {source}: {first_line(e)}; training goes on"
-            self.log.warn_once("best", trouble)
 
     def rotate(self):
         """All but the newest `keep` go, as soon as every mirror has them, or at once where the
@@ -1477,7 +1463,8 @@ def in_vocabulary(start, tokenizer):
 def samples(model, data, config, count, autocast, log):
     """Texts that begin with sample_start, or after the first stage answer it. They are for show:
     what fails here is a warning."""
-    try:
+    texts = []
+    with log.optional("sample", "no sample could be made"):
         tokenizer = data.tokenizer
         start = in_vocabulary(config["sample_start"], tokenizer)
         prompt, shown = tokenizer.encode(start) or [tokenizer.eos_id], start
@@ -1490,15 +1477,11 @@ def samples(model, data, config, count, autocast, log):
         how = {"temperature": 0.8, "top_k": 200, "seed": config["seed"], "stop": data.ends}
         with autocast():
             rows = model.generate(idx, length, **how).tolist()
-        texts = []
         for ids in rows:
             ids = ids[len(prompt) :]
             end = next((i for i, token in enumerate(ids) if token in data.ends), len(ids))
             texts.append(shown + tokenizer.decode(ids[:end]))
-        return texts
-    except Exception as e:
-        log.warn_once("sample", f"no sample could be made: {first_line(e)}; training goes on")
-        return []
+    return texts
 
 
 class Diverged(UserError):
