@@ -76,13 +76,14 @@ import torch.nn.functional as F
 import prepare
 from model import (
     GPT,
+    GPUS,
     GPTConfig,
     Muon,
     architecture,
     compile_pays,
     documents,
     flops_per_token,
-    gpu_spec,
+    gpu_named,
     keep_memory,
     make_optimizers,
     multiplies_bf16,
@@ -472,12 +473,13 @@ def part_train():
     report(
         "training step, of that rate", "%", [100 * r / statistics.median(rates) for r in reached]
     )
-    if device_type == "cuda" and (spec := gpu_spec(torch.cuda.get_device_name(device))):
+    if device_type == "cuda" and (name := gpu_named(torch.cuda.get_device_name(device))):
+        peak = GPUS[name][0]
         report(
             "training step, MFU",
             "%",
-            [100 * r / spec[0] for r in reached],
-            f"of {spec[0] / 1e12:.0f} TFLOP/s",
+            [100 * r / peak for r in reached],
+            f"of {peak / 1e12:.0f} TFLOP/s",
         )
 
 

@@ -141,9 +141,9 @@ def _parse_arguments(argv, keys, words_allowed):
 
 def _arguments_as_meant(argv, keys, words_allowed):
     """The arguments with the usual slips corrected: --key VALUE, key=value, --some-key=value, and
-    a config without its directory or .py, or with a letter wrong."""
+    a config behind --config, without its directory or .py, or with a letter wrong."""
     meant, open_key = [], ""  # open_key: it may take the next argument as its value
-    for arg in argv:
+    for arg in filter(None, (re.sub("^--?config(=|$)", "", arg) for arg in argv)):
         name, equals, text = arg.lstrip("-").partition("=")
         name = name.replace("-", "_")
         is_truth, before = arg.lower() in ("true", "false"), keys.get(open_key)
@@ -171,7 +171,7 @@ def _config_file(arg):
     names = os.listdir(directory) if os.path.isdir(directory) else []
     stems = [name.removesuffix(".py") for name in names if name.endswith(".py")]
     # at 0.6, as for keys, nope would be taken for nanogpt or smol
-    close = difflib.get_close_matches(os.path.basename(stem), stems, n=1, cutoff=0.75)
+    close = difflib.get_close_matches(os.path.basename(stem).lower(), stems, n=1, cutoff=0.75)
     return os.path.join(directory, f"{close[0]}.py") if close else arg
 
 

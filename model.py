@@ -1393,12 +1393,12 @@ GPUS = {
 # fmt: on
 
 
-def gpu_spec(name):
-    """The row of GPUS for a name such as 'NVIDIA A100-SXM4-80GB', 'RTX4090' or '4090', or None."""
-    for gpu, spec in GPUS.items():
+def gpu_named(name):
+    """The key of GPUS for a name such as 'NVIDIA A100-SXM4-80GB', 'RTX4090' or '4090', or None."""
+    for gpu in GPUS:
         words = gpu.replace("RTX ", "(RTX[ _-]?)?")
         if re.search(rf"(?<![A-Z0-9]){words}(?![A-Z0-9])", name.upper()):
-            return spec
+            return gpu
     return None
 
 
@@ -1444,8 +1444,9 @@ def plan(config, shape, gpu=""):
     """Prints what a run would take, for train.py --dry_run: parameters, FLOPs, tokens, memory, and
     on `gpu` (a name in GPUS) hours and dollars. `config` holds every key of train.py, `shape` is
     the model's GPTConfig."""
-    if gpu and not gpu_spec(gpu):
-        raise UserError(f"gpu={gpu!r}: expected one of {', '.join(GPUS)}")
+    gpu, asked = gpu_named(gpu), gpu
+    if asked and not gpu:
+        raise UserError(f"gpu={asked!r}: expected one of {', '.join(GPUS)}")
     with torch.device("meta"):
         model = GPT(shape)
     flops = flops_per_token(model)
@@ -1463,12 +1464,12 @@ def plan(config, shape, gpu=""):
         print(f"{what:17} {size / 1e9:.2f} GB")
     if not gpu:
         return
-    peak, gigabytes, price = gpu_spec(gpu)
+    peak, gigabytes, price = GPUS[gpu]
     price = config["gpu_cost_per_hour"] or price
     speed = peak * config["mfu"] / flops  # tokens a second
     hours = tokens / speed / 3600
     print(
-        f"on one {gpu.upper():10} {hours:,.1f} hours, ${hours * price:,.2f}, at {speed:,.0f} tok/s "
+        f"on one {gpu:10} {hours:,.1f} hours, ${hours * price:,.2f}, at {speed:,.0f} tok/s "
         f"({config['mfu']:.0%} of {peak / 1e12:.0f} TFLOP/s) and ${price:.2f} an hour"
     )
     if sum(memory.values()) > 0.95 * gigabytes * 1e9:

@@ -3538,7 +3538,7 @@ def main(words, options):
 
 
 if __name__ == "__main__":
-    arguments = [re.sub("^--as=", "--as_=", argument) for argument in sys.argv[1:]]
+    arguments = [re.sub("^--as(=|$)", r"--as_\1", argument) for argument in sys.argv[1:]]
     setup = configure(globals(), words=True, argv=arguments)
     options = {key: globals()[key] for key in setup.keys}
     if "val_fraction" not in setup.given:

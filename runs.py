@@ -26,7 +26,7 @@ import torch
 
 import prepare
 from configurator import UserError, command_line
-from model import FOLLOWS, GPT, GPTConfig, flops_per_token, gpu_spec
+from model import FOLLOWS, GPT, GPUS, GPTConfig, flops_per_token, gpu_named
 
 # -----------------------------------------------------------------------------
 # where runs and models are
@@ -806,8 +806,8 @@ class Meter:
         self.cost_per_hour, self.device = cost_per_hour, device
         self.flops, self.peak = flops_per_token(model), 0  # 0: not known, and no MFU
         if device.startswith("cuda"):
-            spec = gpu_spec(torch.cuda.get_device_name(device))
-            self.peak = spec[0] * world_size if spec else 0
+            gpu = gpu_named(torch.cuda.get_device_name(device))
+            self.peak = GPUS[gpu][0] * world_size if gpu else 0
         self.mark(run)
 
     def mark(self, run):
@@ -1248,11 +1248,9 @@ def start_mirrors(config, checkpoints, log):
 # the card
 
 # what a card leaves out: paths and accounts
-PRIVATE = ("out_dir", "data_dir", "backup_dir", "init_from", "hf_repo", "hf_private")
-PRIVATE += ("terminate_pod", "terminate_on_error", "wandb_log", "wandb_project", "wandb_run_name")
-PRIVATE += ("tensorboard", "dry_run", "gpu", "mfu", "gpu_cost_per_hour")
-
-
+PRIVATE = """out_dir data_dir backup_dir init_from hf_repo hf_private terminate_pod
+    terminate_on_error wandb_log wandb_project wandb_run_name tensorboard dry_run gpu mfu
+    gpu_cost_per_hour""".split()  # noqa: SIM905
 CARD = """---
 {front}
 ---

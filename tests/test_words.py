@@ -47,6 +47,9 @@ def configs(tmp_path, monkeypatch):
         ("--batch-size=16", "--batch_size=16"),
         ("-batch_size=16", "--batch_size=16"),
         ("batch_size=16", "--batch_size=16"),
+        ("--config=toy_sft --top_k=3", "config/toy_sft.py --top_k=3"),
+        ("--config config/toy_sft.py", "config/toy_sft.py"),
+        ("Toy-SFT", "config/toy_sft.py"),
     ],
 )
 def test_the_line_that_would_have_been_right(script, configs, typed, right):  # noqa: F811
@@ -131,7 +134,7 @@ def test_what_a_config_does_not_leave_behind_is_no_key(script, tmp_path):  # noq
     ],
 )
 def test_names_of_gpus(name, gpu):
-    assert model.gpu_spec(name) == model.GPUS.get(gpu)
+    assert (model.gpu_named(name) or "") == gpu
 
 
 @pytest.mark.parametrize(
