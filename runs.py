@@ -419,7 +419,9 @@ def model_to_continue(start, config, asked, data, say):
     found = vars(model.config)
     for key, value in asked.items():
         if value != found[key] and key not in ("block_size", "dropout"):
-            raise UserError(f"{key}={value!r} was asked for, {where} has {found[key]!r}")
+            raise UserError(
+                f"{key}={value!r} was asked for, the model in {where} has {found[key]!r}"
+            )
     if block_size > found["max_positions"]:
         limit = f"max_positions={found['max_positions']}"
         raise UserError(f"block_size={block_size} is beyond the {limit} of {where}")
