@@ -304,16 +304,15 @@ def read_keys(path, class_name=""):
 
 def _keys_in(body, text, title):
     """name -> Key of the statements in `body`, with their comments."""
-    lines = [line.strip() for line in text.split("\n")]
-    keys, last = {}, 0
+    lines, keys, last = text.split("\n"), {}, 0
     for node in body:
         name, default = _assignment(node)
         if name:
-            above = [line for line in lines[last : node.lineno - 1] if line.startswith("#")]
-            heading = [line.strip("# -") for line in above if not line.startswith("# fmt:")]
-            line = text.split("\n")[node.end_lineno - 1].encode()  # columns count bytes
-            comment = line[node.end_col_offset :].decode().strip()
-            comment = comment.strip("# -") if comment.startswith("#") else ""
+            above = [line.strip() for line in lines[last : node.lineno - 1]]
+            above = [line for line in above if line[:1] == "#" and not line.startswith("# fmt:")]
+            heading = [line.strip("# -") for line in above]
+            rest = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode().strip()
+            comment = rest.strip("# -") if rest.startswith("#") else ""
             keys[name] = Key(name, default, comment, heading, title, node.lineno)
         if name or isinstance(node, ast.Expr):
             last = node.end_lineno

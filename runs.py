@@ -1452,7 +1452,7 @@ def headline(model, data, config, sequences, attention, say):
         say(f"warning: sample_start={start!r}: {e}; samples begin with the end-of-text token")
 
 
-def in_vocabulary(start, tokenizer):
+def encodable(start, tokenizer):
     """`start`, or "" where the vocabulary lacks a character of it, which headline() reports."""
     with contextlib.suppress(UserError):
         tokenizer.encode(start)
@@ -1466,7 +1466,7 @@ def samples(model, data, config, count, autocast, log):
     texts = []
     with log.optional("sample", "no sample could be made"):
         tokenizer = data.tokenizer
-        start = in_vocabulary(config["sample_start"], tokenizer)
+        start = encodable(config["sample_start"], tokenizer)
         prompt, shown = tokenizer.encode(start) or [tokenizer.eos_id], start
         if config["stage"] != "pretrain":
             chat = [{"role": "user", "content": start}]
@@ -1528,7 +1528,7 @@ def summary(config, run, trained, is_saved, tokenizer):
     if is_saved:
         sample = ["sample.py", f"--out_dir={out_dir}", "--interactive"]
         if config["stage"] == "pretrain":
-            start = in_vocabulary(config["sample_start"] or "Once upon a time", tokenizer)
+            start = encodable(config["sample_start"] or "Once upon a time", tokenizer)
             sample[2:] = [f"--start={start}"] if start else []
         lines.append(f"write more           python {shlex.join(sample)}")
         longer = max(2 * config["max_iters"], run.step + config["max_iters"])
