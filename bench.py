@@ -47,9 +47,7 @@ measure = ""  # internal: what a process of its own measures ...
 scratch = ""  # ... and the directory that it shares with the one that started it
 # -----------------------------------------------------------------------------
 own = set(globals())
-setup = configure(
-    globals(), also="train.py"
-)  # batch_size, block_size, the model's keys and all others of train.py
+setup = configure(globals(), also="train.py model.py:GPTConfig")  # all keys of a run are keys here
 
 PARTS = (
     "train",
@@ -79,13 +77,14 @@ import torch.nn.functional as F
 import prepare
 from model import (
     GPT,
+    GPUS,
     GPTConfig,
     Muon,
     architecture,
     compile_pays,
     documents,
     flops_per_token,
-    gpu_spec,
+    gpu_named,
     keep_memory,
     make_optimizers,
     multiplies_bf16,
@@ -488,12 +487,13 @@ def report_utilization(seconds):
     report(
         "training step, of that rate", "%", [100 * r / statistics.median(rates) for r in reached]
     )
-    if device_type == "cuda" and (spec := gpu_spec(torch.cuda.get_device_name(device))):
+    if device_type == "cuda" and (name := gpu_named(torch.cuda.get_device_name(device))):
+        peak = GPUS[name][0]
         report(
             "training step, MFU",
             "%",
-            [100 * r / spec[0] for r in reached],
-            f"of {spec[0] / 1e12:.0f} TFLOP/s",
+            [100 * r / peak for r in reached],
+            f"of {peak / 1e12:.0f} TFLOP/s",
         )
 
 

@@ -22,11 +22,11 @@ import atexit
 import contextlib
 import difflib
 import errno
-import io
 import math
 import operator
 import os
 import re
+import shlex
 import sys
 import tokenize
 import types
@@ -37,14 +37,14 @@ class UserError(ValueError):
     """A mistake that the user can correct; printed as one line, without a traceback."""
 
 
-def configure(variables, words=False, also=None, argv=None):
+def configure(variables, words=False, also="", argv=None):
     """Applies config files and --key=value arguments to `variables`, the globals() of a script.
 
     The keys are the script's lower-case top-level variables that hold a constant, assigned before
-    its first function, class or call of configure(). `also` adds the keys of a second source where
-    the script has none of that name: those of another script ("train.py"), with what that script
-    itself adds by `also`, or the fields of a dataclass ("model.py:GPTConfig"). A word on the
-    command line that is neither an option nor a .py file is an error unless `words` is true.
+    its first function, class or call of configure(). `also` names sources, with spaces between
+    them, whose keys the script has, too: other scripts ("train.py"), or the fields of a dataclass
+    ("model.py:GPTConfig"). A word on the command line that is neither an option nor a .py file is
+    an error unless `words` is true.
 
     Returns a namespace: `keys` (their names), `config` (key -> value), `given` (key -> a config
     file's path or "command line"; a key with its default is absent), `files` (the config files),
@@ -55,55 +55,132 @@ def configure(variables, words=False, also=None, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     sys.excepthook, warnings.showwarning = _print_exception, _print_warning
     _prepare_streams()
-    script = variables["__file__"]
-    keys, _ = read_keys(script)
-    while also:
-        path, _, class_name = also.partition(":")
-        path = os.path.join(os.path.dirname(os.path.abspath(script)), path)
-        more, also = read_keys(path, class_name)
-        for name, key in more.items():
-            if name not in keys and name in variables:
-                raise UserError(f"{key.place}: {script} has another use for {name}; rename the key")
-            if name not in keys:
-                keys[name] = key
-                variables[name] = key.default
+    keys = _keys_of_script(variables, also.split())
     if "--help" in argv or "-h" in argv:
         print(_help(variables["__doc__"] or "", keys), flush=True)
         sys.exit(0)
     for key in keys.values():
         key.check(key.default, key.place)
 
-    setup = types.SimpleNamespace(keys=list(keys), given={}, files=[], from_files={}, words=[])
-    options = []
-    for arg in argv:
-        if arg.startswith("--"):
-            options.append(arg)
-        elif arg.endswith(".py"):
-            setup.files.append(arg)
-        elif words and not arg.startswith("-"):
-            setup.words.append(arg)
-        else:
-            raise UserError(f"{arg!r} is neither a config file (*.py) nor an option (--key=value)")
-    for path in setup.files:
+    files, options, words = _read_arguments(argv, keys, words)
+    given, from_files = {}, {}
+    for path in files:
         for name, value in _run_config(path, {name: variables[name] for name in keys}).items():
-            variables[name] = setup.from_files[name] = keys[name].check(value, path)
-            setup.given[name] = path
-    for option in options:
-        name, equals, text = option[2:].partition("=")
-        if name not in keys:
+            variables[name] = from_files[name] = keys[name].check(value, path)
+            given[name] = path
+    variables |= options
+    given |= dict.fromkeys(options, "command line")
+    return types.SimpleNamespace(
+        keys=list(keys),
+        config={name: variables[name] for name in keys},
+        given=given,
+        files=files,
+        from_files=from_files,
+        words=words,
+        check=lambda name, value: keys[name].check(value),
+    )
+
+
+def _keys_of_script(variables, also):
+    """name -> Key of the script and of the sources in `also`, whose defaults become variables."""
+    script = variables["__file__"]
+    keys = read_keys(script)
+    own = set(keys)
+    for source in also:
+        path, _, class_name = source.partition(":")
+        path = os.path.join(os.path.dirname(os.path.abspath(script)), path)
+        for name, key in read_keys(path, class_name).items():
+            if name not in keys:
+                keys[name] = key
+    for name in keys.keys() - own:
+        if name in variables:
+            place = keys[name].place
+            raise UserError(f"{place}: {script} has another use for {name}; rename the key")
+        variables[name] = keys[name].default
+    return keys
+
+
+# -----------------------------------------------------------------------------
+# arguments
+
+
+def _read_arguments(argv, keys, words_allowed):
+    """(config files, key -> value, words) of the command line. Where it is wrong and the line that
+    was meant is clear, UserError tells that line."""
+    try:
+        return _parse_arguments(argv, keys, words_allowed)
+    except UserError as e:
+        meant, trouble = _arguments_as_meant(argv, keys, words_allowed), str(e)
+        with contextlib.suppress(UserError):
+            _parse_arguments(meant, keys, words_allowed)
+            trouble += f"; did you mean: {command_line([sys.argv[0], *meant])}"
+        raise UserError(trouble) from None
+
+
+def _parse_arguments(argv, keys, words_allowed):
+    files, options, words = [], {}, []
+    for arg in argv:
+        name, equals, text = arg[2:].partition("=")
+        if arg.endswith(".py") and not arg.startswith("--"):
+            if not os.path.exists(arg):
+                raise UserError(f"{arg}: no such config file")
+            files.append(arg)
+        elif words_allowed and not arg.startswith("-"):
+            words.append(arg)
+        elif not arg.startswith("--"):
+            raise UserError(f"{arg!r} is neither a config file (*.py) nor an option (--key=value)")
+        elif name not in keys:
             hint = _nearest(name, keys)
             raise UserError(f"--{name}: there is no such key{hint}; --help lists all keys")
-        if not equals and type(keys[name].default) is not bool:
+        elif not equals and type(keys[name].default) is not bool:
             raise UserError(f"--{name}: expected a value, as in --{name}={keys[name].default}")
-        variables[name] = keys[name].parse(text if equals else "true")
-        setup.given[name] = "command line"
-    setup.config = {name: variables[name] for name in keys}
+        else:
+            options[name] = keys[name].parse(text if equals else "true")
+    return files, options, words
 
-    def check(name, value):
-        return keys[name].check(value)
 
-    setup.check = check
-    return setup
+def _arguments_as_meant(argv, keys, words_allowed):
+    """The arguments with the usual slips corrected: --key VALUE, key=value, --some-key=value, and
+    a config behind --config, without its directory or .py, or with a letter wrong."""
+    meant, open_key = [], ""  # open_key: it may take the next argument as its value
+    for arg in filter(None, (re.sub("^--?config(=|$)", "", arg) for arg in argv)):
+        name, equals, text = arg.lstrip("-").partition("=")
+        name = name.replace("-", "_")
+        is_truth, before = arg.lower() in ("true", "false"), keys.get(open_key)
+        if before and not arg.startswith("--") and is_truth == (type(before.default) is bool):
+            meant[-1] += f"={arg}"
+            open_key = ""
+        elif name in keys and (equals or arg.startswith("-")):
+            meant.append(f"--{name}{equals}{text}")
+            open_key = "" if equals else name
+        else:
+            is_config = not words_allowed and not arg.startswith("-")
+            meant.append(_config_file(arg) if is_config else arg)
+            open_key = ""
+    return meant
+
+
+def _config_file(arg):
+    """The config file that was meant by `arg`; `arg` itself if there is none like it."""
+    stem = arg.removesuffix(".py")
+    for directory in ("", "config"):
+        path = os.path.join(directory, f"{stem}.py")
+        if os.path.isfile(path):
+            return path
+    directory = os.path.dirname(arg) or "config"
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    stems = [name.removesuffix(".py") for name in names if name.endswith(".py")]
+    # at 0.6, as for keys, nope would be taken for nanogpt or smol
+    close = difflib.get_close_matches(os.path.basename(stem).lower(), stems, n=1, cutoff=0.75)
+    return os.path.join(directory, f"{close[0]}.py") if close else arg
+
+
+def command_line(arguments):
+    """How a script is started with these arguments, as one types it; the script is the first."""
+    head = ["python"]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        head = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+    return shlex.join([*head, *arguments])
 
 
 # -----------------------------------------------------------------------------
@@ -161,7 +238,7 @@ class Key:
             expected = "a finite number"
         elif kind is int and abs(value) >= 2**63:
             expected = "a whole number of at most 64 bits"
-        elif not all(COMPARE[sign][1](value, _number(text)) for sign, text in self.bounds):
+        elif not all(COMPARE[sign][1](value, eval(text)) for sign, text in self.bounds):
             expected = " and ".join(f"{COMPARE[sign][0]} {text}" for sign, text in self.bounds)
         elif self.choices and not any(_matches(value, choice) for choice in self.choices):
             *first, last = map(repr, self.choices)
@@ -186,11 +263,6 @@ def _matches(value, choice):
     return value.startswith(choice[:-3]) if choice.endswith("...") else value == choice
 
 
-def _number(text):
-    base, _, power = text.partition("**")
-    return int(base) ** int(power) if power else float(base)
-
-
 def _short(value):
     """repr(value), short enough for a line."""
     if type(value) is int and abs(value) >= 2**63:  # repr() raises for very large ones
@@ -209,46 +281,38 @@ def _nearest(name, known):
 
 
 def read_keys(path, class_name=""):
-    """(name -> Key, the value of `also`) of a script, or of a dataclass in it.
+    """name -> Key of a script, or of a dataclass in it.
 
     The source is parsed, not imported: importing model.py would import torch.
     """
     with tokenize.open(path) as f:
         text = f.read()
-    tree, title, also = ast.parse(text, path), os.path.basename(path), None
+    tree, title = ast.parse(text, path), os.path.basename(path)
     if class_name:
-        title = f"{title}: {class_name}"
         classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name]
         if not classes:
             raise UserError(f"{path}: there is no class {class_name}, whose fields are keys")
-        return _keys_in(
-            [n for n in classes[0].body if isinstance(n, ast.AnnAssign)], text, title
-        ), None
+        fields = [node for node in classes[0].body if isinstance(node, ast.AnnAssign)]
+        return _keys_in(fields, text, f"{title}: {class_name}")
     body = []
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) or "configure(" in ast.unparse(node):
             break
         body.append(node)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "configure":
-            also = next((ast.literal_eval(k.value) for k in node.keywords if k.arg == "also"), also)
-    return _keys_in(body, text, title), also
+    return _keys_in(body, text, title)
 
 
 def _keys_in(body, text, title):
     """name -> Key of the statements in `body`, with their comments."""
-    trailing, headings = {}, {}  # line -> comment; headings stand on a line of their own
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT:
-            own_line = not token.line[: token.start[1]].strip()
-            (headings if own_line else trailing)[token.start[0]] = token.string.strip("# -")
-    keys, last = {}, 0
+    lines, keys, last = text.split("\n"), {}, 0
     for node in body:
         name, default = _assignment(node)
         if name:
-            heading = [headings[n] for n in range(last + 1, node.lineno) if n in headings]
-            heading = [line for line in heading if not line.startswith("fmt:")]
-            comment = trailing.get(node.end_lineno, "")
+            above = [line.strip() for line in lines[last : node.lineno - 1]]
+            above = [line for line in above if line[:1] == "#" and not line.startswith("# fmt:")]
+            heading = [line.strip("# -") for line in above]
+            rest = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode().strip()
+            comment = rest.strip("# -") if rest.startswith("#") else ""
             keys[name] = Key(name, default, comment, heading, title, node.lineno)
         if name or isinstance(node, ast.Expr):
             last = node.end_lineno
@@ -289,11 +353,6 @@ def _run_config(path, current):
         with tokenize.open(path) as f:
             tree = ast.parse(f.read(), path)
         code = compile(tree, path, "exec")
-    except FileNotFoundError:
-        directory = os.path.dirname(path) or "."
-        names = os.listdir(directory) if os.path.isdir(directory) else []
-        hint = _nearest(os.path.basename(path), [name for name in names if name.endswith(".py")])
-        raise UserError(f"{path}: no such config file{hint}") from None
     except SyntaxError as e:
         raise UserError(f"{path}, line {e.lineno or 1}: not valid Python: {e.msg}") from None
     except (OSError, ValueError, RecursionError, MemoryError) as e:
@@ -307,13 +366,12 @@ def _run_config(path, current):
         raise UserError(f"{path}, line {line}: {reason}") from None
     names = [n for n in ast.walk(tree) if isinstance(n, ast.Name)]
     stored = {n.id: n.lineno for n in reversed(names) if isinstance(n.ctx, ast.Store)}
-    read = {n.id for n in names if isinstance(n.ctx, ast.Load)}
+    helpers = {n.id for n in names if isinstance(n.ctx, ast.Load)}  # what the config itself reads
     for name, line in stored.items():
-        # a name that the config itself reads is a helper; one that nothing reads is mistyped
-        helper = name in read or name.startswith("_") or type(space.get(name)) not in KINDS
-        if name not in current and not helper:
-            hint = _nearest(name, current)
-            raise UserError(f"{path}, line {line}: there is no key {name!r}{hint}")
+        if name in space and name not in current and name not in helpers and name[0] != "_":
+            hint = _nearest(name, current) or "; --help lists all keys"
+            helper = f"a name that only the config uses begins with _: _{name}"
+            raise UserError(f"{path}, line {line}: there is no key {name!r}{hint} ({helper})")
     here = {name: space[name] for name in current if name in space}  # a config may delete a name
     return {k: v for k, v in here.items() if k in stored or v is not current[k]}
 
@@ -331,8 +389,8 @@ DISK_ERRORS = (
 class _Stream:
     """Standard output or error, replaced by os.devnull when it fails for the first time.
 
-    Every use from then on raises that failure, an OSError with the stream's name as its filename;
-    with `survive` none does.
+    Every use from then on raises that failure, an OSError with the stream's name as its filename
+    (Python ignores the first, if it comes at the end of a script); with `survive` none does.
     """
 
     def __init__(self, stream, name, survive=False):
@@ -342,40 +400,35 @@ class _Stream:
         return getattr(self._stream, attribute)
 
     def write(self, text):
-        self._try(self._stream.write, text)
+        self._try("write", text)
         return len(text)
 
     def flush(self):
-        self._try(self._stream.flush)
+        self._try("flush")
 
-    def _try(self, function, *args):
+    def _try(self, method, *args):
         try:
-            if self._error is None:
-                function(*args)
+            getattr(self._stream, method)(*args)
         except (OSError, ValueError) as e:
             if isinstance(e, ValueError) and not self._stream.closed:
                 raise
             self._error = e if isinstance(e, OSError) else OSError(errno.EBADF, str(e))
-            self._error.filename = self._name
-            self._redirect()
+            self._error.filename, failed = self._name, self._stream
+            self._stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+            with contextlib.suppress(OSError, ValueError):  # buffered text and child processes
+                os.dup2(self._stream.fileno(), failed.fileno())
             if self.survive and self is sys.stdout:
                 reason = f"standard output is gone ({self._error.strerror}), continuing without it"
                 print(f"{os.path.basename(sys.argv[0])}: {reason}", file=sys.stderr)
         if self._error and not self.survive:
             raise self._error
 
-    def _redirect(self):
-        """Points the file descriptor to os.devnull, also for buffered text and child processes."""
-        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as devnull:
-            os.dup2(devnull.fileno(), self._stream.fileno())
-
 
 def survive_dead_stdout():
     """Lets a long run continue when its standard output fails: `| head`, a full disk, no terminal.
 
-    One line on standard error says so. Call it at the start of a script.
+    One line on standard error says so. Call it after configure().
     """
-    _prepare_streams()
     sys.stdout.survive = True
 
 
@@ -402,7 +455,6 @@ def _prepare_streams():
         if hasattr(stream, "reconfigure") and not stream.closed:
             stream.reconfigure(errors="backslashreplace")
         setattr(sys, attribute, _Stream(stream, name, survive=attribute == "stderr"))
-    atexit.unregister(_flush_at_exit)
     atexit.register(_flush_at_exit)
 
 

@@ -124,7 +124,7 @@ def _schema(config_class):
         if dataclasses.is_dataclass(base):
             try:
                 path = inspect.getsourcefile(base)
-                keys |= configurator.read_keys(path, base.__name__)[0]
+                keys |= configurator.read_keys(path, base.__name__)
             except (OSError, TypeError, UserError):  # a class without a source file: unchecked
                 continue
     return keys
@@ -1517,11 +1517,12 @@ GPUS = {
 SHARE_OF_MEMORY = 0.92  # of what is free: the rest goes to kernels' scratch space and to gaps
 
 
-def gpu_spec(name):
-    """The row of GPUS for a name such as 'NVIDIA A100-SXM4-80GB', or None."""
-    for gpu, spec in GPUS.items():
-        if re.search(rf"\b{gpu}\b", name.upper()):
-            return spec
+def gpu_named(name):
+    """The key of GPUS for a name such as 'NVIDIA A100-SXM4-80GB', 'RTX4090' or '4090', or None."""
+    for gpu in GPUS:
+        words = gpu.replace("RTX ", "(RTX[ _-]?)?")
+        if re.search(rf"(?<![A-Z0-9]){words}(?![A-Z0-9])", name.upper()):
+            return gpu
     return None
 
 
@@ -1598,14 +1599,15 @@ def plan(config, shape, gpu=""):
     """Prints what a run would take, for train.py --dry_run: parameters, FLOPs, tokens, memory, and
     on `gpu` (a name in GPUS) hours and dollars. `config` holds every key of train.py, `shape` is
     the model's GPTConfig."""
-    if gpu and not gpu_spec(gpu):
-        raise UserError(f"gpu={gpu!r}: expected one of {', '.join(GPUS)}")
+    gpu, asked = gpu_named(gpu), gpu
+    if asked and not gpu:
+        raise UserError(f"gpu={asked!r}: expected one of {', '.join(GPUS)}")
     with torch.device("meta"):
         model = GPT(shape)
     flops = flops_per_token(model)
     size, gigabytes = config["micro_batch_size"] or config["batch_size"], math.inf
     if gpu:
-        peak, gigabytes, price = gpu_spec(gpu)
+        peak, gigabytes, price = GPUS[gpu]
         if not config["micro_batch_size"]:
             free = gigabytes * 1e9 - 4 * model.n_params()
             size = largest_micro_batch(model, free, config, config["compile"])
@@ -1629,7 +1631,7 @@ def plan(config, shape, gpu=""):
     speed = peak * config["mfu"] / flops  # tokens a second
     hours = tokens / speed / 3600
     print(
-        f"on one {gpu.upper():10} {hours:,.1f} hours, ${hours * price:,.2f}, at {speed:,.0f} tok/s "
+        f"on one {gpu:10} {hours:,.1f} hours, ${hours * price:,.2f}, at {speed:,.0f} tok/s "
         f"({config['mfu']:.0%} of {peak / 1e12:.0f} TFLOP/s) and ${price:.2f} an hour"
     )
     if sum(memory.values()) > SHARE_OF_MEMORY * gigabytes * 1e9:

@@ -1158,9 +1158,11 @@ def read_secrets(path=".env"):
 
 
 def for_terminal(text):
-    """`text` without control characters if standard output is a terminal, which would obey them."""
+    """`text` without control characters if standard output is a terminal, which would obey them;
+    CRLF, which may come in two pieces, is a line end."""
     if not sys.stdout.isatty():
         return text
+    text = text.replace("\r", "")
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
@@ -3918,32 +3920,6 @@ def _sync(path):
             os.close(handle)
 
 
-def copy_whole(source, target):
-    """Copies the files of a directory to `target`, all or none, see publish. Returns `target`."""
-    target, names = _real_place(target), os.listdir(source)
-    beside = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.part")
-    os.makedirs(beside, exist_ok=True)
-
-    def clear():
-        for name in os.listdir(beside):
-            if name.removesuffix(".tmp") in names:
-                os.remove(os.path.join(beside, name))
-
-    clear()  # of what a killed copy left
-    if os.listdir(beside):
-        raise UserError(
-            f"{beside} holds {os.listdir(beside)[0]}, which is no copy; move it elsewhere"
-        )
-    try:
-        copy_files(source, beside, names)
-        publish(beside, target)
-    finally:
-        with contextlib.suppress(OSError):
-            clear()
-            os.rmdir(beside)
-    return target
-
-
 def copy_files(source, target, names):
     """Copies those of the files that exist. Only their content: a mounted drive may refuse modes
     and times."""
@@ -4007,7 +3983,7 @@ def main(words, options):
 
 
 if __name__ == "__main__":
-    arguments = [re.sub("^--as=", "--as_=", argument) for argument in sys.argv[1:]]
+    arguments = [re.sub("^--as(=|$)", r"--as_\1", argument) for argument in sys.argv[1:]]
     setup = configure(globals(), words=True, argv=arguments)
     options = {key: globals()[key] for key in setup.keys}
     if "val_fraction" not in setup.given:

@@ -3,8 +3,7 @@ What a run leaves behind: where it begins, its log, its checkpoints, their mirro
 a backup, the model card, and the pod that it runs on.
 
 It knows directories, models and configs, but no batch, no loss and no optimizer step: those are in
-train.py. sample.py takes newest_run and model_directory from here. torch is imported where it is
-needed, so that a mistake is reported without it.
+train.py. sample.py takes newest_run and model_directory from here.
 """
 
 import concurrent.futures
@@ -23,15 +22,17 @@ import threading
 import time
 import types
 
+import torch
+
 import prepare
-from configurator import UserError
+from configurator import UserError, command_line
+from model import FOLLOWS, GPT, GPUS, GPTConfig, flops_per_token, gpu_named
 
 # -----------------------------------------------------------------------------
 # where runs and models are
 
 LOG, SAMPLES, PLOT = BESIDE = ("log.jsonl", "samples.txt", "loss.png")
 NAMES = r"step_\d{6,}|best|log\.jsonl|samples\.txt|loss\.png"  # a user's are refused
-START_OVER = "--init_from=scratch sets the old run aside and starts over"
 
 
 def directory_of(config_files):
@@ -73,15 +74,11 @@ def model_directory(where):
         return where
     if os.path.isdir(where):
         if not checkpoints(where):
-            raise UserError(
-                f"{where}: neither a model directory (no config.json) nor a run (no step_* in it)"
-            )
+            raise UserError(f"{where}: neither a model directory (config.json) nor a run (step_*)")
         return checkpoints(where)[-1]
     is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", where)
     if not is_id or where.startswith((".", "out/", "data/")):
-        raise UserError(
-            f"{where}: no such directory, and not the id of a model on the Hub (owner/name)"
-        )
+        raise UserError(f"{where}: no such directory, and no id of a model on the Hub (owner/name)")
     return prepare.fetch_model(where)
 
 
@@ -97,6 +94,10 @@ def is_checkpoint(directory):
     """Whether a run wrote this directory as a checkpoint. A user may have put files in it since:
     prepare.ours says whether it may be removed."""
     return prepare.kind_of_directory(directory) == "checkpoint"
+
+
+def whole_checkpoints(run):
+    return [path for path in checkpoints(run) if is_checkpoint(path)]
 
 
 def files_of(directory, skip=()):
@@ -133,22 +134,44 @@ def is_run(directory):
         path = os.path.join(directory, name)
         left_by_full_disk = os.path.isfile(path) and os.path.getsize(path) == 0
         if re.fullmatch(NAMES, name) and not left_by_full_disk:
-            raise UserError(
-                f"{directory} holds {name}, but no run: a run would replace it; {another}, or move "
-                "it away"
-            )
+            reason = f"{directory} holds {name}, but no run: a run would replace it"
+            raise UserError(f"{reason}; {another}, or move it away")
     return False
-
-
-def make_way(target):
-    """Sets aside what has the name of a checkpoint and holds a user's files."""
-    if os.path.lexists(target) and not prepare.ours(target):
-        set_aside(target)
 
 
 def hidden(verb, directory):
     """Where a directory is written or deleted: what has a final name is whole at every moment."""
     return os.path.join(os.path.dirname(directory), f".{verb}.{os.path.basename(directory)}")
+
+
+@contextlib.contextmanager
+def written_whole(target):
+    """Gives a directory to write in. It gets the name `target` once all of it is on the disk, or
+    after an error is removed. What has the name and holds a user's files is set aside."""
+    beside = hidden("writing", target)
+    try:
+        remove_leftover(beside)
+        os.makedirs(beside, exist_ok=True)
+        yield beside
+        if os.path.lexists(target) and not prepare.ours(target):
+            set_aside(target)
+        prepare.publish(beside, target)
+    except BaseException:
+        remove_leftover(beside)
+        raise
+
+
+def copy_directory(source, target, skip=(), link=False):
+    """Copies a model or checkpoint, whole or not at all. `link`: as hard links, which cost no
+    space, where the file system has them."""
+    with written_whole(target) as beside:
+        for name, path in files_of(source, skip).items():
+            copy = os.path.join(beside, name)
+            if link:
+                with contextlib.suppress(OSError):
+                    os.link(os.path.realpath(path), copy)
+            if not os.path.exists(copy):
+                shutil.copyfile(path, copy)
 
 
 def remove_leftover(directory):
@@ -161,24 +184,6 @@ def remove_checkpoint(directory):
     remove_leftover(hidden("deleting", directory))
     os.rename(directory, hidden("deleting", directory))
     remove_leftover(hidden("deleting", directory))
-
-
-def link_directory(source, target, skip=()):
-    """`target` becomes a second name of the model or checkpoint in `source`: hard links, which cost
-    no space; copies where the file system has none. Whole or not at all."""
-    beside = hidden("writing", target)
-    try:
-        remove_leftover(beside)
-        os.makedirs(beside, exist_ok=True)
-        for name, path in files_of(source, skip).items():
-            try:
-                os.link(os.path.realpath(path), os.path.join(beside, name))
-            except OSError:
-                shutil.copyfile(path, os.path.join(beside, name))
-        prepare.publish(beside, target)
-    except BaseException:
-        remove_leftover(beside)
-        raise
 
 
 def clean(directory):
@@ -237,17 +242,11 @@ def check(config, world_size=1):
     if os.path.exists(backup_dir) and not os.path.isdir(backup_dir):
         raise UserError(f"backup_dir={backup_dir!r}: not a directory")
     if os.path.realpath(backup_of(config)) == os.path.realpath(out_dir):
-        raise UserError(
-            f"backup_dir={backup_dir!r}: the backup would be out_dir itself; choose another drive"
-        )
+        raise UserError(f"backup_dir={backup_dir!r}: the backup would be out_dir itself")
 
 
 def load(checkpoint, say):
     """(model, trainer state) of a checkpoint; (None, None) if it is damaged, and says so."""
-    import torch
-
-    from model import GPT
-
     try:
         prepare.load_tokenizer(checkpoint)
         model = GPT.from_pretrained(checkpoint)
@@ -283,6 +282,14 @@ def is_typed(key, setup):
     return setup.given.get(key) == "command line"
 
 
+def remedy(config, setup):
+    """What to do where out_dir's run can't go on. To start over from scratch is no help to
+    somebody who typed where the weights are to come from."""
+    if is_typed("init_from", setup) and config["init_from"] not in ("scratch", "resume"):
+        return "choose another --out_dir"
+    return "choose another --out_dir, or --init_from=scratch to set the old run aside"
+
+
 def leaves_the_run_alone(config, setup):
     """--init_from=scratch starts over; with --eval_only --init_from names a model to measure."""
     if not is_typed("init_from", setup) or config["init_from"] == "resume":
@@ -304,17 +311,14 @@ def restore_backup(config, setup, say):
         for name in ("best", "start"):
             source, target = os.path.join(backup, name), os.path.join(out_dir, name)
             if os.path.isdir(source) and not os.path.exists(target):
-                prepare.copy_whole(source, target)
+                copy_directory(source, target)
         for checkpoint in reversed(checkpoints(backup)):
-            target = os.path.join(out_dir, os.path.basename(checkpoint))
-            copy = prepare.copy_whole(checkpoint, hidden("writing", target))
-            if load(copy, say)[0]:
-                os.rename(copy, target)
+            if load(checkpoint, say)[0]:
+                copy_directory(checkpoint, os.path.join(out_dir, os.path.basename(checkpoint)))
                 return say(f"{out_dir} held no run: {checkpoint} is copied back")
-            remove_leftover(copy)
     except OSError as e:
         raise UserError(f"{backup} can't be copied back to {out_dir}: {first_line(e)}") from None
-    raise UserError(f"{backup}: no checkpoint is whole; {START_OVER}")
+    raise UserError(f"{backup}: no checkpoint is whole; {remedy(config, setup)}")
 
 
 def find(config, setup, say):
@@ -323,14 +327,12 @@ def find(config, setup, say):
     `checkpoint`, `model`, `state`: of the newest whole checkpoint in out_dir; None for a new run;
     `init_from`: "scratch", or where a new run takes its weights from; of a resumed run, where it
         once took them;
-    `typed`: whether init_from was given on the command line, where it is an order;
     `start_over`: --init_from=scratch was typed, so an old run in out_dir is to be set aside;
     `seen`: the checkpoints in out_dir; `damaged`: those newer than `checkpoint`, unreadable.
     """
     out_dir, init_from = config["out_dir"], config["init_from"]
     start = types.SimpleNamespace(checkpoint=None, model=None, state=None, damaged=[])
-    start.typed = is_typed("init_from", setup)
-    start.start_over = start.typed and init_from == "scratch"
+    start.start_over = is_typed("init_from", setup) and init_from == "scratch"
     if start.start_over:  # from where the config says: in a later stage it names a model
         init_from = setup.from_files.get("init_from", "scratch")
     start.init_from = init_from
@@ -344,14 +346,12 @@ def find(config, setup, say):
             return start
         start.damaged.append(checkpoint)
     if saved:
-        raise UserError(f"{out_dir}: no checkpoint is whole; {START_OVER}")
+        raise UserError(f"{out_dir}: no checkpoint is whole; {remedy(config, setup)}")
     if init_from == "resume":
         raise UserError(f"{out_dir}: no run to resume; leave out --init_from=resume to start one")
     if config["stage"] in ("dpo", "rlvr") and init_from == "scratch":
-        raise UserError(
-            f"stage={config['stage']!r} starts from a model: --init_from=out/<a run>, a model "
-            "directory or a Hub id"
-        )
+        where = "--init_from=RUN, a model directory or a Hub id"
+        raise UserError(f"stage={config['stage']!r} starts from a model: {where}")
     if init_from != "scratch":
         start.checkpoint = model_directory(init_from)
     return start
@@ -374,72 +374,70 @@ def began_with(key, config, setup, start):
 def shape_of(config, setup):
     """The GPTConfig of the model that a run would train, for --dry_run: of the keys, or of the
     model that init_from names, unless a config or the command line says its width."""
-    from model import GPT, GPTConfig
-
     keys = {key: config[key] for key in GPTConfig.__dataclass_fields__}
     where = config["init_from"]
     if where in ("scratch", "resume") or "n_embd" in setup.given:
         vocab_size = config["vocab_size"] or prepare.vocab_size_of(config)
         return GPTConfig(**keys | {"vocab_size": vocab_size})
     if not os.path.isdir(where):
-        raise UserError(
-            f"init_from={where!r}: --dry_run asks this model for its shape, and it is not here; "
-            "put the config of the run that makes it before this one, or fetch it"
-        )
+        advice = "put the config of the run that makes it before this one, or fetch it"
+        raise UserError(f"init_from={where!r}: --dry_run asks this model for its shape; {advice}")
     shape = GPT.from_pretrained(model_directory(where)).config
     shape.block_size = min(config["block_size"], shape.max_positions)
     return shape
 
 
+def price_of(gpu, config, setup):
+    """Dollars an hour for --dry_run; 0: the table's. What a config says is the price of its own GPU
+    and not of another one, which is typed."""
+    is_another = is_typed("gpu", setup) and gpu != setup.from_files.get("gpu")
+    if is_another and not is_typed("gpu_cost_per_hour", setup):
+        return 0.0
+    return config["gpu_cost_per_hour"]
+
+
 def open_model(start, config, setup, data, say):
     """The model that training continues or begins with. UserError where out_dir holds a run with
     another model or other data, or where the weights contradict what was asked for."""
-    import torch
-
-    from model import FOLLOWS, GPT, GPTConfig
-
     keys = {key: config[key] for key in GPTConfig.__dataclass_fields__}
     if start.init_from == "scratch":
-        vocab_size = config["vocab_size"] or data.vocab_size
-        asked = vars(GPTConfig(**keys | {"vocab_size": vocab_size}))
+        asked = vars(GPTConfig(**keys | {"vocab_size": config["vocab_size"] or data.vocab_size}))
     else:  # the weights bring their shape; only what was asked for explicitly can contradict it
-        how_weights_begin = ("init", "init_std", "unit_embed", "scale_residual")
-        asked = {key: value for key, value in keys.items() if key in setup.given}
-        for key, value in keys.items():
-            if key in how_weights_begin or (key in FOLLOWS and value == 0):
-                asked.pop(key, None)
+        follows = {key for key in FOLLOWS if keys[key] == 0}
+        ignored = follows | {"init", "init_std", "unit_embed", "scale_residual"}
+        asked = {key: keys[key] for key in keys if key in setup.given and key not in ignored}
     if start.state:
-        refuse_another_run(start, config, asked, data.fingerprint)
+        refuse_another_run(start, config, setup, asked, data.fingerprint)
         say(f"{'evaluating' if config['eval_only'] else 'resuming'} {start.checkpoint}")
         say_what_changed(start.state["config"], config, set(setup.keys) - set(keys), say)
         return start.model
     if start.init_from == "scratch":
         if config["stage"] == "sft":
-            say(
-                "warning: stage='sft' from random weights; --init_from= names a model to begin with"
-            )
+            say("warning: stage='sft' from random weights; --init_from= names a model")
         torch.manual_seed(config["seed"])
         return GPT(GPTConfig(**asked))
+    return model_to_continue(start, config, asked, data, say)
 
+
+def model_to_continue(start, config, asked, data, say):
+    """The model that init_from names, with as many rows as the data has chat tokens."""
     where, directory, block_size = start.init_from, start.checkpoint, config["block_size"]
     model = GPT.from_pretrained(directory)
+    found = vars(model.config)
     for key, value in asked.items():
-        found = getattr(model.config, key)
-        if value != found and key not in ("block_size", "dropout"):
-            raise UserError(f"{key}={value!r} was asked for, the model in {where} has {found!r}")
-    if block_size > model.config.max_positions:
-        raise UserError(
-            f"block_size={block_size} is beyond the max_positions={model.config.max_positions} "
-            f"of {where}"
-        )
+        if value != found[key] and key not in ("block_size", "dropout"):
+            raise UserError(
+                f"{key}={value!r} was asked for, the model in {where} has {found[key]!r}"
+            )
+    if block_size > found["max_positions"]:
+        limit = f"max_positions={found['max_positions']}"
+        raise UserError(f"block_size={block_size} is beyond the {limit} of {where}")
     model.set_runtime(block_size, config["dropout"])
     say(f"weights from {directory}")
     has_tokenizer = os.path.exists(os.path.join(directory, "tokenizer.json"))
     if has_tokenizer and not data.tokenizer.agrees(prepare.load_tokenizer(directory)):
-        raise UserError(
-            f"{config['dataset']} was made with another tokenizer than {where}; prepare it "
-            f"with --tokenizer={directory}"
-        )
+        differs = f"{config['dataset']} was made with another tokenizer than {where}"
+        raise UserError(f"{differs}; prepare it with --tokenizer={directory}")
     missing = data.vocab_size - model.config.vocab_size
     if missing > 0 and config["stage"] != "pretrain":
         say(f"the model grows rows for {missing} chat tokens")
@@ -448,32 +446,27 @@ def open_model(start, config, setup, data, say):
 
 
 def say_what_changed(before, config, keys, say):
-    keys = [key for key in config if key in keys and key in before and before[key] != config[key]]
-    kept = ("init_from", "eval_only", "dtype")
-    changed = [f"{key} {before[key]!r} -> {config[key]!r}" for key in keys if key not in kept]
-    if changed:
-        say(f"changed since: {', '.join(changed)}")
+    keys = keys - {"init_from", "eval_only", "dtype"}
+    keys = [key for key in config if key in keys and before.get(key, config[key]) != config[key]]
+    if keys:
+        changes = ", ".join(f"{key} {before[key]!r} -> {config[key]!r}" for key in keys)
+        say(f"changed since: {changes}")
 
 
-def refuse_another_run(start, config, asked, fingerprint):
+def refuse_another_run(start, config, setup, asked, fingerprint):
     """A run goes on only with the same stage, data and model."""
     before, out_dir = start.state["config"], config["out_dir"]
     same = {key: config[key] for key in ("stage", "dataset", "seed", "doc_mask", "optimizer")}
     same |= asked
-    if start.typed and config["init_from"] != "resume":
+    if is_typed("init_from", setup) and config["init_from"] != "resume":
         same["init_from"] = config["init_from"]
-    remedy = "choose another --out_dir, or --init_from=scratch to set the old run aside"
     for key, value in same.items():
         if before.get(key, value) != value:
-            raise UserError(
-                f"{out_dir} holds a run with {key}={before[key]!r}, this one asks for {value!r}; "
-                f"{remedy}"
-            )
+            differs = f"{key}={before[key]!r}, this one asks for {value!r}"
+            raise UserError(f"{out_dir} holds a run with {differs}; {remedy(config, setup)}")
     if start.state["fingerprint"] != fingerprint:
-        raise UserError(
-            f"{config['dataset']}: the data changed since the run in {out_dir} began; put it back, "
-            f"{remedy}"
-        )
+        changed = f"{config['dataset']}: the data changed since the run in {out_dir} began"
+        raise UserError(f"{changed}; put it back, or {remedy(config, setup)}")
 
 
 def claim(config, start, say):
@@ -494,9 +487,7 @@ def claim(config, start, say):
                 os.makedirs(out_dir)
                 lock(out_dir)
         elif checkpoints(out_dir) != start.seen:
-            raise UserError(
-                f"{out_dir}: another training went on in it just now; type the command again"
-            )
+            raise UserError(f"{out_dir}: another training went on in it just now; try again")
         for path in start.damaged:  # under its name, rotation would take it for the newest
             if os.path.exists(path + ".damaged"):
                 set_aside(path + ".damaged")
@@ -514,9 +505,8 @@ def refuse_to_move(directory, config):
     """UserError if more than a run would be set aside with a directory."""
     for inside in (os.getcwd(), config["data_dir"], os.path.dirname(os.path.abspath(__file__))):
         if (os.path.realpath(inside) + os.sep).startswith(os.path.realpath(directory) + os.sep):
-            raise UserError(
-                f"{directory} holds {inside}, so it can't be set aside; choose another --out_dir"
-            )
+            reason = f"{directory} holds {inside}, so it can't be set aside"
+            raise UserError(f"{reason}; choose another --out_dir")
 
 
 def lock(out_dir):
@@ -527,9 +517,8 @@ def lock(out_dir):
 
         fcntl.flock(os.open(out_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(
-            f"{out_dir}: another training is under way in it; choose another --out_dir"
-        ) from None
+        under_way = f"{out_dir}: another training is under way in it"
+        raise UserError(f"{under_way}; choose another --out_dir") from None
     except (ImportError, OSError):  # a drive without locks
         pass
 
@@ -548,10 +537,8 @@ def first_model(config, start):
         if before.get("start_weights") not in (None, prepare.weights_hash(source)):
             raise UserError("it holds another model by now")
     except UserError as e:
-        raise UserError(
-            f"{source}: the model that the run in {config['out_dir']} began with is no longer "
-            f"there; put it back, or choose another --out_dir ({e})"
-        ) from None
+        gone = f"{source}: the model that this run began with is no longer there"
+        raise UserError(f"{gone}; put it back, or choose another --out_dir ({e})") from None
     return source
 
 
@@ -565,15 +552,13 @@ def keep_first_model(out_dir, source, say):
         if same_files(source, kept, skip):
             return
         say(f"{kept} is not the model that this run begins with: set aside as {set_aside(kept)}")
-    link_directory(source, kept, skip)
+    copy_directory(source, kept, skip, link=True)
 
 
 def frozen(key, where, data, device):
     """A model beside the one that is trained, such as a reference model: with as many rows for
     chat tokens, and without gradients. UserError if it has another tokenizer than the data; `key`
     is the key that names it."""
-    from model import GPT
-
     directory = model_directory(where)
     if not data.tokenizer.agrees(prepare.load_tokenizer(directory)):
         raise UserError(f"{key}={where!r} has another tokenizer than the model that is trained")
@@ -585,15 +570,11 @@ def frozen(key, where, data, device):
 
 def rng_state(device):
     """The state of torch's generators, which draw dropout masks."""
-    import torch
-
     cuda = torch.cuda.get_rng_state() if device.startswith("cuda") else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_rng_state(state, device):
-    import torch
-
     torch.set_rng_state(state["cpu"])
     if device.startswith("cuda") and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])
@@ -640,6 +621,14 @@ class Log:
             self.say(f"warning: {text}")
         self.warned.add(kind)
 
+    @contextlib.contextmanager
+    def optional(self, kind, what):
+        """What fails in here is reported once of its kind, and training goes on."""
+        try:
+            yield
+        except Exception as e:
+            self.warn_once(kind, f"{what}: {first_line(e)}; training goes on")
+
     def rows(self):
         """The rows of log.jsonl, without damaged lines, such as one that a full disk cut short."""
         try:
@@ -677,10 +666,8 @@ class Log:
         """Cuts log and samples back to the step where the run begins, and starts the loggers."""
         if not self.master:
             return
-        try:
+        with self.optional("log", self.path):
             self._cut_back(step if resumed else -1)
-        except (OSError, ValueError) as e:
-            self._gap(e)
         self.wandb_run = self._start_wandb(config) if config["wandb_log"] else None
         self.board = self._start_tensorboard(step) if config["tensorboard"] else None
         more = {"left_out": left_out} if left_out else {}
@@ -705,11 +692,6 @@ class Log:
             if len(kept) < len(parts):
                 replace_text(samples, head + "".join(kept))
 
-    def _gap(self, error):
-        self.warn_once(
-            "log", f"{self.path}: {first_line(error)}; training goes on, with a gap here"
-        )
-
     def __call__(self, step, row):
         """A row of log.jsonl, and if it is no event of W&B and TensorBoard where they run."""
         if not self.master:
@@ -718,12 +700,10 @@ class Log:
         for key, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 in_json[key] = None  # JSON has no word for such a number
-        try:
+        with self.optional("log", self.path):
             line = prepare.without_secrets(json.dumps(in_json)) + "\n"
             with self.lock, open(self.path, "a", encoding="utf-8") as f:
                 f.write(line)
-        except (OSError, TypeError, ValueError) as e:
-            self._gap(e)
         if "event" in row:  # an upload's step is past by then, and W&B refuses steps out of order
             return
         numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
@@ -741,15 +721,15 @@ class Log:
         """Adds a text that the model wrote to samples.txt and the log."""
         self(step, {"event": "sample", "text": text})
         path = os.path.join(self.out_dir, SAMPLES)
-        try:
-            with open(path, "a", encoding="utf-8", errors="replace") as f:
-                f.write(f"--- step {step} ---\n{text}\n")
-        except OSError as e:
-            self.warn_once("samples", f"{path}: {first_line(e)}; training goes on")
+        with (
+            self.optional("samples", path),
+            open(path, "a", encoding="utf-8", errors="replace") as f,
+        ):
+            f.write(f"--- step {step} ---\n{text}\n")
 
     def _start_wandb(self, config):
         """A W&B run, online or else offline; None, with a warning, where W&B does not work."""
-        try:
+        with self.optional("wandb", "W&B can't be used"):
             import wandb
 
             name = config["wandb_run_name"] or os.path.basename(os.path.abspath(self.out_dir))
@@ -768,19 +748,12 @@ class Log:
                 trouble = f"W&B did not start: {first_line(e)}"
             self.say(f"warning: {trouble}; so it logs offline, and wandb sync uploads it later")
             return wandb.init(**options, mode="offline")
-        except Exception as e:
-            self.say(f"warning: W&B can't be used, the run goes on without: {first_line(e)}")
 
     def _start_tensorboard(self, step):
-        try:
+        with self.optional("tensorboard", "TensorBoard can't be used (pip install tensorboard)"):
             from torch.utils.tensorboard import SummaryWriter
 
             return SummaryWriter(os.path.join(self.out_dir, "tensorboard"), purge_step=step)
-        except Exception as e:
-            self.say(
-                "warning: TensorBoard did not start, the run goes on without (pip install "
-                f"tensorboard): {first_line(e)}"
-            )
 
     def start_bar(self, total, step):
         if self.master and sys.stdout and sys.stdout.isatty():
@@ -807,7 +780,7 @@ class Log:
         if not self.master:
             return
         path = os.path.join(self.out_dir, PLOT)
-        try:
+        with self.optional("plot", path):
             from matplotlib.figure import Figure
 
             rows = self.rows()
@@ -824,18 +797,14 @@ class Log:
                 axes.plot([x for x, _ in points], [y for _, y in points], label=key, **style)
             loss.legend()
             figure.savefig(path, dpi=120)
-        except Exception as e:
-            self.warn_once("plot", f"{path}: {first_line(e)}; training goes on")
 
     def close(self):
         self.close_bar()
-        try:
+        with self.optional("close", "W&B or TensorBoard could not be closed"):
             if self.wandb_run:
                 self.wandb_run.finish()
             if self.board:
                 self.board.close()
-        except Exception as e:
-            self.say(f"warning: W&B or TensorBoard could not be closed: {first_line(e)}")
         self.wandb_run = self.board = None
 
 
@@ -843,15 +812,11 @@ class Meter:
     """Speed, memory and cost of a run, for the log: since the last row, and in all."""
 
     def __init__(self, run, model, cost_per_hour, device, world_size):
-        import torch
-
-        from model import flops_per_token, gpu_spec
-
         self.cost_per_hour, self.device = cost_per_hour, device
         self.flops, self.peak = flops_per_token(model), 0  # 0: not known, and no MFU
         if device.startswith("cuda"):
-            spec = gpu_spec(torch.cuda.get_device_name(device))
-            self.peak = spec[0] * world_size if spec else 0
+            gpu = gpu_named(torch.cuda.get_device_name(device))
+            self.peak = GPUS[gpu][0] * world_size if gpu else 0
         self.mark(run)
 
     def mark(self, run):
@@ -866,8 +831,6 @@ class Meter:
         if self.peak:
             row["train/mfu"] = speed * self.flops / self.peak
         if self.device.startswith("cuda"):
-            import torch
-
             row["gpu/memory_allocated_gb"] = torch.cuda.max_memory_allocated() / 1e9
             with contextlib.suppress(Exception):  # without NVIDIA's library, or on a part of a GPU
                 row["gpu/utilization"] = torch.cuda.utilization(self.device)
@@ -909,8 +872,6 @@ def step_line(step, row):
 
 def in_memory(value):
     """A copy on the CPU that later steps leave alone."""
-    import torch
-
     if torch.is_tensor(value):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -946,8 +907,6 @@ class Checkpoints:
         waited = time.perf_counter() - begun
 
         def write(directory):
-            import torch
-
             generation = {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}
             model.save_pretrained(directory, hf_layout, generation, weights)
             tokenizer.save(directory)
@@ -961,49 +920,37 @@ class Checkpoints:
 
     def _submit(self, job, *args):
         def run():
-            try:
+            with self.log.optional("writer", self.out_dir):  # it is gone itself, for example
                 job(*args)
                 self.rotate()
-            except Exception as e:  # out_dir itself is gone, for example
-                self.log.warn_once("writer", f"{self.out_dir}: {first_line(e)}; training goes on")
             for mirror in self.mirrors:
                 mirror.news.set()
 
         self.jobs.append(self.thread.submit(run))
 
     def _write(self, step, write, waited):
-        """Written beside, synced, renamed: a directory under its final name is whole."""
         target = self.path(step)
-        beside = hidden("writing", target)
         try:
-            remove_leftover(beside)
-            write(beside)
-            make_way(target)
-            prepare.publish(beside, target)
+            with written_whole(target) as directory:
+                write(directory)
             row = {"event": "checkpoint", "path": target, "bytes": size_of(target)}
             self.log(step, row | {"training_waited_s": waited})
         except Exception as e:  # a full disk, most often: training goes on
-            remove_leftover(beside)
             before = "the one before it stays"
             if not checkpoints(self.out_dir):
                 before = "there is none before it"
-            self.log.say(
-                f"warning: {target} could not be written, {before}: {first_line(e)} "
-                f"({shutil.disk_usage(self.out_dir).free / 1e6:,.1f} MB are free)"
-            )
+            free = f"{shutil.disk_usage(self.out_dir).free / 1e6:,.1f} MB are free"
+            reason = f"{first_line(e)} ({free})"
+            self.log.say(f"warning: {target} could not be written, {before}: {reason}")
             self.log(step, {"event": "checkpoint failed", "path": target, "error": first_line(e)})
 
     def _link_best(self, step):
         source = self.path(step)
         if not is_checkpoint(source):  # it could not be written, which was said
             return
-        try:
-            make_way(self.best)
-            link_directory(source, self.best)
+        with self.log.optional("best", f"{self.best} could not become {source}"):
+            copy_directory(source, self.best, link=True)
             self.log(step, {"event": "best", "path": self.best})
-        except Exception as e:
-            trouble = f"{self.best} could not become {source}: {first_line(e)}; training goes on"
-            self.log.warn_once("best", trouble)
 
     def rotate(self):
         """All but the newest `keep` go, as soon as every mirror has them, or at once where the
@@ -1033,10 +980,8 @@ class Checkpoints:
         for mirror in self.mirrors:
             mirror.close(tries)
         if any(mirror.thread.is_alive() for mirror in self.mirrors):
-            again = "again" if stop.signal else "twice"
-            self.log.say(
-                f"waiting for uploads and copies under way; Ctrl-C {again} leaves without them"
-            )
+            leave = f"Ctrl-C {'again' if stop.signal else 'twice'} leaves without them"
+            self.log.say(f"waiting for uploads and copies under way; {leave}")
         for mirror in self.mirrors:
             while mirror.thread.is_alive():
                 mirror.thread.join(0.2)
@@ -1088,11 +1033,6 @@ class Mirror:
             self.news.clear()
             try:
                 self._turn()
-                if closing:
-                    self.complete = True
-                    return
-                pause = self.first_pause
-                self.news.wait()
             except Refused as e:
                 self.log.warn_once(self.place.event, f"{self.place.name}: {e}")
                 return
@@ -1104,10 +1044,14 @@ class Mirror:
                     self.tries_left -= 1
                     if self.tries_left <= 0:
                         return
-                woken = self.news.wait(pause)
+                self.news.wait(pause)
                 pause = min(2 * pause, 60)
-                if woken and not self.closing:  # a new checkpoint
-                    pause = self.first_pause
+                continue
+            if closing:
+                self.complete = True
+                return
+            pause = self.first_pause
+            self.news.wait()
 
     def _turn(self):
         self.item = None
@@ -1145,8 +1089,8 @@ class Hub:
         self.api, self.final, self.has_final = None, {}, False
 
     def open(self):
-        """The client. The repository is made at once, so that a token that may not write is
-        reported at the start and not at the first checkpoint."""
+        """The client and the repository, at the start: a token that may not write is reported
+        then and not at the first checkpoint."""
         if self.api:
             return
         from huggingface_hub import HfApi, get_token
@@ -1156,29 +1100,23 @@ class Hub:
         logging.set_verbosity_error()
         prepare.hide("HF_TOKEN", get_token())  # `hf auth login` keeps one outside the environment
         api = HfApi()
-        with contextlib.suppress(OSError, LookupError):  # no network yet
-            self._ask(api.create_repo, self.repo, private=self.private, exist_ok=True)
+        self._ask(api.create_repo, self.repo, private=self.private, exist_ok=True)
         self.api = api
 
     def _ask(self, call, *args, **options):
-        """Calls the client; Refused where the answer is final, LookupError where nothing is there,
-        OSError where it is a matter of time."""
+        """Calls the client; Refused where the answer is final, OSError where it is a matter of
+        time."""
         try:
             return call(*args, **options)
         except Exception as e:
             status, trouble = getattr(getattr(e, "response", None), "status_code", 0), first_line(e)
-        if status == 404:
-            raise LookupError(trouble)
-        if 400 <= status < 500 and status not in (408, 409, 412, 429):
-            raise Refused(
-                f"the Hub refuses ({status}), so nothing more is uploaded; training goes on. Check "
-                f"that HF_TOKEN is right and may write there: {trouble}"
-            )
+        if 400 <= status < 500 and status not in (404, 408, 409, 412, 429):
+            refusal = f"the Hub refuses ({status}), so nothing more is uploaded; training goes on"
+            raise Refused(f"{refusal}. Check that HF_TOKEN may write there: {trouble}")
         raise OSError(trouble)
 
     def wanted(self):
-        saved = [path for path in checkpoints(self.out_dir) if is_checkpoint(path)]
-        return saved + ([self.FINAL] if self.final else [])
+        return whole_checkpoints(self.out_dir) + ([self.FINAL] if self.final else [])
 
     def path_of(self, item):
         if item == self.FINAL:
@@ -1205,7 +1143,6 @@ class Hub:
         files = {prefix + name: source for name, source in files.items()}
         if not is_final and self._confirms(files, prefix):
             return False
-        self._ask(self.api.create_repo, self.repo, private=self.private, exist_ok=True)
         additions = [CommitOperationAdd(path, source) for path, source in files.items()]
         message = "Final model" if is_final else prefix.rstrip("/")
         self._ask(self.api.create_commit, self.repo, additions, commit_message=message)
@@ -1217,10 +1154,7 @@ class Hub:
     def _confirms(self, files, prefix):
         """Whether the Hub, asked, has every file in its size, and the weights with their
         SHA-256."""
-        try:
-            infos = self._ask(self.api.get_paths_info, self.repo, list(files))
-        except LookupError:  # the repository is not there yet
-            return False
+        infos = self._ask(self.api.get_paths_info, self.repo, list(files))
         there = {info.path: info for info in infos}
         for path, source in files.items():
             size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
@@ -1237,9 +1171,8 @@ class Hub:
     def report(self):
         if self.has_final:
             return f"the final model is at {self.api.endpoint}/{self.repo}"
-        return (
-            f"the final model is not on the Hub but in {self.out_dir}; the same command tries again"
-        )
+        here = f"the final model is not on the Hub but in {self.out_dir}"
+        return f"{here}; the same command tries again"
 
 
 class Backup:
@@ -1251,7 +1184,7 @@ class Backup:
     def __init__(self, out_dir, directory, keep):
         self.out_dir, self.directory, self.keep = out_dir, directory, keep
         self.name = f"backup_dir={os.path.dirname(directory)}"
-        self.best_marker = None
+        self.copied = {}  # best/ and start/, as they were when they were copied last
 
     def open(self):
         mount = os.path.dirname(os.path.dirname(os.path.abspath(self.directory)))
@@ -1260,8 +1193,7 @@ class Backup:
         os.makedirs(self.directory, exist_ok=True)
 
     def wanted(self):
-        saved = [path for path in checkpoints(self.out_dir) if is_checkpoint(path)]
-        return saved[-self.keep :]  # keep 0: all
+        return whole_checkpoints(self.out_dir)[-self.keep :]  # keep 0: all
 
     def path_of(self, item):
         return os.path.join(self.directory, os.path.basename(item))
@@ -1270,8 +1202,7 @@ class Backup:
         """Copies a checkpoint, whole or not at all; the oldest ones go. False if it is there."""
         if same_files(item, self.path_of(item)):
             return False
-        make_way(self.path_of(item))
-        prepare.copy_whole(item, self.path_of(item))
+        copy_directory(item, self.path_of(item))
         wanted = [os.path.basename(path) for path in self.wanted()]
         older = []
         for there in checkpoints(self.directory):
@@ -1285,33 +1216,29 @@ class Backup:
         return True
 
     def put_beside(self):
-        """The log, samples and plot; best/ if it has changed, and start/."""
+        """The log, samples and plot; best/ and start/ if they have changed."""
         prepare.copy_files(self.out_dir, self.directory, BESIDE)
-        marker = self._marker()
-        if marker and marker != self.best_marker:
+        for name in ("best", "start"):
+            source, target = os.path.join(self.out_dir, name), os.path.join(self.directory, name)
+            version = self._version(source)
+            if version in (None, self.copied.get(name)):
+                continue
             try:
-                self._put("best")
+                if not same_files(source, target):
+                    copy_directory(source, target)
+                self.copied[name] = version
             except FileNotFoundError:
-                if self._marker() == marker:
-                    raise
-                return  # it is being replaced; news of that follows
-            self.best_marker = marker
-        self._put("start")
+                if self._version(source) == version:
+                    raise  # else it is being replaced; news of that follows
 
-    def _put(self, name):
-        source, target = os.path.join(self.out_dir, name), os.path.join(self.directory, name)
-        if os.path.isdir(source) and not same_files(source, target):
-            make_way(target)
-            prepare.copy_whole(source, target)
-
-    def _marker(self):
+    @staticmethod
+    def _version(directory):
         """What tells one best/ from the next without reading it; None if there is none."""
-        best = os.path.join(self.out_dir, "best")
         try:
-            weights = os.stat(os.path.join(best, "model.safetensors"))
+            weights = os.stat(os.path.join(directory, "model.safetensors"))
         except OSError:
             return None
-        return (weights.st_ino, weights.st_mtime_ns) if is_checkpoint(best) else None
+        return weights.st_ino, weights.st_mtime_ns
 
 
 def start_mirrors(config, checkpoints, log):
@@ -1330,61 +1257,24 @@ def start_mirrors(config, checkpoints, log):
 # the card
 
 # what a card leaves out: paths and accounts
-PRIVATE = ("out_dir", "data_dir", "backup_dir", "init_from", "hf_repo", "hf_private")
-PRIVATE += ("terminate_pod", "terminate_on_error", "wandb_log", "wandb_project", "wandb_run_name")
-PRIVATE += ("tensorboard", "dry_run", "gpu", "mfu", "gpu_cost_per_hour")
-
-
-def model_card(config, keys, model, loads_in_transformers, run, rows):
-    """README.md of the Hub repository, from the run's own config and log."""
-    stage, repo, dataset = config["stage"], config["hf_repo"], config["dataset"]
-    goal, choose = ("val/pass@1", max) if stage == "rlvr" else ("val/loss", min)
-    nothing = [(run.step, math.nan)]
-    measured = column(rows, goal) or nothing
-    best_step, best_value = choose(measured, key=lambda point: point[1])
-    last_loss = (column(rows, "train/loss") or nothing)[-1][1]
-    known = [prepare.KNOWN.get(name, {}) for name, _ in prepare.parse_mixture(dataset)]
-    sources = [entry["hub"] for entry in known if "hub" in entry]
-    base = config["init_from"]
-    if base == "scratch" or os.path.exists(base) or base.startswith((".", "/", "out/")):
-        base = ""  # no Hub id
-    head = {
-        "library_name": "transformers" if loads_in_transformers else "nanosmol",
-        "pipeline_tag": "text-generation",
-        "tags": ["nanosmol", stage],
-        "base_model": base,
-        "datasets": sources,
-    }
-    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items() if value)
-    shown = [key for key in keys if key not in PRIVATE]
-    shown = [key for key in shown if not str(config[key]).startswith(("/", "~"))]
-    settings = "\n".join(f"{key} = {config[key]!r}" for key in shown)
-    usage = f"""```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("{repo}")
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
-```
-
-In nanosmol:"""
-    if not loads_in_transformers:
-        usage = "In nanosmol, since transformers has no architecture like this one:"
-    made_from = f", from {base}" if base else ""
-    data = f"{dataset} ({', '.join(sources)})" if sources else dataset
-    return f"""---
+PRIVATE = """out_dir data_dir backup_dir init_from hf_repo hf_private terminate_pod
+    terminate_on_error wandb_log wandb_project wandb_run_name tensorboard dry_run gpu mfu
+    gpu_cost_per_hour""".split()  # noqa: SIM905
+CARD = """---
 {front}
 ---
 
-# {repo.split("/")[1]}
+# {name}
 
-{model.n_params():,} parameters, trained with nanosmol ({stage}{made_from}) for {run.step:,} \
-steps on {run.tokens:,} tokens of {data}. The weights are those of the last step; `checkpoints/` \
-holds earlier ones, with the state of their optimizers.
+{n_params:,} parameters, trained with nanosmol ({stage}) for {step:,} steps on {tokens:,} tokens \
+of {data}. The weights are those of the last step; `checkpoints/` holds earlier ones, with the \
+state of their optimizers.
 
 | | step | |
 |---|---|---|
-| {goal} at the end | {measured[-1][0]:,} | {measured[-1][1]:.4f} |
-| {goal} at its best | {best_step:,} | {best_value:.4f} |
-| train/loss at the end | {run.step:,} | {last_loss:.4f} |
+| {goal} at the end | {last[0]:,} | {last[1]:.4f} |
+| {goal} at its best | {best[0]:,} | {best[1]:.4f} |
+| train/loss at the end | {step:,} | {last_loss:.4f} |
 
 ![loss](loss.png)
 
@@ -1398,6 +1288,53 @@ The run's config, as nanosmol reads it:
 {settings}
 ```
 """
+IN_TRANSFORMERS = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("{repo}")
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+```
+
+In nanosmol:"""
+
+
+def model_card(config, keys, model, loads_in_transformers, run, rows):
+    """README.md of the Hub repository, from the run's own config and log."""
+    stage, repo, dataset, base = (config[k] for k in ("stage", "hf_repo", "dataset", "init_from"))
+    goal, choose = ("val/pass@1", max) if stage == "rlvr" else ("val/loss", min)
+    nothing = [(run.step, math.nan)]
+    measured = column(rows, goal) or nothing
+    known = [prepare.KNOWN.get(name, {}) for name, _ in prepare.parse_mixture(dataset)]
+    sources = [entry["hub"] for entry in known if "hub" in entry]
+    if base == "scratch" or os.path.exists(base) or base.startswith((".", "/", "out/")):
+        base = ""  # no Hub id
+    head = {
+        "library_name": "transformers" if loads_in_transformers else "nanosmol",
+        "pipeline_tag": "text-generation",
+        "tags": ["nanosmol", stage],
+        "base_model": base,
+        "datasets": sources,
+    }
+    usage = "In nanosmol, since transformers has no architecture like this one:"
+    if loads_in_transformers:
+        usage = IN_TRANSFORMERS.format(repo=repo)
+    shown = [key for key in keys if key not in PRIVATE]
+    shown = [key for key in shown if not str(config[key]).startswith(("/", "~"))]
+    return CARD.format(
+        front="\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items() if value),
+        name=repo.split("/")[1],
+        n_params=model.n_params(),
+        stage=f"{stage}, from {base}" if base else stage,
+        step=run.step,
+        tokens=run.tokens,
+        data=f"{dataset} ({', '.join(sources)})" if sources else dataset,
+        goal=goal,
+        last=measured[-1],
+        best=choose(measured, key=lambda point: point[1]),
+        last_loss=(column(rows, "train/loss") or nothing)[-1][1],
+        usage=usage,
+        repo=repo,
+        settings="\n".join(f"{key} = {config[key]!r}" for key in shown),
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -1444,15 +1381,11 @@ class Pod:
         if not config["hf_repo"]:
             log.say("RunPod: without hf_repo the pod is stopped at the end, not terminated")
         if not os.path.realpath(config["out_dir"]).startswith("/workspace/"):
-            log.say(
-                f"warning: out_dir={config['out_dir']} is not in /workspace, and nothing else "
-                "outlives a pod that is stopped"
-            )
+            place = f"out_dir={config['out_dir']} is not in /workspace"
+            log.say(f"warning: {place}, and nothing else outlives a pod that is stopped")
         if not os.environ.get("RUNPOD_API_KEY"):
-            log.say(
-                "warning: terminate_pod=True, but there is no RUNPOD_API_KEY: the pod will run on, "
-                "and cost, after the end"
-            )
+            key = "terminate_pod=True, but there is no RUNPOD_API_KEY"
+            log.say(f"warning: {key}: the pod will run on, and cost, after the end")
 
     def end(self, how, step):
         """Terminates or stops the pod, after ten seconds in which Ctrl-C calls it off."""
@@ -1477,10 +1410,8 @@ class Pod:
             except requests.RequestException as e:
                 trouble = first_line(e)
                 time.sleep(pause)
-        self.say(
-            f"could not {how} pod {self.id}, which runs on, and costs: {trouble}. End it at "
-            "https://console.runpod.io/pods"
-        )
+        failure = f"could not {how} pod {self.id}, which runs on, and costs: {trouble}"
+        self.say(f"{failure}. End it at https://console.runpod.io/pods")
 
     def say(self, text):
         print(f"RunPod: {prepare.without_secrets(text)}", flush=True)  # whichever process crashed
@@ -1542,15 +1473,28 @@ def headline(model, data, config, sequences, attention, say):
         f"{config['out_dir']}: {device}, {config['dtype']}, {config['optimizer']}, "
         f"attention: {attention}{apart}"
     )
+    try:
+        data.tokenizer.encode(config["sample_start"])
+    except UserError as e:
+        start = config["sample_start"]
+        say(f"warning: sample_start={start!r}: {e}; samples begin with the end-of-text token")
+
+
+def encodable(start, tokenizer):
+    """`start`, or "" where the vocabulary lacks a character of it, which headline() reports."""
+    with contextlib.suppress(UserError):
+        tokenizer.encode(start)
+        return start
+    return ""
 
 
 def samples(model, data, config, count, autocast, log):
     """Texts that begin with sample_start, or after the first stage answer it. They are for show:
     what fails here is a warning."""
-    import torch
-
-    try:
-        start, tokenizer = config["sample_start"], data.tokenizer
+    texts = []
+    with log.optional("sample", "no sample could be made"):
+        tokenizer = data.tokenizer
+        start = encodable(config["sample_start"], tokenizer)
         prompt, shown = tokenizer.encode(start) or [tokenizer.start_id], start
         if config["stage"] != "pretrain":
             chat = [{"role": "user", "content": start}]
@@ -1561,15 +1505,11 @@ def samples(model, data, config, count, autocast, log):
         how = {"temperature": 0.8, "top_k": 200, "seed": config["seed"], "stop": data.ends}
         with autocast():
             rows = model.generate(idx, length, **how).tolist()
-        texts = []
         for ids in rows:
             ids = ids[len(prompt) :]
             end = next((i for i, token in enumerate(ids) if token in data.ends), len(ids))
             texts.append(shown + tokenizer.decode(ids[:end]))
-        return texts
-    except Exception as e:
-        log.warn_once("sample", f"no sample could be made: {first_line(e)}; training goes on")
-        return []
+    return texts
 
 
 class Diverged(UserError):
@@ -1589,49 +1529,44 @@ def last_checkpoint(config, run, why, say):
             break
     advice = "Lower the learning rate, or look at the data"
     if why == "gradient is 0":
-        advice = "No weight can learn: look at how the model begins (init_std, init_from), and at "
-        advice += "what you changed in it"
-    raise Diverged(
-        f"{config['max_bad_steps']} bad steps in a row ({why}) after step {run.step} and "
-        f"{run.rollbacks} rollbacks; {kept}. {advice}"
-    )
+        advice = "No weight can learn: look at init_std, init_from, and what you changed in it"
+    trouble = f"{config['max_bad_steps']} bad steps in a row ({why}) after step {run.step}"
+    raise Diverged(f"{trouble} and {run.rollbacks} rollbacks; {kept}. {advice}")
 
 
-def command(*without):
-    """The command line of this process as a list, without --init_from=scratch, which would start
-    over, and without arguments that begin with one of `without`."""
-    head = ["python"]
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        head = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
-    return head + [a for a in sys.argv if not a.startswith(("--init_from=scratch", *without))]
+def command(*changes):
+    """The line that started this process, with these options in place of others of their keys, and
+    without --init_from=scratch, which would start over."""
+    replaced = ("--init_from=scratch", *(change.partition("=")[0] + "=" for change in changes))
+    return command_line([a for a in sys.argv if not a.startswith(replaced)] + list(changes))
 
 
-def summary(config, run, is_saved):
-    """The end of a finished run, with what to type next."""
+def summary(config, run, trained, is_saved, tokenizer):
+    """The end of a finished run, with what to type next. `trained`: whether this process did; a run
+    that was finished before is not trained again."""
     out_dir, name = config["out_dir"], "pass@1" if config["stage"] == "rlvr" else "val loss"
     best = "not evaluated"
     if math.isfinite(run.best[0]):
         best = f"best {name} {abs(run.best[0]):.4f}"
-    lines = [
-        f"--- {run.step:,} steps, {run.tokens:,} tokens in {run.train_s:.0f} s of training: "
-        f"{best} ---",
-        f"the loss, drawn      {os.path.join(out_dir, PLOT)}",
-    ]
+    done = f"{run.step:,} steps, {run.tokens:,} tokens in {run.train_s:.0f} s of training: {best}"
+    if not trained:
+        done = f"nothing left to do: the run in {out_dir} has {run.step:,} steps, and max_iters="
+        done += f"{config['max_iters']} asks for no more; {best}"
+    lines = [f"--- {done} ---", f"the loss, drawn      {os.path.join(out_dir, PLOT)}"]
     if is_saved:
-        sample = ["python", "sample.py", f"--out_dir={out_dir}"]
+        sample = ["sample.py", f"--out_dir={out_dir}", "--interactive"]
         if config["stage"] == "pretrain":
-            sample.append(f"--start={config['sample_start'] or 'Once upon a time'}")
-        else:
-            sample.append("--interactive")
-        longer = [*command("--max_iters="), f"--max_iters={2 * config['max_iters']}"]
-        lines.append(f"write more           {shlex.join(sample)}")
-        lines.append(f"train longer         {shlex.join(longer)}")
+            start = encodable(config["sample_start"] or "Once upon a time", tokenizer)
+            sample[2:] = [f"--start={start}"] if start else []
+        lines.append(f"write more           python {shlex.join(sample)}")
+        longer = max(2 * config["max_iters"], run.step + config["max_iters"])
+        lines.append(f"train longer         {command(f'--max_iters={longer}')}")
+    if not trained:
+        lines.append(f"train anew           {command(f'--out_dir={out_dir}_again')}")
     return "\n".join(lines)
 
 
 def how_to_resume(stopped_by, step, max_iters, is_saved):
     saved = "which is saved" if is_saved else "which is not saved"
-    return (
-        f"{stopped_by or 'a signal'}: stopped after step {step:,} of {max_iters:,}, {saved}. "
-        f"To go on:\n  {shlex.join(command())}"
-    )
+    stopped = f"{stopped_by or 'a signal'}: stopped after step {step:,} of {max_iters:,}, {saved}"
+    return f"{stopped}. To go on:\n  {command()}"

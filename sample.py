@@ -47,7 +47,7 @@ chat = "auto"                 # 'auto' (if the model was trained on conversation
 system = ""                   # the system message of a chat
 # other ways to use the model
 interactive = False           # in the terminal
-prompts = ""                  # .jsonl of {"prompt": ...} or {"messages": ...}; else one a line
+prompts = ""                  # .jsonl of {"prompt": ...} or {"messages": ...}; .txt: one a line
 out_file = ""                 # the .jsonl for the answers to prompts; '': standard output
 batch_size = 8                # prompts that are answered in parallel (>= 1)
 web = False                   # a web page
@@ -62,7 +62,6 @@ compile = False               # torch.compile; pays off only with many samples
 setup = configure(globals())
 
 import prepare  # noqa: E402
-import runs  # noqa: E402
 
 prepare.read_secrets()
 
@@ -114,18 +113,19 @@ if start.startswith("FILE:"):
     start = read_text(start[5:], "start")
 start = without_surrogates(start)
 prompts_text = read_text(prompts, "prompts") if prompts else ""
-if init_from == "resume":
-    init_from = out_dir or runs.newest_run("out")
-    if not os.path.isdir(init_from):
-        raise UserError(f"out_dir={out_dir}: no such directory")
+if out_dir and init_from == "resume" and not os.path.isdir(out_dir):
+    raise UserError(f"out_dir={out_dir}: no such directory")
 
 # -----------------------------------------------------------------------------
 # load the model and its tokenizer
 
 import torch  # noqa: E402
 
+import runs  # noqa: E402
 from model import GPT, pack_weights, pick_device, pick_dtype  # noqa: E402
 
+if init_from == "resume":
+    init_from = out_dir or runs.newest_run("out")
 device = pick_device(device)
 directory = runs.model_directory(init_from)
 tokenizer = prepare.load_tokenizer(directory)
@@ -309,13 +309,15 @@ class Completion:
 
 def write_samples():
     began, n_tokens, header = time.perf_counter(), 0, start
-    if chatting and start:
-        header += "\n"
-        prompt, max_tokens, _ = encode_chat(
-            [{"role": "user", "content": start}], max_new_tokens, system
-        )
-    else:
-        prompt, max_tokens = encode_text(start, max_new_tokens)
+    try:
+        if chatting and start:
+            header += "\n"
+            message = {"role": "user", "content": start}
+            prompt, max_tokens, _ = encode_chat([message], max_new_tokens, system)
+        else:
+            prompt, max_tokens = encode_text(start, max_new_tokens)
+    except UserError as e:
+        raise UserError(f"start={start[:80]!r}: {e}") from None
     for i in range(num_samples):
         show(header)
         completion = Completion(prompt)
@@ -347,28 +349,26 @@ def encode_record(record):
 
 def read_prompts():
     """[(record, ids, how many tokens may follow)] of the prompts file."""
+    is_json = prepare._kind_of(prompts)[0] == "lines"  # .jsonl, .ndjson, .json, in any case
+    lines = prompts_text.split("\n")
+    if is_json:
+        with contextlib.suppress(ValueError, RecursionError):  # one array or object, in any layout
+            whole = json.loads(prompts_text)
+            records = whole if isinstance(whole, list) else [whole]
+            lines = [json.dumps(record) for record in records]
     requests = []
-    for number, line in enumerate(prompts_text.split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line) if prompts.endswith(".jsonl") else {"prompt": line}
+            record = json.loads(line) if is_json else {"prompt": line}
             requests.append((record, *encode_record(record)))
         except (ValueError, RecursionError) as e:  # of json, of encode_record(), or a UserError
             raise UserError(f"{prompts}, line {number}: {e}") from None
     if not requests:
         raise UserError(f"prompts={prompts}: there is no prompt in it")
+    note(f"{prompts}: {len(requests):,} prompts, {'JSON' if is_json else 'one a line'}")
     return requests
-
-
-def open_output():
-    """out_file, or standard output; without a buffer, so that what is written is known exactly."""
-    if not out_file:
-        return open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)
-    try:
-        return open(out_file, "xb", buffering=0)
-    except (OSError, ValueError) as e:
-        raise UserError(f"out_file={out_file}: {getattr(e, 'strerror', None) or e}") from None
 
 
 def answer_line(record, completion):
@@ -380,7 +380,8 @@ def answer_prompts():
     """Answers a file of prompts in its order. Only whole lines remain, whatever interrupts it."""
     requests, began = read_prompts(), time.perf_counter()
     n_answers = n_tokens = size = 0
-    output = open_output()
+    where, mode = (out_file, "xb") if out_file else (os.dup(sys.stdout.fileno()), "wb")
+    output = open(where, mode, buffering=0)  # noqa: SIM115  unbuffered: what is written is known
     try:
         for completions in complete_all(requests):
             data = b"".join(answer_line(requests[i][0], c) for i, c in sorted(completions.items()))

@@ -133,6 +133,7 @@ runs.check(config, world_size)
 if stage == "rlvr":  # a verifier that is missing is refused before anything is loaded
     verify = prepare.verifier(verifier)
 if dry_run:
+    config["gpu_cost_per_hour"] = runs.price_of(gpu, config, setup)
     plan(config, runs.shape_of(config, setup), gpu)
     sys.exit()
 
@@ -595,9 +596,11 @@ if hub and finished and is_saved:
     hub.put_final(checkpoints.path(run.step), card)
 log.close_bar()
 if finished:
-    for text in runs.samples(model, data, config, min(3, run.micro_batch_size), autocast, log):
-        say(f"--- a sample ---\n{prepare.for_terminal(text)}")
-    say(runs.summary(config, run, is_saved))
+    if steps_here:
+        count = min(3, run.micro_batch_size)
+        for text in runs.samples(model, data, config, count, autocast, log):
+            say(f"--- a sample ---\n{prepare.for_terminal(text)}")
+    say(runs.summary(config, run, steps_here > 0, is_saved, tokenizer))
 else:
     say(runs.how_to_resume(stop.signal, run.step, max_iters, is_saved))
 everything_is_sent = checkpoints.finish(tries=4 if finished else 1, stop=stop)

@@ -35,6 +35,7 @@ log_interval = 1              # a step takes seconds
 checkpoint_interval = 200
 wandb_log = True
 wandb_project = "smol-llama"
+gpu = "H100"                 # what the price is for
 gpu_cost_per_hour = 2.40
 # hf_repo = "you/smol-llama"  # gets all checkpoints; without it the pod is stopped, not terminated
 terminate_pod = True          # on RunPod, when the run has ended

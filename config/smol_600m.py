@@ -38,4 +38,5 @@ min_lr = 0.0
 eval_interval = 250
 eval_iters = 8
 log_interval = 1              # a step takes seconds
+gpu = "H100"                 # what the price is for
 gpu_cost_per_hour = 2.50

@@ -21,4 +21,5 @@ eval_interval = 200
 eval_iters = 32
 log_interval = 1
 sample_start = "What is the capital of France?"
+gpu = "H100"                 # what the price is for
 gpu_cost_per_hour = 2.50

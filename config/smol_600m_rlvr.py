@@ -25,4 +25,5 @@ eval_interval = 50
 eval_iters = 16
 log_interval = 1
 sample_start = "Tom has 36 spoons. He finds 40 more. How many spoons does Tom have now?"
+gpu = "H100"                 # what the price is for
 gpu_cost_per_hour = 2.50

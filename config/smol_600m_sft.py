@@ -19,4 +19,5 @@ decay_frac = 1.0
 eval_interval = 200
 log_interval = 1
 sample_start = "What is the capital of France?"
+gpu = "H100"                 # what the price is for
 gpu_cost_per_hour = 2.50

@@ -49,7 +49,7 @@ def _restore(monkeypatch):
 def script(tmp_path):
     path = tmp_path / "script.py"
 
-    def run(*argv, words=False, also=None, source=SCRIPT):
+    def run(*argv, words=False, also="", source=SCRIPT):
         """The values after configure(), and what it returned."""
         path.write_text(source)
         variables = {"__file__": str(path)}
@@ -274,12 +274,12 @@ def test_fields_of_a_dataclass_are_keys(script, tmp_path, capsys):
     assert not any("batch_size" in line for line in part)
 
 
-def test_keys_of_a_script_include_those_that_it_takes(script, tmp_path):
-    """bench.py takes the keys of train.py, which takes those of GPTConfig."""
+def test_keys_of_several_sources(script, tmp_path):
+    """bench.py takes the keys of train.py and those of GPTConfig; the first source wins."""
     write(tmp_path, MODEL, "model.py")
-    call = 'setup = configure(globals(), also="model.py:GPTConfig")'
-    write(tmp_path, f"top_k = 7  # (> 0)\nrate = 0.5\nn_layer = 1\n{call}\n", "train.py")
-    variables, setup = script("--theta=2", also="train.py")
+
+    write(tmp_path, "top_k = 7  # (> 0)\nrate = 0.5\nn_layer = 1\n", "train.py")
+    variables, setup = script("--theta=2", also="train.py model.py:GPTConfig")
     assert setup.keys == KEYS + ["rate", "n_layer", "theta", "n_Experts", "norm"]
     assert (variables["top_k"], variables["n_layer"], variables["theta"]) == (200, 1, 2.0)
 

@@ -87,7 +87,7 @@ def test_models_are_found_by_directory_run_or_id(tmp_path, monkeypatch):
     assert runs.newest_run(str(tmp_path)) == str(tmp_path / "toy")
     monkeypatch.setattr(prepare, "fetch_model", "fetched {}".format)
     assert runs.model_directory("me/tiny") == "fetched me/tiny"
-    for where, said in ((str(tmp_path), "no step_"), ("out/gone", "no such directory")):
+    for where, said in ((str(tmp_path), "nor a run"), ("out/gone", "no such directory")):
         with pytest.raises(runs.UserError, match=said):
             runs.model_directory(where)
     with pytest.raises(runs.UserError, match="no run with a checkpoint yet"):
@@ -149,7 +149,9 @@ def test_the_newest_whole_checkpoint_is_resumed(tmp_path, out, loads):
     assert not start.start_over
     for path in (out / "step_000010", out / "step_000020"):
         (path / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(runs.UserError, match="no checkpoint is whole; --init_from=scratch sets"):
+    with pytest.raises(
+        runs.UserError, match="no checkpoint is whole; .*--init_from=scratch to set"
+    ):
         runs.find(*asks(tmp_path), said.append)
 
 
@@ -200,7 +202,7 @@ def test_another_run_is_refused_by_name(tmp_path):
     setup.given = {}
     before = config | {"learning_rate": 1.0}
     start = types.SimpleNamespace(state={"config": before, "fingerprint": "f"}, init_from="scratch")
-    start.checkpoint, start.model, start.typed = "out/step_000010", "a model", False
+    start.checkpoint, start.model = "out/step_000010", "a model"
     said = []
     changed = config | {"keep_checkpoints": 9, "learning_rate": 1.0}
     assert runs.open_model(start, changed, setup, stub_data(), said.append) == "a model"
@@ -210,7 +212,7 @@ def test_another_run_is_refused_by_name(tmp_path):
             runs.open_model(start, config | {key: value}, setup, stub_data(), print)
     with pytest.raises(runs.UserError, match="t: the data changed since the run in"):
         runs.open_model(start, config, setup, stub_data(fingerprint="g"), print)
-    start.typed = True
+    setup.given = {"init_from": "command line"}
     with pytest.raises(runs.UserError, match="init_from='scratch', this one asks for 'out/toy'"):
         runs.open_model(start, config | {"init_from": "out/toy"}, setup, stub_data(), print)
 
@@ -394,7 +396,7 @@ def test_links_fall_back_to_copies_and_a_kill_between_does_no_harm(tmp_path, mon
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", no_links)
-    runs.link_directory(str(source), str(target))
+    runs.copy_directory(str(source), str(target), link=True)
     assert runs.same_files(source, target) and not os.path.exists(tmp_path / ".writing.best")
     assert not os.path.samefile(source / "trainer.pt", target / "trainer.pt")
     (target / "trainer.pt").write_bytes(b"state 6")
@@ -434,7 +436,9 @@ def test_a_run_comes_back_from_its_backup(tmp_path, loads):
     for path in (drive / "step_000010", drive / "step_000020"):
         (path / "model.safetensors").write_bytes(b"short")
     shutil.rmtree(out)
-    with pytest.raises(runs.UserError, match="no checkpoint is whole; --init_from=scratch sets"):
+    with pytest.raises(
+        runs.UserError, match="no checkpoint is whole; .*--init_from=scratch to set"
+    ):
         runs.restore_backup(*asked, print)
 
 
@@ -452,7 +456,7 @@ def test_a_restore_that_is_killed_begins_again(tmp_path, loads, monkeypatch):
         names = ["log.jsonl", "samples.txt", "start", "step_000010"]
         assert sorted(os.listdir(tmp_path / "out")) == names, count
         if finished:
-            assert count > 10
+            assert count > 5
             return
         shutil.rmtree(tmp_path / "out")
 
@@ -519,7 +523,9 @@ def test_a_log_never_stops_a_run(out, capsys, monkeypatch):
     log(6, {})
     log(7, {})
     text = capsys.readouterr().out
-    assert text.count("warning: ") == 5 and text.count("with a gap here") == 2
+    assert (
+        text.count("warning: ") == 5 and text.count("log.jsonl: ") + text.count("/dev/full: ") == 2
+    )
     for part in ("W&B or TensorBoard failed", "samples.txt: ", "loss.png: "):
         assert text.count(part) == 1
 
@@ -993,12 +999,12 @@ def test_a_refusal_of_the_hub_is_final(out, hub, status):
 def test_other_answers_of_the_hub_are_a_matter_of_time(out, hub, status, monkeypatch):
     monkeypatch.setattr("time.sleep", print)  # the client's own pauses
     hub.always = [("/repos/create", status)]
-    place = opened(out)
-    path = str(checkpoint(out, 10))
-    with pytest.raises((OSError, LookupError)):
-        place.put(path)
+    place = runs.Hub(str(out), "me/tiny", False)
+    with pytest.raises(OSError):  # a turn of the mirror ends here, and is taken again
+        place.open()
     hub.always = []
-    assert place.put(path) is True
+    place.open()
+    assert place.put(str(checkpoint(out, 10))) is True
 
 
 def test_a_hub_out_of_reach_is_no_refusal(out, hub, monkeypatch):
@@ -1065,7 +1071,7 @@ def test_a_best_that_is_replaced_while_it_is_copied(tmp_path, out, monkeypatch):
         raise FileNotFoundError(source)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "copy_whole", moved)
+        patch.setattr(runs, "copy_directory", moved)
         turn(place)
     checkpoint(out, 2).rename(out / "best")
     turn(place)
@@ -1332,11 +1338,12 @@ def test_what_to_type_next(monkeypatch):
     monkeypatch.setattr(sys, "argv", args)
     run = types.SimpleNamespace(step=20, tokens=1000, train_s=3.2, best=[-1.5])
     config = {"out_dir": "out/toy", "stage": "pretrain", "sample_start": "", "max_iters": 20}
-    text = runs.summary(config, run, True)
+    letters = prepare.load_tokenizer("byte")
+    text = runs.summary(config, run, True, True, letters)
     assert "--- 20 steps, 1,000 tokens in 3 s of training: best val loss 1.5000 ---" in text
     assert "python sample.py --out_dir=out/toy '--start=Once upon a time'" in text
     assert text.endswith("python train.py 'my config.py' --max_iters=40")
-    assert "train longer" not in runs.summary(config, run, False)
+    assert "train longer" not in runs.summary(config, run, True, False, letters)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     text = runs.how_to_resume("SIGTERM", 5, 20, True)
     assert text.startswith("SIGTERM: stopped after step 5 of 20, which is saved. To go on:\n")
