@@ -41,7 +41,7 @@ import types
 
 import numpy as np
 
-from configurator import UserError, configure
+from configurator import UserError, configure, counted
 
 # fmt: off
 # what to make, and where
@@ -54,7 +54,7 @@ field = ''               # the key or column that holds the text; '' tries text,
 config = ''              # hub: a folder or subset of the repository, such as sample/10BT
 split = ''               # hub: take this split only, such as train
 as_ = ''                 # '' | 'text' | 'chat' | 'prefs' | 'verify'; '' follows the source
-val_fraction = 0.005     # share of documents held out, by a hash of the text (> 0, < 1)
+val_fraction = 0.005     # share held out: of documents, by a hash; the end of a text (> 0, < 1)
 block_size = 0           # chat: leave out conversations of more tokens; 0: none (>= 0)
 # how to work
 workers = 0              # 0: one for each core; the output does not depend on it (>= 0)
@@ -69,6 +69,7 @@ BLOCK = 1 << 20          # bytes of text that are tokenized at a time
 BLOCKS_PER_PART = 8      # blocks that a worker gets at a time, and that a kill costs at most
 LONGEST = 16 << 20       # a longer document is split, so that nothing larger is held in memory
 MAX_VOCABULARY = 1 << 20
+WINDOW = 256             # tokens: train.py's usual block_size; at least as many are held out
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M"
 LLAMA2 = "NousResearch/Llama-2-7b-hf"  # a copy of Meta's tokenizer that needs no signature
@@ -1176,9 +1177,9 @@ def local_files(path):
     return [f._replace(path=os.path.join(path, f.path)) for f in _with_splits(files)]
 
 
-def read_blocks(file, only, column=None):
+def read_blocks(file, only, column=None, val_share=0.1):
     """The Blocks of a File, in order, the same every time. `only`: the file is the whole source, so
-    a text without <|endoftext|> is a single document, whose last tenth is the validation split.
+    a text without <|endoftext|> is a single document, of whose end `val_share` is for validation.
     `column`: the one to read of a parquet file."""
     path, (kind, compression) = local_path(file), _kind_of(file.path)
     if kind == "parquet":
@@ -1195,7 +1196,7 @@ def read_blocks(file, only, column=None):
                 )
             length = _single_document(path) if only else None
             if length is not None:
-                yield from _read_single(path, length)
+                yield from _read_single(path, length, val_share)
                 return
         with open(path, "rb") as raw:
             stream = raw
@@ -1253,12 +1254,12 @@ def _single_document(path):
         return found if size - after < 1024 and not content[after:].strip() else None
 
 
-def _read_single(path, length):
-    """A single document: its last 10% of characters as 'val', the others as 'train', which is
-    nanoGPT's split. Validation first, see _with_splits."""
+def _read_single(path, length, val_share):
+    """A single document: its last characters as 'val', the others as 'train'; with a tenth, the
+    usual share, that is nanoGPT's split. Validation first, see _with_splits."""
     with open(path, "rb") as f:
         begin = len(BYTE_ORDER_MARK) if f.read(3) == BYTE_ORDER_MARK else 0
-        middle = _place_of_character(f, begin, length, 0.9)
+        middle = _place_of_character(f, begin, length, 1 - val_share)
         done = 0
         for kind, at, end in (("val", middle, length), ("train", begin, middle)):
             f.seek(at)
@@ -1341,10 +1342,12 @@ def _dtype(tokenizer):
 
 class Encoded:
     """What a Block becomes: `out`, the bytes for each output file; `count`, what is in it; `wrong`,
-    [(line or row, reason)] of what was left out; `broken_at`, the first byte that is not UTF-8."""
+    [(line or row, reason)] of what was left out; `broken_at`, the first byte that is not UTF-8;
+    `next_held_out`, [(hash, tokens)] of training documents, see lowest()."""
 
     def __init__(self):
         self.out, self.count, self.wrong, self.broken_at = {}, collections.Counter(), [], None
+        self.next_held_out = []
 
     def decode(self, raw, at):
         """UTF-8 as text. Invalid bytes become U+FFFD and are counted."""
@@ -1358,14 +1361,34 @@ class Encoded:
             return text
 
 
+def hash_of(content):
+    """Below 2**64. The documents with the lowest hashes are held out: more data never moves a
+    document over."""
+    text = content if isinstance(content, str) else json.dumps(content, sort_keys=True)
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+def lowest(documents, window):
+    """Of [(hash, tokens)] those with the lowest hashes, until they have more than `window` tokens:
+    what is held out next if that is too little."""
+    found, tokens = [], 0
+    for order, length in sorted(documents):
+        if tokens > window:
+            break
+        found.append([order, length])
+        tokens += length or window + 1  # records that stay text: one is enough
+    return found
+
+
 class Encoder:
     """Turns Blocks into what is written, see Encoded. `tokenizer` is None for preferences and
     problems, which stay text. `shape`: 'text', 'chat', 'prefs' or 'verify'."""
 
     def __init__(self, tokenizer, shape, field="", val_fraction=0.0, block_size=0):
         self.tokenizer, self.shape, self.field = tokenizer, shape, field
-        self.threshold = int(val_fraction * 2**64).to_bytes(8, "big")
-        self.block_size = block_size
+        self.val_fraction, self.block_size = val_fraction, block_size
+        self.window = block_size or WINDOW
         self.dtype = _dtype(tokenizer) if tokenizer else None
 
     def __call__(self, file, block):
@@ -1375,7 +1398,9 @@ class Encoder:
             return result
         contents = {"train": [], "val": []}
         for at, content, size in self.contents(block, result):
-            contents[file.split or self.split(content)].append((at, content))
+            order = hash_of(content)
+            split = "val" if order < self.val_fraction * 2**64 else "train"
+            contents[file.split or split].append((at, content, order))
             result.count["bytes"] += size
         for split, found in contents.items():
             if found and self.shape == "text":
@@ -1385,12 +1410,6 @@ class Encoder:
             elif found:
                 self.write_records(split, found, result)
         return result
-
-    def split(self, content):
-        """'train' or 'val' by a hash of the text, so that more data never moves a document over."""
-        text = content if isinstance(content, str) else json.dumps(content, sort_keys=True)
-        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        return "val" if digest < self.threshold else "train"
 
     def contents(self, block, result):
         """(where, text or record, bytes) of each document that can be used."""
@@ -1455,13 +1474,14 @@ class Encoder:
         result.count[block.kind + "_tokens"] += len(ids)
 
     def write_text(self, split, found, result):
-        ids = self.tokenizer.encode_documents([text for _, text in found])
+        ids = self.tokenizer.encode_documents([text for _, text, _ in found])
+        lengths = np.diff(np.flatnonzero(ids == self.tokenizer.eos_id), prepend=-1).tolist()
         result.out[split + ".bin"] = ids.astype(self.dtype).tobytes()
-        self.add(result, split, len(found), len(ids))
+        self.add(result, split, [order for _, _, order in found], lengths)
 
     def write_chat(self, split, found, result):
-        ids, mask, documents = [], [], 0
-        for at, messages in found:
+        ids, mask, orders, lengths = [], [], [], []
+        for at, messages, order in found:
             conversation, its_mask = render_chat(messages, self.tokenizer)
             if self.block_size and len(conversation) > self.block_size:
                 length = f"the conversation has {len(conversation)} tokens"
@@ -1469,20 +1489,23 @@ class Encoder:
                 continue
             ids += conversation
             mask += its_mask
-            documents += 1
+            orders.append(order)
+            lengths.append(len(conversation))
         result.out[split + ".bin"] = np.array(ids, self.dtype).tobytes()
         result.out[split + ".mask"] = bytes(mask)
-        self.add(result, split, documents, len(ids))
+        self.add(result, split, orders, lengths)
 
     def write_records(self, split, found, result):
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for _, record in found]
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for _, record, _ in found]
         result.out[split + ".jsonl"] = "".join(lines).encode()
-        self.add(result, split, len(found), 0)
+        self.add(result, split, [order for _, _, order in found], [0] * len(found))
 
-    def add(self, result, split, documents, tokens):
-        result.count["documents"] += documents
-        result.count[split + "_documents"] += documents
-        result.count[split + "_tokens"] += tokens
+    def add(self, result, split, orders, lengths):
+        result.count["documents"] += len(orders)
+        result.count[split + "_documents"] += len(orders)
+        result.count[split + "_tokens"] += sum(lengths)
+        if split == "train":
+            result.next_held_out = lowest(zip(orders, lengths), self.window)
 
 
 def _shape_of(file, block, wanted, field):
@@ -2619,7 +2642,7 @@ class Total:
     def __init__(self, encoder, max_tokens):
         self.encoder, self.max_tokens = encoder, max_tokens
         self.count, self.examples, self.pieces = collections.Counter(), [], []
-        self.problem = ""
+        self.problem, self.next_held_out, self.is_one_text = "", [], False
 
     def full(self):
         enough = bool(self.max_tokens) and self.count["train_tokens"] >= self.max_tokens
@@ -2638,9 +2661,13 @@ class Total:
             self.count.update(count)
             taken.update(sizes)
             self.examples = (self.examples + block["examples"])[:3]
+            self.is_one_text = block["kind"] in ("train", "val")
+            documents = self.next_held_out + block["next_held_out"]
+            self.next_held_out = lowest(documents, self.encoder.window)
             wrong, documents = self.count["wrong"], self.count["documents"]
             if wrong > 20 + 0.05 * documents:
-                self.problem = f"{wrong} of the first {wrong + documents} records are unusable"
+                of = counted(wrong + documents, "record")
+                self.problem = f"{wrong} of the first {of} are unusable"
         self.pieces.append((part, taken))
 
     def shorten(self, part, before, count, sizes, room, kind):
@@ -2663,16 +2690,28 @@ class Total:
         if "train.mask" in sizes:
             sizes["train.mask"] = cut
 
+    def share_needed(self):
+        """The encoder's val_fraction, or a larger one if that held out too little: less than a
+        document, or than a window, unless training would be left with less than two windows."""
+        share, window, count = self.encoder.val_fraction, self.encoder.window, self.count
+        total = count["train_tokens"] + count["val_tokens"]
+        wanted = min(window + 1, max(total // 10, total - 2 * window))
+        missing = wanted - count["val_tokens"]
+        if self.is_one_text:
+            return min(0.5, max(1.02 * share, wanted / total)) if missing > 0 else share
+        held_out, left = count["val_documents"], count["train_documents"]
+        for order, tokens in self.next_held_out:  # by their hashes, the lowest first
+            if left < 2 or (held_out and missing <= 0):
+                break
+            share = math.nextafter(order / 2**64, 1)
+            held_out, left, missing = held_out + 1, left - 1, missing - tokens
+        return share
+
 
 def pack(files, encoder, partial, max_tokens, workers):
     """Writes train.bin, val.bin and the like into the directory `partial`. Returns the Total."""
     workers = workers or os.cpu_count() or 1
-    # a small max_tokens in small parts: those under way when it is reached are wasted
-    blocks_per_part = BLOCKS_PER_PART
-    if max_tokens:
-        blocks_per_part = min(BLOCKS_PER_PART, max(1, max_tokens >> 25))
     total, queue = Total(encoder, max_tokens), collections.deque()
-    size, only, column = sum(f.size for f in files), len(files) == 1, encoder.field or None
 
     def collect(waiting):
         """Adds the oldest parts to the total, until `waiting` are left."""
@@ -2683,36 +2722,18 @@ def pack(files, encoder, partial, max_tokens, workers):
             total.add(part)
 
     title = os.path.basename(partial).removesuffix(".partial")
-    bar = progress(desc=title, unit="B", total=size)
+    bar = progress(desc=title, unit="B", total=sum(f.size for f in files))
     pool, fetcher = _workers(workers, encoder), concurrent.futures.ThreadPoolExecutor(1)
     try:
-        done = 0
-        for i, file in enumerate(files):
-            if max_tokens:
-                collect(0)  # to know whether this file is needed
-            if total.full():
-                break
-            _fetch_next(fetcher, files, i, total)
-            part_of_file = os.path.join(partial, f"part-{i:04d}")
-            complete = _complete_parts(part_of_file)
-            queue.extend((part, None) for part in complete)
-            blocks = [] if complete else read_blocks(file, only, column)
-            for j, (group, is_last) in enumerate(_groups(blocks, blocks_per_part)):
-                if total.full():
-                    break
-                part = f"{part_of_file}-{j:05d}"
-                future = None
-                if not _is_complete(part):
-                    future = pool.submit(_encode_part, file, group, part, is_last)
-                queue.append((part, future))
-                collect(2 * workers)
-                if encoder.tokenizer:
-                    tokens = total.count["train_tokens"] / 1e6
-                    bar.set_postfix_str(f"{tokens:.1f}M tokens", refresh=False)
-                bar.update(done + group[-1].read - bar.n)
-            done += file.size
+        for part, job, done in _parts(files, partial, total, collect, fetcher):
+            queue.append((part, pool.submit(_encode_part, *job) if job else None))
+            collect(2 * workers)
+            if encoder.tokenizer:
+                tokens = total.count["train_tokens"] / 1e6
+                bar.set_postfix_str(f"{tokens:.1f}M tokens", refresh=False)
+            bar.update(done - bar.n)
         collect(0)
-    except concurrent.futures.process.BrokenProcessPool:
+    except concurrent.futures.BrokenExecutor:
         raise UserError(
             f"{title}: a worker was killed, most likely because memory ran out; the same command "
             "with a smaller --workers= continues"
@@ -2723,6 +2744,35 @@ def pack(files, encoder, partial, max_tokens, workers):
         bar.close()
     _join(total.pieces, partial)
     return total
+
+
+def _parts(files, partial, total, collect, fetcher):
+    """Until `total` is full, for each part: its path, the arguments of _encode_part (None if it is
+    there already), and how many bytes of the source have been read."""
+    encoder, done, size = total.encoder, 0, BLOCKS_PER_PART
+    if total.max_tokens:  # small parts: those under way when it is reached are wasted
+        size = min(BLOCKS_PER_PART, max(1, total.max_tokens >> 25))
+    for i, file in enumerate(files):
+        if total.max_tokens:
+            collect(0)  # to know whether this file is needed
+        if total.full():
+            return
+        _fetch_next(fetcher, files, i, total)
+        part_of_file = os.path.join(partial, f"part-{i:04d}")
+        complete = _complete_parts(part_of_file)
+        for part in complete:
+            yield part, None, done
+        blocks = []
+        if not complete:
+            column = encoder.field or None
+            blocks = read_blocks(file, len(files) == 1, column, encoder.val_fraction)
+        for j, (group, is_last) in enumerate(_groups(blocks, size)):
+            if total.full():
+                return
+            part = f"{part_of_file}-{j:05d}"
+            job = None if _is_complete(part) else (file, group, part, is_last)
+            yield part, job, done + group[-1].read
+        done += file.size
 
 
 def _groups(items, size):
@@ -2795,7 +2845,8 @@ def _encode_part(file, blocks, part, is_last):
         if result.broken_at is not None:
             examples.append(f"{file.path}, byte {result.broken_at}: not UTF-8")
         sizes = {name: len(data) for name, data in result.out.items()}
-        rows.append(dict(kind=block.kind, count=result.count, sizes=sizes, examples=examples))
+        row = dict(kind=block.kind, count=result.count, sizes=sizes, examples=examples)
+        rows.append(row | dict(next_held_out=result.next_held_out))
     for name, data in outputs.items():
         with open(f"{part}.{name}", "wb") as f:
             f.writelines(data)
@@ -2858,21 +2909,15 @@ def prepare(
 
     Killed at any moment and started again, it continues; what was there before is replaced only
     when the new data is complete. Raises UserError for whatever the user can correct."""
-    known, is_path = KNOWN.get(source, {}), os.path.exists(source)
-    if not known and not is_path and not source.startswith("hub:"):
-        raise UserError(_unknown_source(source))
-    name = name or (source if known else _stem(source))
-    _check_name(name)
-    if val_fraction is None:
-        val_fraction = known.get("val_fraction", 0.005)
+    known = KNOWN.get(source, {})
+    name = name or _name_of(source)
+    _check_name(name, source)
     counts = dict(max_tokens=max_tokens, block_size=block_size, workers=workers, seed=seed)
     _check_ranges(val_fraction, as_, counts)
-    usual = SMOLLM2 if source.startswith("hub:") else "bpe:4096"
-    tokenizer = tokenizer or known.get("tokenizer", "") or usual
     target = os.path.join(data_dir, name)
-    partial = _real_place(target) + ".partial"
-    replaced = check_target(target, "data set", [source] if is_path and not known else [])
+    check_target(target, "data set", [source] if os.path.exists(source) and not known else [])
 
+    tokenizer = tokenizer or known.get("tokenizer", "")
     if "toy" in known and tokenizer == "toy":  # the toy sets share the tokenizer of the toy text
         tokenizer = _toy_tokenizer(data_dir, workers, seed)
     # what the output depends on; the stamp in meta.json is a hash of it and of the files
@@ -2883,35 +2928,24 @@ def prepare(
         max_tokens=int(max_tokens),
         field=field,
         shape=as_ or known.get("as_", ""),
-        val_fraction=val_fraction,
+        val_fraction=val_fraction or known.get("val_fraction"),
         block_size=block_size,
         tokenizer=tokenizer,
     )
-    os.makedirs(partial, exist_ok=True)
-    with _locked(partial):
-        if kind_of_directory(partial) != "unfinished data set":
-            write_json(os.path.join(partial, "partial.json"), dict(stamp=""))
-        try:
-            if "bins" in known:
-                made = _take_bins(known, partial, target)
-            else:
-                files = _source_files(source, known, partial, config, split, seed)
-                # a folder may hold links to files of the target
-                check_target(target, "data set", [f.path for f in files if os.path.islink(f.path)])
-                made = _make(files, settings, partial, target, workers)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                if not _parts_in(partial):  # there is nothing to continue
-                    remove_directory(partial, "unfinished data set")
-            raise
-        if not made:
-            print(f"{target} holds this already")
-            remove_directory(partial, "unfinished data set")
-            return target
-        publish(partial, target)
-    if replaced:
-        print(f"{target} replaces {replaced}")
-    _report(target)
+    with _working_directory(target) as partial:
+        if "bins" in known:
+            made = _take_bins(known, partial, target)
+        else:
+            files = _source_files(source, known, partial, config, split, seed)
+            # a folder may hold links to files of the target
+            check_target(target, "data set", [f.path for f in files if os.path.islink(f.path)])
+            made = _make(files, settings, partial, target, workers)
+        if made:
+            publish(partial, target)
+    if made:
+        _report(target, settings["tokenizer"])
+    else:
+        print(f"{target} holds this already")
     return target
 
 
@@ -2920,10 +2954,49 @@ def _check_ranges(val_fraction, as_, counts):
     for key, value in counts.items():
         if value < 0:
             raise UserError(f"--{key}={value}: 0 or more is wanted")
-    if not 0 < val_fraction < 1:
+    if val_fraction is not None and not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction={val_fraction}: a share between 0 and 1 is wanted")
     if as_ not in ("", "text", *SHAPES):
         raise UserError(f"--as={as_}: one of text, chat, prefs, verify")
+
+
+def _name_of(source):
+    """The name of a data set that was given none: that of its source, without the endings and the
+    characters that a name can't have. UserError if there is no such source."""
+    if source in KNOWN:
+        return source
+    if not os.path.exists(source) and not source.startswith("hub:"):
+        if re.search(r"[/\\]|\.(txt|jsonl|parquet|md|zst|gz)$", source):
+            raise UserError(f"{source}: no such file or folder")
+        close = difflib.get_close_matches(source, KNOWN, n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise UserError(
+            f"{source}: neither a file or folder nor a known data set{hint} "
+            "(python prepare.py lists them)"
+        )
+    base = os.path.basename(os.path.abspath(source))
+    for ending in (*COMPRESSED, *TEXT, *LINES, ".parquet"):
+        base = base.removesuffix(ending)
+    return re.sub(r"[^\w.+-]+", "_", base).strip("_") or base
+
+
+@contextlib.contextmanager
+def _working_directory(target):
+    """The directory beside `target` in which it is made, locked. It stays if parts of it were made
+    that the same command can go on from; UserError if another process works in it."""
+    partial = _real_place(target) + ".partial"
+    os.makedirs(partial, exist_ok=True)
+    with _locked(partial):
+        if not os.path.exists(os.path.join(partial, "partial.json")):
+            write_json(os.path.join(partial, "partial.json"), dict(stamp=""))
+        finished = False
+        try:
+            yield partial
+            finished = True
+        finally:
+            with contextlib.suppress(OSError):
+                if finished or not _parts_in(partial):
+                    remove_directory(partial, "data set")
 
 
 @contextlib.contextmanager
@@ -2950,24 +3023,6 @@ def _locked(directory):
         os.close(handle)
 
 
-def _unknown_source(source):
-    if re.search(r"[/\\]|\.(txt|jsonl|parquet|md|zst|gz)$", source):
-        return f"{source}: no such file or folder"
-    close = difflib.get_close_matches(source, KNOWN, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(close)}?" if close else ""
-    return (
-        f"{source}: neither a file or folder nor a known data set{hint} "
-        "(python prepare.py lists them)"
-    )
-
-
-def _stem(source):
-    base = os.path.basename(os.path.abspath(source))
-    for ending in (*COMPRESSED, *TEXT, *LINES, ".parquet"):
-        base = base.removesuffix(ending)
-    return base
-
-
 def _source_files(source, known, partial, config, split, seed):
     """The Files of a source."""
     if "toy" in known:
@@ -2982,7 +3037,23 @@ def _source_files(source, known, partial, config, split, seed):
         files = local_files(source)
     if not sum(f.size for f in files):
         raise UserError(f"{source}: empty, there is no text in it")
+    if len(files) == 1 and _kind_of(files[0].path)[0] == "text" and _kind_of(files[0].path)[1]:
+        return _unpacked(files, os.path.join(partial, "source.txt"))
     return files
+
+
+def _unpacked(files, path):
+    """A compressed text: if it is a single document, as a plain file, since its end is read first;
+    else `files` as they are."""
+    ended = False
+    with open(path, "wb") as out:
+        for block in read_blocks(files[0], only=False):
+            text, *rest = block.data.split(EOT.encode())
+            if (ended and text.strip()) or any(piece.strip() for piece in rest):
+                return files
+            ended = ended or bool(rest)
+            out.write(block.data)
+    return local_files(path)
 
 
 def _toy_tokenizer(data_dir, workers, seed):
@@ -3027,11 +3098,12 @@ def _take_bins(known, partial, target):
     stamp = files[bins["train"]].revision
     if _is_made(target, stamp):
         return False
+    say_what_is_replaced(target)
     _check_space(partial, 2 * sum(files[path].size for path in bins.values()))
     tokenizer = load_tokenizer(local_path(files[tokenizers[0]]))
     tokenizer.name = repo
     meta = dict(name=os.path.basename(target), source=repo, stamp=stamp, kind="text")
-    meta |= _meta_of(tokenizer)
+    meta |= _ids_of(tokenizer)
     for split, path in bins.items():
         fetched = local_path(files[path])
         shutil.copyfile(fetched, os.path.join(partial, split + ".bin"))
@@ -3042,11 +3114,11 @@ def _take_bins(known, partial, target):
             )
         meta[split + "_tokens"] = len(ids)
     tokenizer.save(partial)
-    _finish(partial, meta)
+    write_json(os.path.join(partial, "meta.json"), meta)
     return True
 
 
-def _meta_of(tokenizer):
+def _ids_of(tokenizer):
     dtype = _dtype(tokenizer).name
     ids = dict(vocab_size=tokenizer.vocab_size, dtype=dtype, eos_id=tokenizer.eos_id)
     return dict(tokenizer=tokenizer.name, **ids)
@@ -3054,52 +3126,99 @@ def _meta_of(tokenizer):
 
 def _make(files, settings, partial, target, workers):
     """Encodes the files into the directory `partial`; False if `target` holds the same already."""
-    first = next(read_blocks(files[0], len(files) == 1), None)
-    if first is None:
-        raise UserError(f"{files[0].path}: empty, there is no text in it")
-    shape, field = _shape_of(files[0], first, settings["shape"], settings["field"])
-    settings.update(shape=shape, field=field)
+    _decide(files, settings)
     stamp = _stamp(files, settings, partial)
     if _is_made(target, stamp):
         return False
-    _continue_or_clear(partial, stamp)
-
+    say_what_is_replaced(target)
+    share = _continue_or_clear(partial, stamp, settings["val_fraction"])
     tokenizer = None  # preferences and problems stay text, for any model's own tokenizer
-    if shape in ("text", "chat"):
+    if settings["shape"] in ("text", "chat"):
         tokenizer = _tokenizer_for(files, settings, partial).fast()
-    encoder = Encoder(tokenizer, shape, field, settings["val_fraction"], settings["block_size"])
-    _check_space(partial, _estimate(files, encoder, settings["max_tokens"]))
-    total = pack(files, encoder, partial, settings["max_tokens"], workers)
-
-    count = total.count
-    examples = _in_brackets(total.examples)
-    problem = total.problem + examples if total.problem else ""
-    problem = problem or _missing_split(count, settings, first.kind, tokenizer, examples)
-    if problem:
-        remove_files(partial, "unfinished data set")
-        raise UserError(f"{settings['source']}: {problem}")
-    meta = dict(
-        name=settings["name"],
-        kind=shape,
-        source=settings["source"],
-        stamp=stamp,
-        documents=count["documents"],
-        bytes=count["bytes"],
-        val_fraction=settings["val_fraction"],
-        left_out=count["wrong"],
-        replaced_characters=count["broken"],
+    encoder = Encoder(
+        tokenizer, settings["shape"], settings["field"], share, settings["block_size"]
     )
-    if tokenizer:
-        meta |= _meta_of(tokenizer)
-        meta |= dict(train_tokens=count["train_tokens"], val_tokens=count["val_tokens"])
-    else:
-        meta |= dict(train_records=count["train_documents"], val_records=count["val_documents"])
-    _finish(partial, meta)
-    if count["wrong"]:
-        print(f"left out: {count['wrong']} records{examples}")
-    if count["broken"]:
-        print(f"not UTF-8: {count['broken']} characters replaced by U+FFFD{examples}")
+    max_tokens = settings["max_tokens"]
+    _check_space(partial, _estimate(files, encoder, max_tokens))
+    while True:
+        total = pack(files, encoder, partial, max_tokens, workers)
+        share = total.share_needed()
+        if total.problem or share == encoder.val_fraction:
+            break
+        encoder.val_fraction = share
+        _begin(partial, stamp, share)
+
+    problem = total.problem or _missing_split(total, tokenizer)
+    if problem:
+        remove_files(partial, "data set")
+        raise UserError(f"{settings['source']}: {problem}{_in_brackets(total.examples)}")
+    meta = _meta_of(settings, stamp, total.count, tokenizer)
+    write_json(os.path.join(partial, "meta.json"), meta)
+    remove_files(partial, "data set", keep=FINISHED)
+    _say_what_was_done(settings, total)
     return True
+
+
+def _decide(files, settings):
+    """Fills in the settings that were left open and follow from the source, by its first record."""
+    source, wanted = settings["source"], settings["shape"]
+    first = next(read_blocks(files[0], len(files) == 1), None)
+    if first is None:
+        raise UserError(f"{source}: empty, there is no text in it")
+    shape, field = _shape_of(files[0], first, wanted, settings["field"])
+    settings.update(shape=shape, field=field)
+    if settings["val_fraction"] is None:
+        is_one_text = first.kind in ("train", "val")
+        settings["val_fraction"] = 0.1 if is_one_text else 0.005
+    if settings["tokenizer"]:
+        return
+    settings["tokenizer"] = SMOLLM2 if source.startswith("hub:") else "bpe:4096"
+    if shape == "chat":
+        settings["tokenizer"] = _ask_for_tokenizer(source, settings["tokenizer"])
+
+
+def _ask_for_tokenizer(source, usual):
+    """The tokenizer of the model that conversations are for, which the user is asked for on a
+    terminal. No model that is trained already has one that is trained on them."""
+    print(
+        f"{source} holds conversations, for a model with the same tokenizer: --tokenizer= its run "
+        f"(out/...), directory or Hub id. Without one it is {usual}, for a new model"
+    )
+    answer = ""
+    if sys.stdin and sys.stdin.isatty():
+        with contextlib.suppress(EOFError):
+            answer = input(f"tokenizer [{usual}]: ").strip()
+    return answer or usual
+
+
+def _meta_of(settings, stamp, count, tokenizer):
+    meta = {key: settings[key] for key in ("name", "source", "val_fraction")}
+    meta |= dict(kind=settings["shape"], stamp=stamp)
+    meta |= dict(documents=count["documents"], bytes=count["bytes"])
+    meta |= dict(left_out=count["wrong"], replaced_characters=count["broken"])
+    if tokenizer:
+        tokens = dict(train_tokens=count["train_tokens"], val_tokens=count["val_tokens"])
+        return meta | _ids_of(tokenizer) | tokens
+    return meta | dict(train_records=count["train_documents"], val_records=count["val_documents"])
+
+
+def _say_what_was_done(settings, total):
+    """Prints what else happened to the records than that they were encoded."""
+    count, examples = total.count, _in_brackets(total.examples)
+    if count["wrong"]:
+        print(f"left out: {counted(count['wrong'], 'record')}{examples}")
+    if count["broken"]:
+        replaced = counted(count["broken"], "character")
+        print(f"not UTF-8: {replaced} replaced by U+FFFD{examples}")
+    if total.encoder.val_fraction > settings["val_fraction"]:
+        amount = f"{total.encoder.val_fraction:.1%} of the text"
+        if not total.is_one_text:
+            documents = counted(count["documents"], "document")
+            amount = f"{count['val_documents']:,} of {documents}"
+        print(
+            f"held out: {amount}, more than val_fraction={settings['val_fraction']}, so that there "
+            "is something to validate on"
+        )
 
 
 def _stamp(files, settings, partial):
@@ -3132,28 +3251,35 @@ def _is_made(directory, stamp):
         return False
 
 
-def _continue_or_clear(partial, stamp):
-    """Keeps the parts that an earlier run with the same stamp made, and removes others."""
-    marker = os.path.join(partial, "partial.json")
-    wanted = dict(stamp=stamp, layout=[BLOCK, BLOCKS_PER_PART, LONGEST])
-    if os.path.exists(marker) and read_json(marker) == wanted:
+def _continue_or_clear(partial, stamp, share):
+    """Keeps the parts that an earlier run with the same stamp made, and removes others. Returns the
+    share that those parts hold out, or else `share`."""
+    before = read_json(os.path.join(partial, "partial.json"))
+    if before == _marker(stamp, before.get("share")):
         parts = _parts_in(partial)
         size = sum(os.path.getsize(os.path.join(partial, f)) for f in parts)
         if parts:
             print(f"going on after {size / 1e6:.1f} MB that were written before")
-        return
-    remove_files(partial, "unfinished data set", keep=r"partial\.json|toy\.(txt|jsonl)")
-    write_json(marker, wanted)
+        return before["share"]
+    remove_files(partial, "data set", keep=rf"partial\.json|{_SOURCE}")
+    _begin(partial, stamp, share)
+    return share
+
+
+def _begin(partial, stamp, share):
+    """Removes all parts: those to come hold out this share."""
+    for name in _parts_in(partial):
+        os.remove(os.path.join(partial, name))
+    write_json(os.path.join(partial, "partial.json"), _marker(stamp, share))
+
+
+def _marker(stamp, share):
+    """The content of partial.json: what the parts in the directory depend on."""
+    return dict(stamp=stamp, share=share, layout=[BLOCK, BLOCKS_PER_PART, LONGEST])
 
 
 def _parts_in(partial):
     return [f for f in os.listdir(partial) if f.startswith("part-")]
-
-
-def _finish(partial, meta):
-    """Writes meta.json, and removes what is not part of the data set."""
-    write_json(os.path.join(partial, "meta.json"), meta)
-    remove_files(partial, "unfinished data set", keep=WRITTEN["data set"])
 
 
 def _tokenizer_for(files, settings, partial):
@@ -3189,24 +3315,20 @@ def _texts(files, encoder, most=None):
                 size += length
 
 
-def _missing_split(count, settings, kind, tokenizer, examples):
+def _missing_split(total, tokenizer):
     """What is wrong if training or validation data came out empty; "" if neither did."""
-    documents, val_fraction = count["documents"], settings["val_fraction"]
+    count, documents = total.count, total.count["documents"]
     if not documents:
-        return f"nothing in it could be used{examples}"
+        return "nothing in it could be used"
     for split, use in (("train", "training"), ("val", "validation")):
         if count[split + ("_tokens" if tokenizer else "_documents")]:
             continue
-        if kind in ("train", "val"):
-            return f"too short: {count['bytes']} bytes leave nothing for {use}"
-        better = 0.005
-        if split == "val":
-            better = min(0.5, round(5 / documents, 4))
-        helps = better > val_fraction if split == "val" else better < val_fraction
+        if total.is_one_text:
+            return f"too short: {counted(count['bytes'], 'byte')} leave nothing for {use}"
         advice = "bring more, or a folder with a train and a val file of your own"
-        if helps and documents >= 10:
-            advice = f"set --val_fraction={better}"
-        return f"of {documents} documents none fell into {split}; {advice}"
+        if split == "train" and documents > 1:
+            advice = "set a smaller --val_fraction"
+        return f"of {counted(documents, 'document')} none fell into {split}; {advice}"
     return ""
 
 
@@ -3236,12 +3358,12 @@ def _check_space(directory, need):
         )
 
 
-def _report(target):
-    """Prints what a data set holds, and what to do next."""
+def _report(target, tokenizer):
+    """Prints what a data set holds, and what to do next. `tokenizer`: what the user asked for."""
     meta = read_json(os.path.join(target, "meta.json"))
     print(f"{target}: {meta['kind']} from {meta['source']}")
     if "documents" in meta:
-        print(f"  {meta['documents']:,} documents, {meta['bytes']:,} bytes")
+        print(f"  {counted(meta['documents'], 'document')}, {counted(meta['bytes'], 'byte')}")
     if "tokenizer" in meta:
         tokens = meta["train_tokens"] + meta["val_tokens"]
         ratio = f", {meta['bytes'] / tokens:.2f} bytes a token" if meta.get("bytes") else ""
@@ -3255,15 +3377,27 @@ def _report(target):
         print(f"  {train} and {val} records")
         with open(os.path.join(target, "train.jsonl"), encoding="utf-8") as f:
             print(f"  begins: {f.readline()[:300].rstrip()}")
-    stage, how = dict(chat="sft", prefs="dpo", verify="rlvr").get(meta["kind"]), ""
-    has_config = stage and meta["source"].startswith("toy")
-    if has_config:
-        how = f" config/toy_{stage}.py"
-    elif stage:
-        how = f" --stage={stage} --init_from=MODEL"
+    print(f"next: {_next_command(target, meta, tokenizer)}")
+
+
+def _next_command(target, meta, tokenizer):
+    """The command that trains on a data set."""
     dataset = os.path.basename(target)
-    out_dir = "" if has_config or dataset == "toy" else f" --out_dir=out/{dataset}"
-    print(f"next: python train.py{how} --dataset={dataset}{out_dir}")
+    stage = dict(chat="sft", prefs="dpo", verify="rlvr").get(meta["kind"])
+    if stage and "toy" in KNOWN.get(meta["source"], {}):
+        return f"python train.py config/toy_{stage}.py --dataset={dataset}"
+    out_dir = "" if dataset == "toy" else f" --out_dir=out/{dataset}"
+    if not stage:
+        return f"python train.py --dataset={dataset}{out_dir}"
+    model = "MODEL"
+    if os.path.exists(os.path.join(tokenizer, "config.json")) or checkpoints(tokenizer):
+        model = tokenizer
+    command = f"python train.py --stage={stage} --init_from={model} --dataset={dataset}{out_dir}"
+    if model == "MODEL" and stage == "sft":
+        command += ", where MODEL has this tokenizer; else prepare with --tokenizer=MODEL first"
+    elif model == "MODEL":
+        command += " (it uses the tokenizer of MODEL, so --tokenizer= is not needed here)"
+    return command
 
 
 # -----------------------------------------------------------------------------
@@ -3271,11 +3405,10 @@ def _report(target):
 
 _TOKENIZER = r"tokenizer(_config)?\.json"
 _OUTPUT = r"(train|val)\.(bin|mask|jsonl)"
-_DATA = rf"{_OUTPUT}|meta\.json|{_TOKENIZER}"
+_SOURCE = r"(toy|source)\.(txt|jsonl)"  # what is written first, and read as the source
+FINISHED = rf"{_OUTPUT}|meta\.json|{_TOKENIZER}"  # what is left of a data set when it is complete
 WRITTEN = {  # kind of directory -> the names of the files that this program writes into it
-    "data set": _DATA,
-    "unfinished data set": _DATA
-    + rf"|(partial|journal)\.json|toy\.(txt|jsonl)|part-\d+-\d+\.(json|{_OUTPUT})",
+    "data set": FINISHED + rf"|(partial|journal)\.json|{_SOURCE}|part-\d+-\d+\.(json|{_OUTPUT})",
     "tokenizer": _TOKENIZER,
     "checkpoint": _TOKENIZER
     + r"|trainer\.pt|(config|generation_config)\.json|README\.md|loss\.png|[\w.-]+\.gguf"
@@ -3288,7 +3421,7 @@ _PASSING = r"\.DS_Store|Thumbs\.db|desktop\.ini|[\w-]+\.json\.tmp\d+"
 
 def kind_of_directory(directory):
     """The kind of directory (see WRITTEN) that this program wrote here, by the file that marks it;
-    None if it did not write it."""
+    None if it did not write it. A data set may be unfinished."""
 
     def has(name, *keys):
         try:
@@ -3299,9 +3432,9 @@ def kind_of_directory(directory):
     files = os.listdir(directory) if os.path.isdir(directory) else []
     if "trainer.pt" in files and "config.json" in files:
         return "checkpoint"
-    if has("partial.json", "stamp") or has("journal.json", "stamp"):
-        return "unfinished data set"
-    if has("meta.json", "stamp", "kind"):
+    if has("meta.json", "stamp", "kind") or has("partial.json", "stamp"):
+        return "data set"
+    if has("journal.json", "stamp"):  # as partial.json was called before
         return "data set"
     if "config.json" not in files and has("tokenizer_config.json", "nanosmol_name"):
         return "tokenizer"
@@ -3315,9 +3448,12 @@ def ours(directory):
 
 
 def not_ours(directory, kind):
-    """Why a directory may not be replaced by a new one of this kind; "" if it may."""
+    """Why a directory may not be replaced by a new one of this kind; "" if it may. What is of no
+    kind (None) replaces nothing."""
     if not os.path.lexists(directory):
         return ""
+    if kind is None:
+        return "exists"
     if not os.path.isdir(directory):
         return "is not a directory"
     names = sorted(os.listdir(directory))
@@ -3346,20 +3482,22 @@ def remove_files(directory, kind, keep=""):
 
 
 def remove_directory(directory, kind):
-    """Removes a directory of this kind. If it holds something else, that stays, and so does it."""
-    remove_files(directory, kind)
-    if not os.listdir(directory):
-        os.rmdir(directory)
+    """Removes a directory of this kind, or what is left of it. If it holds something else, that
+    stays, and so does it."""
+    if os.path.isdir(directory) and not os.path.islink(directory):
+        remove_files(directory, kind)
+        if not os.listdir(directory):
+            os.rmdir(directory)
 
 
 def check_target(target, kind, sources):
     """UserError, before any work, if writing to `target` would replace something that this program
-    did not make, or its own source. Returns what it will replace, in words; "" if nothing."""
+    did not make, or its own source."""
     place = _real_place(target)
-    partial, aside = place + ".partial", _aside(place)
+    written = (place, place + ".partial", _aside(place))
     another = "choose another --name= or --data_dir="
     for source in sources:
-        if any(_is_inside(source, directory) for directory in (place, partial, aside)):
+        if any(_is_inside(source, directory) for directory in written):
             raise UserError(f"{target} would replace its own source, {source}; {another}")
         if os.path.isdir(source) and _is_inside(place, source):
             raise UserError(
@@ -3367,25 +3505,38 @@ def check_target(target, kind, sources):
                 "--data_dir= outside of it"
             )
     restore(place, kind)
-    kind_of_partial = kind
-    if kind == "data set" and kind_of_directory(partial) != "data set":
-        kind_of_partial = "unfinished data set"  # else it is complete, but was not yet published
-    for directory, its_kind in ((place, kind), (partial, kind_of_partial), (aside, kind)):
-        reason = not_ours(directory, its_kind)
+    for directory in written:
+        reason = not_ours(directory, kind)
         if reason:
             raise UserError(
                 f"{directory} {reason}, and would be replaced; {another}, or move it elsewhere"
             )
-    if kind_of_directory(place) == "data set":
-        meta = read_json(os.path.join(place, "meta.json"))
-        return f"what was made there from {meta.get('source')}"
-    return "what was there" if os.path.isdir(place) and os.listdir(place) else ""
 
 
-def _check_name(name):
+def say_what_is_replaced(target):
+    """Prints, before the work, what the new `target` will replace once it is complete."""
+    what = ""
+    if kind_of_directory(target) == "data set":
+        meta = read_json(os.path.join(target, "meta.json"))
+        amount = [counted(meta["documents"], "document")] if "documents" in meta else []
+        amount += [f"tokenizer {meta['tokenizer']}"] if "tokenizer" in meta else []
+        what = f"what was made there from {meta.get('source')} ({', '.join(amount)})"
+    elif os.path.isdir(target) and os.listdir(target):
+        what = "what was there"
+    if what:
+        print(f"{target} replaces {what} as soon as it is complete")
+
+
+def _check_name(name, source):
+    """UserError if `name` can't be the directory of a data set or tokenizer made from `source`."""
     if not re.fullmatch(r"[\w.+-]+", name) or not name.strip(".") or name.endswith(".partial"):
         raise UserError(
             f"--name={name}: letters, digits, '-', '_', '.' only, since it becomes a directory"
+        )
+    if name.lower() in KNOWN and name != source:
+        raise UserError(
+            f"--name={name}: the name of a known data set (python prepare.py {name.lower()}), "
+            f"which {source} would take over; choose another --name="
         )
 
 
@@ -3414,12 +3565,9 @@ def publish(partial, target):
     kind = kind_of_directory(partial)
     target = _real_place(target)
     aside = _aside(target)
-    if kind:
-        restore(target, kind)
+    restore(target, kind)
     for directory in (target, aside):
-        reason = not_ours(directory, kind) if kind else ""
-        if not kind and os.path.lexists(directory):
-            reason = "exists"
+        reason = not_ours(directory, kind)
         if reason:
             raise UserError(f"{directory} {reason}; move it elsewhere, or choose another name")
     for name in os.listdir(partial):
@@ -3429,9 +3577,8 @@ def publish(partial, target):
         os.rename(target, aside)
     os.rename(partial, target)
     _sync(os.path.dirname(target) or ".")
-    if os.path.exists(aside):
-        with contextlib.suppress(OSError):
-            remove_directory(aside, kind)
+    with contextlib.suppress(OSError):
+        restore(target, kind)
 
 
 def _aside(target):
@@ -3440,13 +3587,15 @@ def _aside(target):
 
 
 def restore(target, kind):
-    """Undoes or completes a publish() that was killed: what it set aside gets its name back, or is
-    removed if the new directory is in place."""
+    """Completes or undoes a publish(): what it set aside is removed if the new directory is in
+    place, and else gets its name back."""
     aside = _aside(target)
-    if os.path.isdir(aside) and os.path.exists(target):
+    if kind is None or not os.path.isdir(aside):
+        return
+    if os.path.exists(target):
         # perhaps half removed, without the file that tells its kind: only our files go, by name
         remove_directory(aside, kind)
-    elif os.path.isdir(aside) and not not_ours(aside, kind):
+    elif not not_ours(aside, kind):
         os.rename(aside, target)
 
 
@@ -3458,43 +3607,63 @@ def _sync(path):
     for flags in (os.O_RDWR, os.O_RDONLY) if os.path.isfile(path) else (os.O_RDONLY,):
         try:
             handle = os.open(path, flags)
+            try:
+                return os.fsync(handle)
+            finally:
+                os.close(handle)
         except OSError as e:
             if e.errno not in cannot:
                 raise
-            continue
-        try:
-            os.fsync(handle)
-            return
-        except OSError as e:
-            if e.errno not in cannot:
-                raise
-        finally:
-            os.close(handle)
 
 
-def copy_whole(source, target):
-    """Copies the files of a directory to `target`, all or none, see publish. Returns `target`."""
-    target, names = _real_place(target), os.listdir(source)
-    beside = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.part")
-    os.makedirs(beside, exist_ok=True)
+def files_of(directory, skip=()):
+    """{name: path} of the files of a model or checkpoint, without what a user put beside them."""
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    names = [name for name in names if re.fullmatch(WRITTEN["checkpoint"], name)]
+    paths = {name: os.path.join(directory, name) for name in sorted(names) if name not in skip}
+    return {name: path for name, path in paths.items() if os.path.isfile(path)}
 
-    def clear():
-        for name in os.listdir(beside):
-            if name.removesuffix(".tmp") in names:
-                os.remove(os.path.join(beside, name))
 
-    clear()  # of what a killed copy left
-    if os.listdir(beside):
-        raise UserError(
-            f"{beside} holds {os.listdir(beside)[0]}, which is no copy; move it elsewhere"
-        )
+def step_of(path):
+    """The step that stands at the end of a checkpoint's path; 0 for any other path."""
+    match = re.search(r"step_(\d{6,})$", path)
+    return int(match[1]) if match else 0
+
+
+def checkpoints(run):
+    """The step_* directories of a run, oldest first; not one without any file of a model."""
+    names = os.listdir(run) if os.path.isdir(run) else []
+    names = [name for name in names if re.fullmatch(r"step_\d{6,}", name)]
+    paths = [os.path.join(run, name) for name in sorted(names, key=step_of)]
+    marks = {"config.json", "model.safetensors", "trainer.pt"}
+    return [path for path in paths if marks & files_of(path).keys()]
+
+
+def hidden(verb, directory):
+    """Where a directory is written or deleted: what has a final name is whole at every moment."""
+    return os.path.join(os.path.dirname(directory), f".{verb}.{os.path.basename(directory)}")
+
+
+def copy_whole(source, target, skip=(), link=False):
+    """`target` becomes a copy of the model or checkpoint in `source`, whole or not at all, see
+    publish. `link`: of hard links, which cost no space, where the file system has them. Returns
+    `target`."""
+    target = _real_place(target)
+    beside = hidden("writing", target)
     try:
-        copy_files(source, beside, names)
+        remove_directory(beside, "checkpoint")  # what a killed copy left
+        os.makedirs(beside, exist_ok=True)
+        for name, path in files_of(source, skip).items():
+            copy = os.path.join(beside, name)
+            if link:
+                with contextlib.suppress(OSError):
+                    os.link(os.path.realpath(path), copy)
+            if not os.path.exists(copy):
+                shutil.copyfile(path, copy)
         publish(beside, target)
-    finally:
-        with contextlib.suppress(OSError):
-            clear()
-            os.rmdir(beside)
+    except BaseException:
+        remove_directory(beside, "checkpoint")
+        raise
     return target
 
 
@@ -3520,9 +3689,10 @@ def make_tokenizer_only(paths, name, data_dir, as_, field, vocab_size, min_frequ
     if missing:
         raise UserError(f"{missing[0]}: no such file or folder")
     name = name or "tokenizer"
-    _check_name(name)
+    _check_name(name, paths[0])
     target = os.path.join(data_dir, name)
-    replaced = check_target(target, "tokenizer", paths)
+    check_target(target, "tokenizer", paths)
+    say_what_is_replaced(target)
 
     def texts():
         for path in paths:
@@ -3535,8 +3705,6 @@ def make_tokenizer_only(paths, name, data_dir, as_, field, vocab_size, min_frequ
     partial = _real_place(target) + ".partial"
     tokenizer.save(partial)
     publish(partial, target)
-    if replaced:
-        print(f"{target} replaces {replaced}")
     print(f"{target}: a byte-level BPE of {tokenizer.vocab_size:,} ids")
     print(f"next: python prepare.py TEXT --tokenizer={target}")
 

@@ -25,6 +25,7 @@ import types
 
 import prepare
 from configurator import UserError
+from prepare import checkpoints, files_of, hidden, step_of
 
 # -----------------------------------------------------------------------------
 # where runs and models are
@@ -39,21 +40,6 @@ def directory_of(config_files):
     if not config_files:
         return os.path.join("out", "toy")
     return os.path.join("out", os.path.splitext(os.path.basename(config_files[-1]))[0])
-
-
-def step_of(path):
-    """The step that stands at the end of a checkpoint's path; 0 for any other path."""
-    match = re.search(r"step_(\d{6,})$", path)
-    return int(match[1]) if match else 0
-
-
-def checkpoints(run):
-    """The step_* directories of a run, oldest first; not one without any file of a model."""
-    names = os.listdir(run) if os.path.isdir(run) else []
-    names = [name for name in names if re.fullmatch(r"step_\d{6,}", name)]
-    paths = [os.path.join(run, name) for name in sorted(names, key=step_of)]
-    marks = {"config.json", "model.safetensors", "trainer.pt"}
-    return [path for path in paths if marks & files_of(path).keys()]
 
 
 def newest_run(parent="out"):
@@ -99,14 +85,6 @@ def is_checkpoint(directory):
     return prepare.kind_of_directory(directory) == "checkpoint"
 
 
-def files_of(directory, skip=()):
-    """{name: path} of the files of a model or checkpoint, without what a user put beside them."""
-    names = os.listdir(directory) if os.path.isdir(directory) else []
-    names = [name for name in names if re.fullmatch(prepare.WRITTEN["checkpoint"], name)]
-    paths = {name: os.path.join(directory, name) for name in sorted(names) if name not in skip}
-    return {name: path for name, path in paths.items() if os.path.isfile(path)}
-
-
 def size_of(directory):
     return sum(map(os.path.getsize, files_of(directory).values()))
 
@@ -146,53 +124,29 @@ def make_way(target):
         set_aside(target)
 
 
-def hidden(verb, directory):
-    """Where a directory is written or deleted: what has a final name is whole at every moment."""
-    return os.path.join(os.path.dirname(directory), f".{verb}.{os.path.basename(directory)}")
-
-
-def remove_leftover(directory):
-    """Removes what is left of a checkpoint being written or deleted; files of others stay."""
-    if os.path.isdir(directory) and not os.path.islink(directory):
-        prepare.remove_directory(directory, "checkpoint")
-
-
 def remove_checkpoint(directory):
-    remove_leftover(hidden("deleting", directory))
-    os.rename(directory, hidden("deleting", directory))
-    remove_leftover(hidden("deleting", directory))
+    deleting = hidden("deleting", directory)
+    prepare.remove_directory(deleting, "checkpoint")
+    os.rename(directory, deleting)
+    prepare.remove_directory(deleting, "checkpoint")
 
 
 def link_directory(source, target, skip=()):
-    """`target` becomes a second name of the model or checkpoint in `source`: hard links, which cost
-    no space; copies where the file system has none. Whole or not at all."""
-    beside = hidden("writing", target)
-    try:
-        remove_leftover(beside)
-        os.makedirs(beside, exist_ok=True)
-        for name, path in files_of(source, skip).items():
-            try:
-                os.link(os.path.realpath(path), os.path.join(beside, name))
-            except OSError:
-                shutil.copyfile(path, os.path.join(beside, name))
-        prepare.publish(beside, target)
-    except BaseException:
-        remove_leftover(beside)
-        raise
+    """`target` becomes a second name of the model or checkpoint in `source`, whole or not at all:
+    hard links, which cost no space; copies where the file system has none."""
+    prepare.copy_whole(source, target, skip, link=True)
 
 
 def clean(directory):
     """Ends or undoes what a process that was killed had begun in a run's directory or backup."""
-    name = r"(step_\d{6,}|best|start)"
+    name = r"(?P<name>step_\d{6,}|best|start)"
     for entry in os.listdir(directory) if os.path.isdir(directory) else []:
-        path = os.path.join(directory, entry)
-        if re.fullmatch(rf"\.(writing|deleting)\.{name}|\.(\.writing\.)?{name}\.part", entry):
-            remove_leftover(path)
+        # .part: as copies were called before
+        if re.fullmatch(rf"(\.(writing|deleting)\.)+{name}|\.(\.writing\.)?{name}\.part", entry):
+            prepare.remove_directory(os.path.join(directory, entry), "checkpoint")
         replaced = re.fullmatch(rf"\.{name}\.replaced", entry)
-        if replaced and os.path.exists(os.path.join(directory, replaced[1])):
-            remove_leftover(path)  # the new one is in place
-        elif replaced:
-            os.rename(path, os.path.join(directory, replaced[1]))
+        if replaced:
+            prepare.restore(os.path.join(directory, replaced["name"]), "checkpoint")
 
 
 def set_aside(path):
@@ -304,7 +258,7 @@ def restore_backup(config, setup, say):
             if load(copy, say)[0]:
                 os.rename(copy, target)
                 return say(f"{out_dir} held no run: {checkpoint} is copied back")
-            remove_leftover(copy)
+            prepare.remove_directory(copy, "checkpoint")
     except OSError as e:
         raise UserError(f"{backup} can't be copied back to {out_dir}: {first_line(e)}") from None
     raise UserError(f"{backup}: no checkpoint is whole; {START_OVER}")
@@ -969,14 +923,14 @@ class Checkpoints:
         target = self.path(step)
         beside = hidden("writing", target)
         try:
-            remove_leftover(beside)
+            prepare.remove_directory(beside, "checkpoint")
             write(beside)
             make_way(target)
             prepare.publish(beside, target)
             row = {"event": "checkpoint", "path": target, "bytes": size_of(target)}
             self.log(step, row | {"training_waited_s": waited})
         except Exception as e:  # a full disk, most often: training goes on
-            remove_leftover(beside)
+            prepare.remove_directory(beside, "checkpoint")
             before = "the one before it stays"
             if not checkpoints(self.out_dir):
                 before = "there is none before it"
