@@ -318,13 +318,13 @@ class TiktokenEngine(Engine):
 
 
 def load_tokenizer(spec):
-    """The tokenizer that `spec` names: a directory with a tokenizer.json (a data set, a
-    checkpoint), a path to one, 'gpt2', 'byte', or a Hub id (owner/name); else UserError."""
+    """The tokenizer that `spec` names: a directory (of a data set, a run or a model), a path to a
+    tokenizer.json, 'gpt2', 'byte', or a Hub id (owner/name); else UserError."""
     if spec == "gpt2":
         return _gpt2()
     if spec == "byte":
         return _byte()
-    path = os.path.join(spec, "tokenizer.json") if os.path.isdir(spec) else spec
+    path = tokenizer_file(spec)
     if os.path.isfile(path):
         return _tokenizer_from_file(path, spec)
     if os.path.isdir(spec):
@@ -345,6 +345,16 @@ def load_tokenizer(spec):
         f"--tokenizer={spec}: neither char, byte, gpt2, bpe:SIZE, a directory or file that "
         "exists, nor a Hub id (owner/name)"
     )
+
+
+def tokenizer_file(spec):
+    """The tokenizer.json of a directory; of a run's directory, that of its newest checkpoint. What
+    is no directory stays as it is."""
+    if not os.path.isdir(spec):
+        return spec
+    places = [spec, *reversed(checkpoints(spec))]
+    paths = [os.path.join(place, "tokenizer.json") for place in places]
+    return next(filter(os.path.isfile, paths), paths[0])
 
 
 def _tokenizer_from_file(path, spec):
@@ -932,6 +942,9 @@ def progress(**options):
     return tqdm(disable=None, unit_scale=True, dynamic_ncols=True, **options)
 
 
+LOCAL_TOO = "a local file works too: fetch it by other means, and give prepare.py its path"
+
+
 def download(url, digest, tries=3):
     """The local path of a small file from `url`, checked against its SHA-256."""
     import requests
@@ -957,10 +970,7 @@ def download(url, digest, tries=3):
             os.replace(f.name, path)
             return path
         problem = "its content is not what it was when this was written (SHA-256 differs)"
-    raise UserError(
-        f"{url}: could not be fetched in {tries} tries: {problem}; download it by other means and "
-        "give prepare.py its path"
-    )
+    raise UserError(f"{url}: could not be fetched in {tries} tries: {problem}; {LOCAL_TOO}")
 
 
 # -----------------------------------------------------------------------------
@@ -1011,8 +1021,10 @@ def _hub(call, repo, **options):
             problem = str(e.__cause__ or e).splitlines()[0]
         if attempt < 4:
             time.sleep(min(wait, 60))
+    local = f"; {LOCAL_TOO}" if options.get("repo_type") == "dataset" else ""
     raise UserError(
         f"{repo}: could not be fetched from {site}: {problem}; run the same command to continue"
+        + local
     )
 
 
@@ -1817,14 +1829,11 @@ class Records:
                     self.left_out[row] += 1
                 else:
                     self.rows.append(row)
+        if not self.left_out and not self.rows:
+            raise UserError(f"{self.path}: it is empty; {how_to_prepare(directory)}")
         if not self.rows:
-            why = (
-                "; ".join(f"{count} left out: {reason}" for reason, count in self.left_out.items())
-                or "it is empty"
-            )
-            raise UserError(
-                f"{self.path}: nothing in it can be used ({why}); {how_to_prepare(directory)}"
-            )
+            why = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
+            raise UserError(f"{self.path}: nothing in it can be used: {why}")
         self.per_epoch, self.amount = len(self.rows), f"{len(self.rows):,} records"
 
     def __getitem__(self, position):
@@ -1984,7 +1993,7 @@ class Pairs(_Conversations):
         if sides[0] == sides[1]:
             return "both sides are equal"
         if max(len(ids) for ids, _ in sides) > self.block_size + 1:
-            return f"longer than block_size={self.block_size}"
+            return f"longer than block_size={self.block_size}, so raise --block_size"
         return sides
 
     def batch(self, positions):
@@ -2010,7 +2019,8 @@ class Problems(_Conversations):
         """(prompt ids, the question's text, answer), or why the problem is left out."""
         ids, _ = render_chat(record["prompt"], self.tokenizer, add_generation_prompt=True)
         if len(ids) > self.longest:
-            return f"a prompt longer than {self.longest} tokens, which leave no room for the answer"
+            room = "block_size less max_completion; raise --block_size or lower --max_completion"
+            return f"a prompt longer than the {self.longest} tokens of {room}"
         if self.verifier and not readable_gold(self.verifier, record["answer"]):
             return f"an answer that verifier={self.verifier!r} can't read"
         return ids, record["prompt"][-1]["content"], record["answer"]
@@ -2230,6 +2240,21 @@ def prepare_missing(config, say, world_size=1):
         prepare(name, data_dir=config["data_dir"])
 
 
+def dataset_names(dataset, data_dir):
+    """A dataset= with the names of its data sets in place of paths to them: data/web/ is web."""
+
+    def name_of(match):
+        path = match[0].strip()
+        if not re.search(r"[/\\]", path):
+            return match[0]
+        is_inside = os.path.abspath(path).startswith(os.path.abspath(data_dir) + os.sep)
+        if is_inside or (os.path.isdir(path) and not os.path.isdir(os.path.join(data_dir, path))):
+            return os.path.relpath(path, data_dir)
+        return os.path.normpath(path)
+
+    return re.sub(r"[^,:]+", name_of, dataset)
+
+
 def parse_mixture(dataset):
     """'web:0.87,code:0.13' -> [('web', 0.87), ('code', 0.13)]; a single name needs no weight."""
     parts = []
@@ -2274,15 +2299,17 @@ def check_kind(directory, stage):
         )
 
 
-def how_to_prepare(directory, stage="pretrain"):
-    """What to type for a data set that is missing or damaged."""
+def how_to_prepare(directory, stage=""):
+    """What to type for a data set that is missing or damaged. Without a stage it is made again as
+    what its meta.json says that it was."""
     name = os.path.basename(os.path.normpath(directory))
     if name in KNOWN:
         return f"python prepare.py {name} makes it"
-    if stage == "pretrain":
-        return f"python prepare.py YOUR_TEXT.txt --name={name} makes it"
-    kind = {"sft": "chat", "dpo": "prefs", "rlvr": "verify"}[stage]
-    return f"python prepare.py YOUR_FILE.jsonl --as={kind} --name={name} makes it"
+    meta = read_meta(directory)
+    kind = {"": meta.get("kind"), "sft": "chat", "dpo": "prefs", "rlvr": "verify"}.get(stage)
+    if kind in SHAPES:
+        return f"python prepare.py YOUR_FILE.jsonl --as={kind} --name={name} makes it"
+    return f"python prepare.py YOUR_TEXT.txt --name={name} makes it"
 
 
 # -----------------------------------------------------------------------------
@@ -2977,7 +3004,7 @@ def _name_of(source):
     base = os.path.basename(os.path.abspath(source))
     for ending in (*COMPRESSED, *TEXT, *LINES, ".parquet"):
         base = base.removesuffix(ending)
-    return re.sub(r"[^\w.+-]+", "_", base).strip("_") or base
+    return "_".join(re.findall(r"[\w.+-]+", base)) or base
 
 
 @contextlib.contextmanager
@@ -3230,9 +3257,7 @@ def _stamp(files, settings, partial):
         else:
             version = f.digest or f.revision or os.stat(f.path).st_mtime_ns
             parts.append([f.path, f.size, version, f.split])
-    path = settings["tokenizer"]
-    if os.path.isdir(path):
-        path = os.path.join(path, "tokenizer.json")
+    path = tokenizer_file(settings["tokenizer"])
     parts.append(sha256(path) if os.path.isfile(path) else "")
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -3389,15 +3414,14 @@ def _next_command(target, meta, tokenizer):
     out_dir = "" if dataset == "toy" else f" --out_dir=out/{dataset}"
     if not stage:
         return f"python train.py --dataset={dataset}{out_dir}"
-    model = "MODEL"
-    if os.path.exists(os.path.join(tokenizer, "config.json")) or checkpoints(tokenizer):
-        model = tokenizer
-    command = f"python train.py --stage={stage} --init_from={model} --dataset={dataset}{out_dir}"
-    if model == "MODEL" and stage == "sft":
-        command += ", where MODEL has this tokenizer; else prepare with --tokenizer=MODEL first"
-    elif model == "MODEL":
-        command += " (it uses the tokenizer of MODEL, so --tokenizer= is not needed here)"
-    return command
+    model = tokenizer
+    if not os.path.exists(os.path.join(tokenizer, "config.json")) and not checkpoints(tokenizer):
+        model = "MODEL"
+        note = "the records stay text, for the tokenizer of any model"
+        if stage == "sft":
+            note = "it needs this tokenizer; for another one prepare again with --tokenizer=MODEL"
+        print(f"  MODEL is a run, a model directory or a Hub id: {note}")
+    return f"python train.py --stage={stage} --init_from={model} --dataset={dataset}{out_dir}"
 
 
 # -----------------------------------------------------------------------------

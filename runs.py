@@ -63,6 +63,12 @@ def model_directory(where):
                 f"{where}: neither a model directory (no config.json) nor a run (no step_* in it)"
             )
         return checkpoints(where)[-1]
+    if where == directory_of([]):
+        raise UserError(f"{where}: no such run yet; python train.py comes first, and makes it")
+    config = os.path.join("config", f"{os.path.basename(where)}.py")
+    is_config = os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), config))
+    if where == directory_of([config]) and is_config:
+        raise UserError(f"{where}: no such run yet; python train.py {config} comes first")
     is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", where)
     if not is_id or where.startswith((".", "out/", "data/")):
         raise UserError(
@@ -174,6 +180,10 @@ def check(config):
     out_dir, hf_repo, backup_dir = config["out_dir"], config["hf_repo"], config["backup_dir"]
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         raise UserError(f"out_dir={out_dir!r}: not a directory; choose another --out_dir")
+    later = config["stage"] != "pretrain" and config["init_from"].startswith(("out/", "./", "../"))
+    begun = checkpoints(out_dir) or checkpoints(backup_of(config))
+    if later and not begun and not config["dry_run"] and not os.path.isdir(config["init_from"]):
+        model_directory(config["init_from"])  # says what comes first, before data is prepared
     if hf_repo and not re.fullmatch(r"[\w.-]+/[\w.-]+", hf_repo):
         raise UserError(f"hf_repo={hf_repo!r}: expected the id of a Hub repository, owner/name")
     if not backup_dir:

@@ -121,6 +121,7 @@ from model import (architecture, compile_pays, completion_loss, completion_measu
 
 prepare.read_secrets()
 out_dir = config["out_dir"] = os.path.normpath(out_dir or runs.directory_of(setup.files))
+dataset = config["dataset"] = prepare.dataset_names(dataset, data_dir)
 runs.check(config)
 if stage == "rlvr":  # a verifier that is missing is refused before anything is loaded
     verify = prepare.verifier(verifier)
