@@ -145,14 +145,14 @@ def link_directory(source, target, skip=()):
 
 def clean(directory):
     """Ends or undoes what a process that was killed had begun in a run's directory or backup."""
-    name = r"(?P<name>step_\d{6,}|best|start)"
+    name = r"(step_\d{6,}|best|start)"
     for entry in os.listdir(directory) if os.path.isdir(directory) else []:
         # .part: as copies were called before
         if re.fullmatch(rf"(\.(writing|deleting)\.)+{name}|\.(\.writing\.)?{name}\.part", entry):
             prepare.remove_directory(os.path.join(directory, entry), "checkpoint")
         replaced = re.fullmatch(rf"\.{name}\.replaced", entry)
         if replaced:
-            prepare.restore(os.path.join(directory, replaced["name"]), "checkpoint")
+            prepare.restore(os.path.join(directory, replaced[1]), "checkpoint")
 
 
 def set_aside(path):
