@@ -2717,6 +2717,9 @@ class Total:
         if "train.mask" in sizes:
             sizes["train.mask"] = cut
 
+    def for_example(self):
+        return f" (for example {'; '.join(self.examples)})" if self.examples else ""
+
     def share_needed(self):
         """The encoder's val_fraction, or a larger one if that held out too little: less than a
         document, or than a window, unless training would be left with less than two windows."""
@@ -2908,10 +2911,6 @@ def _adopt(encoder, is_process):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
 
 
-def _in_brackets(examples):
-    return f" (for example {'; '.join(examples)})" if examples else ""
-
-
 # -----------------------------------------------------------------------------
 # One data set
 
@@ -2948,17 +2947,10 @@ def prepare(
     if "toy" in known and tokenizer == "toy":  # the toy sets share the tokenizer of the toy text
         tokenizer = _toy_tokenizer(data_dir, workers, seed)
     # what the output depends on; the stamp in meta.json is a hash of it and of the files
-    settings = dict(
-        version=1,
-        name=name,
-        source=source,
-        max_tokens=int(max_tokens),
-        field=field,
-        shape=as_ or known.get("as_", ""),
-        val_fraction=val_fraction or known.get("val_fraction"),
-        block_size=block_size,
-        tokenizer=tokenizer,
-    )
+    settings = dict(version=1, name=name, source=source, max_tokens=int(max_tokens), field=field)
+    settings |= dict(shape=as_ or known.get("as_", ""))
+    settings |= dict(val_fraction=val_fraction or known.get("val_fraction"))
+    settings |= dict(block_size=block_size, tokenizer=tokenizer)
     with _working_directory(target) as partial:
         if "bins" in known:
             made = _take_bins(known, partial, target)
@@ -2967,12 +2959,12 @@ def prepare(
             # a folder may hold links to files of the target
             check_target(target, "data set", [f.path for f in files if os.path.islink(f.path)])
             made = _make(files, settings, partial, target, workers)
-        if made:
-            publish(partial, target)
-    if made:
-        _report(target, settings["tokenizer"])
-    else:
-        print(f"{target} holds this already")
+        if not made:
+            print(f"{target} holds this already")
+            remove_directory(partial, "data set")
+            return target
+        publish(partial, target)
+    _report(target, settings["tokenizer"])
     return target
 
 
@@ -3010,44 +3002,23 @@ def _name_of(source):
 @contextlib.contextmanager
 def _working_directory(target):
     """The directory beside `target` in which it is made, locked. It stays if parts of it were made
-    that the same command can go on from; UserError if another process works in it."""
+    that the same command can go on from."""
     partial = _real_place(target) + ".partial"
     os.makedirs(partial, exist_ok=True)
-    with _locked(partial):
+    problem = "another process is preparing this data set; wait for it, or choose another --name="
+    handle = lock(partial, problem)
+    try:
         if not os.path.exists(os.path.join(partial, "partial.json")):
             write_json(os.path.join(partial, "partial.json"), dict(stamp=""))
-        finished = False
-        try:
-            yield partial
-            finished = True
-        finally:
-            with contextlib.suppress(OSError):
-                if finished or not _parts_in(partial):
-                    remove_directory(partial, "data set")
-
-
-@contextlib.contextmanager
-def _locked(directory):
-    """UserError if another process has locked the directory; unlocked when this process ends."""
-    try:
-        import fcntl
-
-        handle = os.open(directory, os.O_RDONLY)
-    except (ImportError, OSError):  # Windows has neither
-        yield
-        return
-    try:
-        with contextlib.suppress(OSError):  # some network drives have no locks
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"{directory}: another process is preparing this data set; wait for it, or "
-                    "choose another --name="
-                ) from None
-        yield
+        yield partial
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if not _parts_in(partial):
+                remove_directory(partial, "data set")
+        raise
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 
 def _source_files(source, known, partial, config, split, seed):
@@ -3178,7 +3149,7 @@ def _make(files, settings, partial, target, workers):
     problem = total.problem or _missing_split(total, tokenizer)
     if problem:
         remove_files(partial, "data set")
-        raise UserError(f"{settings['source']}: {problem}{_in_brackets(total.examples)}")
+        raise UserError(f"{settings['source']}: {problem}{total.for_example()}")
     meta = _meta_of(settings, stamp, total.count, tokenizer)
     write_json(os.path.join(partial, "meta.json"), meta)
     remove_files(partial, "data set", keep=FINISHED)
@@ -3231,7 +3202,7 @@ def _meta_of(settings, stamp, count, tokenizer):
 
 def _say_what_was_done(settings, total):
     """Prints what else happened to the records than that they were encoded."""
-    count, examples = total.count, _in_brackets(total.examples)
+    count, examples = total.count, total.for_example()
     if count["wrong"]:
         print(f"left out: {counted(count['wrong'], 'record')}{examples}")
     if count["broken"]:
@@ -3280,7 +3251,7 @@ def _continue_or_clear(partial, stamp, share):
     """Keeps the parts that an earlier run with the same stamp made, and removes others. Returns the
     share that those parts hold out, or else `share`."""
     before = read_json(os.path.join(partial, "partial.json"))
-    if before == _marker(stamp, before.get("share")):
+    if before["stamp"] == stamp and before.get("layout") == [BLOCK, BLOCKS_PER_PART, LONGEST]:
         parts = _parts_in(partial)
         size = sum(os.path.getsize(os.path.join(partial, f)) for f in parts)
         if parts:
@@ -3292,15 +3263,12 @@ def _continue_or_clear(partial, stamp, share):
 
 
 def _begin(partial, stamp, share):
-    """Removes all parts: those to come hold out this share."""
+    """Removes all parts, and notes what those to come depend on."""
     for name in _parts_in(partial):
         os.remove(os.path.join(partial, name))
-    write_json(os.path.join(partial, "partial.json"), _marker(stamp, share))
-
-
-def _marker(stamp, share):
-    """The content of partial.json: what the parts in the directory depend on."""
-    return dict(stamp=stamp, share=share, layout=[BLOCK, BLOCKS_PER_PART, LONGEST])
+    layout = [BLOCK, BLOCKS_PER_PART, LONGEST]
+    marker = dict(stamp=stamp, share=share, layout=layout)
+    write_json(os.path.join(partial, "partial.json"), marker)
 
 
 def _parts_in(partial):
@@ -3383,23 +3351,34 @@ def _check_space(directory, need):
         )
 
 
+def _amount(meta):
+    """How much a data set holds, in words."""
+    amount = []
+    if "documents" in meta:
+        amount += [counted(meta["documents"], "document"), counted(meta["bytes"], "byte")]
+    if "tokenizer" in meta:
+        amount += [
+            f"{meta['train_tokens']:,} training",
+            f"{meta['val_tokens']:,} validation tokens",
+        ]
+    else:
+        amount += [f"{meta['train_records']:,} training"]
+        amount += [f"{meta['val_records']:,} validation records"]
+    return ", ".join(amount)
+
+
 def _report(target, tokenizer):
     """Prints what a data set holds, and what to do next. `tokenizer`: what the user asked for."""
     meta = read_json(os.path.join(target, "meta.json"))
-    print(f"{target}: {meta['kind']} from {meta['source']}")
-    if "documents" in meta:
-        print(f"  {counted(meta['documents'], 'document')}, {counted(meta['bytes'], 'byte')}")
+    print(f"{target}: {meta['kind']} from {meta['source']}\n  {_amount(meta)}")
     if "tokenizer" in meta:
         tokens = meta["train_tokens"] + meta["val_tokens"]
         ratio = f", {meta['bytes'] / tokens:.2f} bytes a token" if meta.get("bytes") else ""
-        train, val = f"{meta['train_tokens']:,} training", f"{meta['val_tokens']:,} validation"
-        print(f"  {train} and {val} tokens{ratio}")
-        print(f"  tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} ids, {meta['dtype']}")
+        ids = f"{meta['vocab_size']:,} ids, {meta['dtype']}"
+        print(f"  tokenizer {meta['tokenizer']}, {ids}{ratio}")
         ids = np.fromfile(os.path.join(target, "train.bin"), meta["dtype"], 60)
         print(f"  begins: {load_tokenizer(target).decode(ids)!r}")
     else:
-        train, val = f"{meta['train_records']:,} training", f"{meta['val_records']:,} validation"
-        print(f"  {train} and {val} records")
         with open(os.path.join(target, "train.jsonl"), encoding="utf-8") as f:
             print(f"  begins: {f.readline()[:300].rstrip()}")
     print(f"next: {_next_command(target, meta, tokenizer)}")
@@ -3432,7 +3411,7 @@ _OUTPUT = r"(train|val)\.(bin|mask|jsonl)"
 _SOURCE = r"(toy|source)\.(txt|jsonl)"  # what is written first, and read as the source
 FINISHED = rf"{_OUTPUT}|meta\.json|{_TOKENIZER}"  # what is left of a data set when it is complete
 WRITTEN = {  # kind of directory -> the names of the files that this program writes into it
-    "data set": FINISHED + rf"|(partial|journal)\.json|{_SOURCE}|part-\d+-\d+\.(json|{_OUTPUT})",
+    "data set": FINISHED + rf"|partial\.json|{_SOURCE}|part-\d+-\d+\.(json|{_OUTPUT})",
     "tokenizer": _TOKENIZER,
     "checkpoint": _TOKENIZER
     + r"|trainer\.pt|(config|generation_config)\.json|README\.md|loss\.png|[\w.-]+\.gguf"
@@ -3457,8 +3436,6 @@ def kind_of_directory(directory):
     if "trainer.pt" in files and "config.json" in files:
         return "checkpoint"
     if has("meta.json", "stamp", "kind") or has("partial.json", "stamp"):
-        return "data set"
-    if has("journal.json", "stamp"):  # as partial.json was called before
         return "data set"
     if "config.json" not in files and has("tokenizer_config.json", "nanosmol_name"):
         return "tokenizer"
@@ -3539,16 +3516,13 @@ def check_target(target, kind, sources):
 
 def say_what_is_replaced(target):
     """Prints, before the work, what the new `target` will replace once it is complete."""
-    what = ""
+    if not os.path.isdir(target) or not os.listdir(target):
+        return
+    what = "what was there"
     if kind_of_directory(target) == "data set":
         meta = read_json(os.path.join(target, "meta.json"))
-        amount = [counted(meta["documents"], "document")] if "documents" in meta else []
-        amount += [f"tokenizer {meta['tokenizer']}"] if "tokenizer" in meta else []
-        what = f"what was made there from {meta.get('source')} ({', '.join(amount)})"
-    elif os.path.isdir(target) and os.listdir(target):
-        what = "what was there"
-    if what:
-        print(f"{target} replaces {what} as soon as it is complete")
+        what = f"what was made there from {meta['source']} ({_amount(meta)})"
+    print(f"{target} replaces {what} as soon as it is complete")
 
 
 def _check_name(name, source):
@@ -3579,6 +3553,22 @@ def _is_inside(path, directory):
             return False
         path = os.path.dirname(path)
     return False
+
+
+def lock(directory, problem):
+    """Locks a directory until this process ends or closes the handle that is returned; None where
+    there are no locks (Windows, some network drives). UserError if another process has locked it:
+    `problem` says what that means."""
+    try:
+        import fcntl
+
+        handle = os.open(directory, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle
+    except BlockingIOError:
+        raise UserError(f"{directory}: {problem}") from None
+    except (ImportError, OSError):
+        return None
 
 
 def publish(partial, target):
@@ -3677,13 +3667,11 @@ def copy_whole(source, target, skip=(), link=False):
     try:
         remove_directory(beside, "checkpoint")  # what a killed copy left
         os.makedirs(beside, exist_ok=True)
-        for name, path in files_of(source, skip).items():
-            copy = os.path.join(beside, name)
-            if link:
-                with contextlib.suppress(OSError):
-                    os.link(os.path.realpath(path), copy)
-            if not os.path.exists(copy):
-                shutil.copyfile(path, copy)
+        names = files_of(source, skip)
+        for name, path in names.items() if link else ():
+            with contextlib.suppress(OSError):
+                os.link(os.path.realpath(path), os.path.join(beside, name))
+        copy_files(source, beside, names.keys() - files_of(beside).keys())
         publish(beside, target)
     except BaseException:
         remove_directory(beside, "checkpoint")

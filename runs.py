@@ -132,7 +132,8 @@ def make_way(target):
 
 def remove_checkpoint(directory):
     deleting = hidden("deleting", directory)
-    prepare.remove_directory(deleting, "checkpoint")
+    if os.path.exists(deleting):
+        prepare.remove_directory(deleting, "checkpoint")
     os.rename(directory, deleting)
     prepare.remove_directory(deleting, "checkpoint")
 
@@ -477,18 +478,8 @@ def refuse_to_move(directory, config):
 
 
 def lock(out_dir):
-    """UserError if another process trains in out_dir: they would delete each other's checkpoints.
-    The lock ends with this process."""
-    try:
-        import fcntl  # not on Windows
-
-        fcntl.flock(os.open(out_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"{out_dir}: another training is under way in it; choose another --out_dir"
-        ) from None
-    except (ImportError, OSError):  # a drive without locks
-        pass
+    """UserError if another process trains in out_dir: both would delete checkpoints there."""
+    prepare.lock(out_dir, "another training is under way in it; choose another --out_dir")
 
 
 def first_model(config, start):

