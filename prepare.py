@@ -31,6 +31,7 @@ import json
 import math
 import multiprocessing
 import os
+import pathlib
 import random
 import re
 import shutil
@@ -1496,7 +1497,7 @@ class Encoder:
         for at, messages, order in found:
             conversation, its_mask = render_chat(messages, self.tokenizer)
             if self.block_size and len(conversation) > self.block_size:
-                length = f"the conversation has {len(conversation)} tokens"
+                length = f"the conversation has {counted(len(conversation), 'token')}"
                 result.wrong.append((at, f"{length}, --block_size={self.block_size}"))
                 continue
             ids += conversation
@@ -1678,7 +1679,7 @@ class Bins:
         enough = block_size + 1 if split == "train" else 2
         if len(self.tokens) < enough:
             raise UserError(
-                f"{self.path}: {len(self.tokens):,} tokens are too few for one window of "
+                f"{self.path}: {counted(len(self.tokens), 'token')}, too few for one window of "
                 f"block_size={block_size} and its targets; set "
                 f"--block_size={max(1, len(self.tokens) - 1)} "
                 "or less, or prepare more text"
@@ -1690,7 +1691,7 @@ class Bins:
                 f"{mask}: {len(self.mask):,} bytes for {len(self.tokens):,} tokens; "
                 f"{how_to_prepare(directory)}"
             )
-        self.amount = f"{len(self.tokens):,} tokens"
+        self.amount = counted(len(self.tokens), "token")
         # one window less than fit leaves the grid room to shift by up to a whole window
         self.per_epoch = max(1, (len(self.tokens) - 1) // block_size - 1)
 
@@ -1834,7 +1835,7 @@ class Records:
         if not self.rows:
             why = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
             raise UserError(f"{self.path}: nothing in it can be used: {why}")
-        self.per_epoch, self.amount = len(self.rows), f"{len(self.rows):,} records"
+        self.per_epoch, self.amount = len(self.rows), counted(len(self.rows), "record")
 
     def __getitem__(self, position):
         """(index in rows, row) at a position."""
@@ -2963,6 +2964,7 @@ def prepare(
             print(f"{target} holds this already")
             remove_directory(partial, "data set")
             return target
+        remove_files(partial, "data set", keep=FINISHED)
         publish(partial, target)
     _report(target, settings["tokenizer"])
     return target
@@ -3152,7 +3154,6 @@ def _make(files, settings, partial, target, workers):
         raise UserError(f"{settings['source']}: {problem}{total.for_example()}")
     meta = _meta_of(settings, stamp, total.count, tokenizer)
     write_json(os.path.join(partial, "meta.json"), meta)
-    remove_files(partial, "data set", keep=FINISHED)
     _say_what_was_done(settings, total)
     return True
 
@@ -3251,7 +3252,7 @@ def _continue_or_clear(partial, stamp, share):
     """Keeps the parts that an earlier run with the same stamp made, and removes others. Returns the
     share that those parts hold out, or else `share`."""
     before = read_json(os.path.join(partial, "partial.json"))
-    if before["stamp"] == stamp and before.get("layout") == [BLOCK, BLOCKS_PER_PART, LONGEST]:
+    if before == _marker(stamp, before.get("share", share)):
         parts = _parts_in(partial)
         size = sum(os.path.getsize(os.path.join(partial, f)) for f in parts)
         if parts:
@@ -3266,9 +3267,12 @@ def _begin(partial, stamp, share):
     """Removes all parts, and notes what those to come depend on."""
     for name in _parts_in(partial):
         os.remove(os.path.join(partial, name))
-    layout = [BLOCK, BLOCKS_PER_PART, LONGEST]
-    marker = dict(stamp=stamp, share=share, layout=layout)
-    write_json(os.path.join(partial, "partial.json"), marker)
+    write_json(os.path.join(partial, "partial.json"), _marker(stamp, share))
+
+
+def _marker(stamp, share):
+    """The content of partial.json: what the parts in the directory depend on."""
+    return dict(stamp=stamp, share=share, layout=[BLOCK, BLOCKS_PER_PART, LONGEST])
 
 
 def _parts_in(partial):
@@ -3545,14 +3549,9 @@ def _real_place(target):
 
 def _is_inside(path, directory):
     """Whether `path` is `directory` or lies in it, however links or dots spell it."""
-    path = os.path.realpath(path)
-    while os.path.isdir(directory):
-        if os.path.exists(path) and os.path.samefile(path, directory):
-            return True
-        if path == os.path.dirname(path):
-            return False
-        path = os.path.dirname(path)
-    return False
+    path = pathlib.Path(os.path.realpath(path))
+    places = [place for place in (path, *path.parents) if place.exists()]
+    return os.path.isdir(directory) and any(os.path.samefile(p, directory) for p in places)
 
 
 def lock(directory, problem):
@@ -3616,8 +3615,6 @@ def restore(target, kind):
 def _sync(path):
     """Waits until a file or directory is on the disk, if the system can do that: Windows opens no
     directory and syncs no file opened for reading, and some mounted drives sync nothing."""
-    cannot = (errno.EACCES, errno.EPERM, errno.EBADF, errno.EINVAL, errno.ENOSYS)
-    cannot += (errno.ENOTSUP, errno.EOPNOTSUPP)
     for flags in (os.O_RDWR, os.O_RDONLY) if os.path.isfile(path) else (os.O_RDONLY,):
         try:
             handle = os.open(path, flags)
@@ -3626,7 +3623,7 @@ def _sync(path):
             finally:
                 os.close(handle)
         except OSError as e:
-            if e.errno not in cannot:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):  # what was written is lost
                 raise
 
 

@@ -24,7 +24,7 @@ import time
 import types
 
 import prepare
-from configurator import UserError
+from configurator import UserError, counted
 from prepare import checkpoints, files_of, hidden, step_of
 
 # -----------------------------------------------------------------------------
@@ -400,7 +400,7 @@ def open_model(start, config, setup, data, say):
         )
     missing = data.vocab_size - model.config.vocab_size
     if missing > 0 and config["stage"] != "pretrain":
-        say(f"the model grows rows for {missing} chat tokens")
+        say(f"the model grows rows for {counted(missing, 'chat token')}")
         model.grow(data.vocab_size)
     return model
 
@@ -1463,7 +1463,7 @@ def headline(model, data, config, sequences, attention, say):
     apart = ", documents apart" if config["doc_mask"] else ""
     say(
         f"{model.n_params() / 1e6:.2f}M parameters; {config['dataset']}: {data.amount}; "
-        f"{config['max_iters']:,} steps of {sequences} {amount}"
+        f"{counted(config['max_iters'], 'step')} of {sequences} {amount}"
     )
     say(
         f"{config['out_dir']}: {device}, {config['dtype']}, {config['optimizer']}, "
@@ -1519,8 +1519,8 @@ def last_checkpoint(config, run, why, say):
         advice = "No weight can learn: look at how the model begins (init_std, init_from), and at "
         advice += "what you changed in it"
     raise Diverged(
-        f"{config['max_bad_steps']} bad steps in a row ({why}) after step {run.step} and "
-        f"{run.rollbacks} rollbacks; {kept}. {advice}"
+        f"{counted(config['max_bad_steps'], 'bad step')} in a row ({why}) after step {run.step} "
+        f"and {counted(run.rollbacks, 'rollback')}; {kept}. {advice}"
     )
 
 
@@ -1540,8 +1540,8 @@ def summary(config, run, is_saved):
     if math.isfinite(run.best[0]):
         best = f"best {name} {abs(run.best[0]):.4f}"
     lines = [
-        f"--- {run.step:,} steps, {run.tokens:,} tokens in {run.train_s:.0f} s of training: "
-        f"{best} ---",
+        f"--- {counted(run.step, 'step')}, {run.tokens:,} tokens in {run.train_s:.0f} s of "
+        f"training: {best} ---",
         f"the loss, drawn      {os.path.join(out_dir, PLOT)}",
     ]
     if is_saved:
