@@ -27,6 +27,7 @@ import fnmatch
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import multiprocessing
@@ -46,7 +47,7 @@ from configurator import UserError, configure, counted
 
 # fmt: off
 # what to make, and where
-tokenizer = ''           # char, byte, gpt2, bpe:4096 (trained on the text), a path or Hub id
+tokenizer = ''           # char, byte, gpt2, bpe:4096 (trained on the text), a run, path or Hub id
 name = ''                # the data set becomes data/<name>/; '' follows the source
 data_dir = 'data'        # where data sets are written
 max_tokens = 0           # stop after about this many training tokens; 0: take everything (>= 0)
@@ -2789,43 +2790,22 @@ def _parts(files, partial, total, collect, fetcher):
         if total.full():
             return
         _fetch_next(fetcher, files, i, total)
-        part_of_file = os.path.join(partial, f"part-{i:04d}")
-        complete = _complete_parts(part_of_file)
-        for part in complete:
-            yield part, None, done
-        blocks = []
-        if not complete:
-            column = encoder.field or None
-            blocks = read_blocks(file, len(files) == 1, column, encoder.val_fraction)
-        for j, (group, is_last) in enumerate(_groups(blocks, size)):
+        column = encoder.field or None
+        blocks = read_blocks(file, len(files) == 1, column, encoder.val_fraction)
+        for j, group in enumerate(_groups(blocks, size)):
             if total.full():
                 return
-            part = f"{part_of_file}-{j:05d}"
-            job = None if _is_complete(part) else (file, group, part, is_last)
+            part = os.path.join(partial, f"part-{i:04d}-{j:05d}")
+            job = None if _is_complete(part) else (file, group, part)
             yield part, job, done + group[-1].read
         done += file.size
 
 
 def _groups(items, size):
-    """Lists of `size` items, and whether each is the last."""
-    group = []
-    for item in items:
-        if len(group) == size:
-            yield group, False
-            group = []
-        group.append(item)
-    if group:
-        yield group, True
-
-
-def _complete_parts(part_of_file):
-    """The parts of a File, if all of them are there already; else none."""
-    parts = []
-    while _is_complete(f"{part_of_file}-{len(parts):05d}"):
-        parts.append(f"{part_of_file}-{len(parts):05d}")
-        if read_json(parts[-1] + ".json")["last"]:
-            return parts
-    return []
+    """Lists of `size` items; the last one may be shorter."""
+    items = iter(items)
+    while group := list(itertools.islice(items, size)):
+        yield group
 
 
 def _is_complete(part):
@@ -2863,7 +2843,7 @@ def _join(pieces, partial):
                     out.write(f.read(size))
 
 
-def _encode_part(file, blocks, part, is_last):
+def _encode_part(file, blocks, part):
     """In a worker: encodes Blocks and writes the files of a part."""
     outputs, rows = collections.defaultdict(list), []
     for block in blocks:
@@ -2881,7 +2861,7 @@ def _encode_part(file, blocks, part, is_last):
     for name, data in outputs.items():
         with open(f"{part}.{name}", "wb") as f:
             f.writelines(data)
-    write_json(part + ".json", dict(blocks=rows, last=is_last), sync=False)
+    write_json(part + ".json", dict(blocks=rows), sync=False)
 
 
 def _workers(count, encoder):
@@ -2987,12 +2967,10 @@ def _name_of(source):
     if source in KNOWN:
         return source
     if not os.path.exists(source) and not source.startswith("hub:"):
-        if re.search(r"[/\\]|\.(txt|jsonl|parquet|md|zst|gz)$", source):
-            raise UserError(f"{source}: no such file or folder")
         close = difflib.get_close_matches(source, KNOWN, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise UserError(
-            f"{source}: neither a file or folder nor a known data set{hint} "
+            f"{source}: no such file or folder, nor a known data set{hint} "
             "(python prepare.py lists them)"
         )
     base = os.path.basename(os.path.abspath(source))
@@ -3694,21 +3672,18 @@ def make_tokenizer_only(paths, name, data_dir, as_, field, vocab_size, min_frequ
     """python prepare.py tokenizer PATH...: trains a tokenizer without preparing a data set."""
     if not paths:
         raise UserError("python prepare.py tokenizer PATH...: name the texts to train it on")
-    missing = [path for path in paths if not os.path.exists(path)]
-    if missing:
-        raise UserError(f"{missing[0]}: no such file or folder")
     name = name or "tokenizer"
     _check_name(name, paths[0])
+    files = [local_files(path) for path in paths]
     target = os.path.join(data_dir, name)
     check_target(target, "tokenizer", paths)
     say_what_is_replaced(target)
 
     def texts():
-        for path in paths:
-            files = local_files(path)
-            first = next(read_blocks(files[0], len(files) == 1), None)
+        for source in files:
+            first = next(read_blocks(source[0], len(source) == 1), None)
             if first:
-                yield from _texts(files, Encoder(None, *_shape_of(files[0], first, as_, field)))
+                yield from _texts(source, Encoder(None, *_shape_of(source[0], first, as_, field)))
 
     tokenizer = train_bpe(texts(), int(vocab_size), f"bpe:{vocab_size}", min_frequency)
     partial = _real_place(target) + ".partial"

@@ -334,3 +334,7 @@ def test_plurals(here, capsys):
     said = capsys.readouterr().out
     assert "1 document," in said and "left out: 1 record " in said
     assert "1 documents" not in said and "1 records" not in said
+    lengths = np.array([1], "uint16")
+    lengths.tofile("val.bin")
+    with pytest.raises(UserError, match="1 token, too few for one window"):
+        prepare.Bins(".", "val", 8)
