@@ -12,7 +12,7 @@ Everything between text and tokens, and everything that is fetched.
 Each makes data/<name>/: train.bin and val.bin (headerless little-endian token ids, each document
 ended by the end-of-text token), meta.json, and the tokenizer's files. Chat adds train.mask and
 val.mask (1 where the loss counts). Preferences and verifiable problems are train.jsonl and
-val.jsonl instead of bins.
+val.jsonl instead of bins. However small the source is, something of it is held out in val.
 """
 
 import codecs
@@ -1423,6 +1423,8 @@ class Encoder:
                 self.write_chat(split, found, result)
             elif found:
                 self.write_records(split, found, result)
+        if file.split:  # the source's own validation split is kept as it is
+            result.next_held_out = []
         return result
 
     def contents(self, block, result):
@@ -2021,8 +2023,8 @@ class Problems(_Conversations):
         """(prompt ids, the question's text, answer), or why the problem is left out."""
         ids, _ = render_chat(record["prompt"], self.tokenizer, add_generation_prompt=True)
         if len(ids) > self.longest:
-            room = "block_size less max_completion; raise --block_size or lower --max_completion"
-            return f"a prompt longer than the {self.longest} tokens of {room}"
+            room = "block_size less max_completion, so raise --block_size or lower --max_completion"
+            return f"a prompt longer than {self.longest} tokens, {room}"
         if self.verifier and not readable_gold(self.verifier, record["answer"]):
             return f"an answer that verifier={self.verifier!r} can't read"
         return ids, record["prompt"][-1]["content"], record["answer"]
@@ -3104,6 +3106,7 @@ def _ids_of(tokenizer):
 
 def _make(files, settings, partial, target, workers):
     """Encodes the files into the directory `partial`; False if `target` holds the same already."""
+    is_given = settings["val_fraction"] is not None
     _decide(files, settings)
     stamp = _stamp(files, settings, partial)
     if _is_made(target, stamp):
@@ -3121,7 +3124,7 @@ def _make(files, settings, partial, target, workers):
     while True:
         total = pack(files, encoder, partial, max_tokens, workers)
         share = total.share_needed()
-        if total.problem or share == encoder.val_fraction:
+        if total.problem or share == encoder.val_fraction or (total.is_one_text and is_given):
             break
         encoder.val_fraction = share
         _begin(partial, stamp, share)
@@ -3335,18 +3338,12 @@ def _check_space(directory, need):
 
 def _amount(meta):
     """How much a data set holds, in words."""
-    amount = []
-    if "documents" in meta:
-        amount += [counted(meta["documents"], "document"), counted(meta["bytes"], "byte")]
-    if "tokenizer" in meta:
-        amount += [
-            f"{meta['train_tokens']:,} training",
-            f"{meta['val_tokens']:,} validation tokens",
-        ]
-    else:
-        amount += [f"{meta['train_records']:,} training"]
-        amount += [f"{meta['val_records']:,} validation records"]
-    return ", ".join(amount)
+    what = "tokens" if "tokenizer" in meta else "records"
+    train, val = (f"{meta[f'{split}_{what}']:,}" for split in ("train", "val"))
+    amount = f"{train} training and {val} validation {what}"
+    if "documents" not in meta:
+        return amount
+    return f"{counted(meta['documents'], 'document')}, {counted(meta['bytes'], 'byte')}, {amount}"
 
 
 def _report(target, tokenizer):

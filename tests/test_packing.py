@@ -137,10 +137,21 @@ def test_the_share_of_a_single_text(here, name):
 
 @pytest.mark.parametrize("length, val", [(300, 31), (1000, 258), (20_000, 2001)])
 def test_a_short_single_text_holds_out_a_window(here, length, val):
-    """Unless it leaves training less than two of them: then a tenth, as usual."""
+    """Unless it leaves training less than two of them: then a tenth, as usual. A share that was
+    asked for is taken as it is."""
     write("t.txt", "abcd" * (length // 4))
     found = meta_of(prepare.prepare("t.txt", tokenizer="byte"))["val_tokens"]
     assert val <= found <= val + 8
+    directory = prepare.prepare("t.txt", tokenizer="byte", val_fraction=0.2)
+    assert meta_of(directory)["val_tokens"] == length // 5 + 1
+
+
+def test_the_own_split_of_a_source_is_kept_however_small(here, capsys):
+    os.mkdir("set")
+    write("set/train.txt", EOT.join(documents(300)))
+    write("set/valid.txt", "held out")
+    assert held_out(prepare.prepare("set", tokenizer="byte")) == {"held out"}
+    assert "held out:" not in capsys.readouterr().out
 
 
 def test_a_compressed_text_of_many_documents_is_read_as_it_is(here):
