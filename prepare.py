@@ -2312,7 +2312,8 @@ def how_to_prepare(directory, stage=""):
     meta = read_meta(directory)
     kind = {"": meta.get("kind"), "sft": "chat", "dpo": "prefs", "rlvr": "verify"}.get(stage)
     if kind in SHAPES:
-        return f"python prepare.py YOUR_FILE.jsonl --as={kind} --name={name} makes it"
+        tokenizer = " --tokenizer=MODEL" if kind == "chat" else ""
+        return f"python prepare.py YOUR_FILE.jsonl --as={kind} --name={name}{tokenizer} makes it"
     return f"python prepare.py YOUR_TEXT.txt --name={name} makes it"
 
 
@@ -3363,6 +3364,13 @@ def _report(target, tokenizer):
     print(f"next: {_next_command(target, meta, tokenizer)}")
 
 
+def _is_model(where):
+    """Whether what names a tokenizer names a model too: its directory, a run, an id on the Hub."""
+    if os.path.exists(where):
+        return os.path.exists(os.path.join(where, "config.json")) or bool(checkpoints(where))
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", where))
+
+
 def _next_command(target, meta, tokenizer):
     """The command that trains on a data set."""
     dataset = os.path.basename(target)
@@ -3373,7 +3381,7 @@ def _next_command(target, meta, tokenizer):
     if not stage:
         return f"python train.py --dataset={dataset}{out_dir}"
     model = tokenizer
-    if not os.path.exists(os.path.join(tokenizer, "config.json")) and not checkpoints(tokenizer):
+    if not _is_model(tokenizer):
         model = "MODEL"
         note = "the records stay text, for the tokenizer of any model"
         if stage == "sft":
