@@ -2940,8 +2940,6 @@ def prepare(
             made = _take_bins(known, partial, target)
         else:
             files = _source_files(source, known, partial, config, split, seed)
-            # a folder may hold links to files of the target
-            check_target(target, "data set", [f.path for f in files if os.path.islink(f.path)])
             made = _make(files, settings, partial, target, workers)
         if not made:
             print(f"{target} holds this already")
@@ -3107,6 +3105,8 @@ def _ids_of(tokenizer):
 
 def _make(files, settings, partial, target, workers):
     """Encodes the files into the directory `partial`; False if `target` holds the same already."""
+    # a folder may hold links to files of the target
+    check_target(target, "data set", [f.path for f in files if os.path.islink(f.path)])
     is_given = settings["val_fraction"] is not None
     _decide(files, settings)
     stamp = _stamp(files, settings, partial)
