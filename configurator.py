@@ -37,6 +37,11 @@ class UserError(ValueError):
     """A mistake that the user can correct; printed as one line, without a traceback."""
 
 
+def counted(count, noun):
+    """1, "document" -> "1 document"; 1200, "document" -> "1,200 documents"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def configure(variables, words=False, also="", argv=None):
     """Applies config files and --key=value arguments to `variables`, the globals() of a script.
 

@@ -12,7 +12,7 @@ Everything between text and tokens, and everything that is fetched.
 Each makes data/<name>/: train.bin and val.bin (headerless little-endian token ids, each document
 ended by the end-of-text token), meta.json, and the tokenizer's files. Chat adds train.mask and
 val.mask (1 where the loss counts). Preferences and verifiable problems are train.jsonl and
-val.jsonl instead of bins.
+val.jsonl instead of bins. However small the source is, something of it is held out in val.
 """
 
 import codecs
@@ -33,6 +33,7 @@ import json
 import math
 import multiprocessing
 import os
+import pathlib
 import pickle
 import random
 import re
@@ -46,11 +47,11 @@ import types
 
 import numpy as np
 
-from configurator import UserError, configure
+from configurator import UserError, configure, counted
 
 # fmt: off
 # what to make, and where
-tokenizer = ''           # char, byte, gpt2, bpe:4096 (trained on the text), a path or Hub id
+tokenizer = ''           # char, byte, gpt2, bpe:4096 (trained on the text), a run, path or Hub id
 name = ''                # the data set becomes data/<name>/; '' follows the source
 data_dir = 'data'        # where data sets are written
 max_tokens = 0           # stop after about this many training tokens; 0: take everything (>= 0)
@@ -59,7 +60,7 @@ field = ''               # the key or column that holds the text; '' tries text,
 config = ''              # hub: a folder or subset of the repository, such as sample/10BT
 split = ''               # hub: take this split only, such as train
 as_ = ''                 # '' | 'text' | 'chat' | 'prefs' | 'verify'; '' follows the source
-val_fraction = 0.005     # share of documents held out, by a hash of the text (> 0, < 1)
+val_fraction = 0.005     # share held out: of documents, by a hash; the end of a text (> 0, < 1)
 keep_crlf = False        # keep CRLF as the line end of a text; else it becomes LF
 max_unusable = 0.05      # share of records that may be unusable; they are left out (>= 0, <= 1)
 block_size = 0           # chat: leave out conversations of more tokens; 0: none (>= 0)
@@ -79,6 +80,7 @@ LONGEST = 16 << 20       # a longer document is split, so that nothing larger is
 LONGEST_ARRAY = 256 << 20  # a JSON array is read whole, unless it has more bytes
 MAX_VOCABULARY = 1 << 20
 LONGEST_WORD = 64        # bytes: longer words are cut before a BPE is trained, see train_bpe
+WINDOW = 256             # tokens: train.py's usual block_size; at least as many are held out
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M"
 LLAMA2 = "NousResearch/Llama-2-7b-hf"  # a copy of Meta's tokenizer that needs no signature
@@ -330,14 +332,14 @@ class TiktokenEngine(Engine):
 
 
 def load_tokenizer(spec):
-    """The tokenizer that `spec` names: a directory with a tokenizer.json (a data set, a
-    checkpoint) or with nanoGPT's meta.pkl, a path to a tokenizer.json, 'gpt2', 'byte', or a Hub id
-    (owner/name); else UserError."""
+    """The tokenizer that `spec` names: a directory (of a data set, a run, a model, or with
+    nanoGPT's meta.pkl), a path to a tokenizer.json, 'gpt2', 'byte', or a Hub id (owner/name); else
+    UserError."""
     if spec == "gpt2":
         return _gpt2()
     if spec == "byte":
         return _byte()
-    path = os.path.join(spec, "tokenizer.json") if os.path.isdir(spec) else spec
+    path = tokenizer_file(spec)
     if os.path.isfile(path):
         return _tokenizer_from_file(path, spec)
     if os.path.isdir(spec):
@@ -361,6 +363,16 @@ def load_tokenizer(spec):
         f"--tokenizer={spec}: neither char, byte, gpt2, bpe:SIZE, a directory or file that "
         "exists, nor a Hub id (owner/name)"
     )
+
+
+def tokenizer_file(spec):
+    """The tokenizer.json of a directory; of a run's directory, that of its newest checkpoint. What
+    is no directory stays as it is."""
+    if not os.path.isdir(spec):
+        return spec
+    places = [spec, *reversed(checkpoints(spec))]
+    paths = [os.path.join(place, "tokenizer.json") for place in places]
+    return next(filter(os.path.isfile, paths), paths[0])
 
 
 def _tokenizer_from_file(path, spec):
@@ -1199,6 +1211,9 @@ def progress(**options):
     return tqdm(disable=None, unit_scale=True, dynamic_ncols=True, **options)
 
 
+LOCAL_TOO = "a local file works too: fetch it by other means, and give prepare.py its path"
+
+
 def download(url, digest, tries=3):
     """The local path of a small file from `url`, checked against its SHA-256."""
     import requests
@@ -1224,10 +1239,7 @@ def download(url, digest, tries=3):
             os.replace(f.name, path)
             return path
         problem = "its content is not what it was when this was written (SHA-256 differs)"
-    raise UserError(
-        f"{url}: could not be fetched in {tries} tries: {problem}; download it by other means and "
-        "give prepare.py its path"
-    )
+    raise UserError(f"{url}: could not be fetched in {tries} tries: {problem}; {LOCAL_TOO}")
 
 
 # -----------------------------------------------------------------------------
@@ -1276,8 +1288,10 @@ def _hub(call, repo, **options):
             problem = str(e.__cause__ or e).splitlines()[0]
         if attempt < 4:
             time.sleep(min(wait, 60))
+    local = f"; {LOCAL_TOO}" if options.get("repo_type") == "dataset" else ""
     raise UserError(
         f"{repo}: could not be fetched from {site}: {problem}; run the same command to continue"
+        + local
     )
 
 
@@ -1460,9 +1474,9 @@ def local_files(path):
     return [f._replace(path=os.path.join(path, f.path)) for f in files]
 
 
-def read_blocks(file, only, fields=()):
+def read_blocks(file, only, fields=(), val_share=0.1):
     """The Blocks of a File, in order, the same every time. `only`: the file is the whole source, so
-    a text without <|endoftext|> is a single document, whose last tenth is the validation split.
+    a text without <|endoftext|> is a single document, of whose end `val_share` is for validation.
     `fields`: the columns to read of a parquet file, as far as it has them; (): all."""
     path, (kind, compression) = local_path(file), _kind_of(file.path)
     try:
@@ -1474,7 +1488,7 @@ def read_blocks(file, only, fields=()):
             yield from _read_parquet(path, file, fields)
             return
         _check_utf8(file.path, head)
-        for block in _read_text(path, file, only, head):
+        for block in _read_text(path, file, only, head, val_share):
             _check_utf8(file.path, block.data)
             yield block
     except (OSError, EOFError) as e:
@@ -1489,13 +1503,13 @@ def _stream(raw, compression):
     return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), compression)
 
 
-def _read_text(path, file, only, head):
-    """The Blocks of a text or JSON file, which begins with the bytes `head`."""
+def _read_text(path, file, only, head, val_share):
+    """The Blocks of a text or JSON file, which begins with the bytes `head`; see read_blocks."""
     kind, compression = _kind_of(file.path)
     if only and kind != "lines" and not compression:
         length = _single_document(path)
         if length is not None:
-            yield from _read_single(path, length)
+            yield from _read_single(path, length, val_share)
             return
     with open(path, "rb") as raw:
         stream = source = _stream(raw, compression)
@@ -1596,12 +1610,12 @@ def _single_document(path):
         return found if size - after < 1024 and not content[after:].strip() else None
 
 
-def _read_single(path, length):
-    """A single document: its last 10% of characters as 'val', the others as 'train', which is
-    nanoGPT's split. Validation first, see _with_splits."""
+def _read_single(path, length, val_share):
+    """A single document: its last characters as 'val', the others as 'train'; with a tenth, the
+    usual share, that is nanoGPT's split. Validation first, see _with_splits."""
     with open(path, "rb") as f:
         begin = len(BYTE_ORDER_MARK) if f.read(3) == BYTE_ORDER_MARK else 0
-        middle = _place_of_character(f, begin, length, 0.9)
+        middle = _place_of_character(f, begin, length, 1 - val_share)
         done = 0
         for kind, at, end in (("val", middle, length), ("train", begin, middle)):
             f.seek(at)
@@ -1693,10 +1707,11 @@ def _dtype(tokenizer):
 class Encoded:
     """What a Block becomes: `out`, the bytes for each output file; `count`, what is in it; `wrong`,
     [(line or row, reason)] of the unusable records; `broken_at`, the first byte that is not part of
-    a text."""
+    a text; `next_held_out`, [(hash, tokens)] of training documents, see lowest()."""
 
     def __init__(self):
         self.out, self.count, self.wrong, self.broken_at = {}, collections.Counter(), [], None
+        self.next_held_out = []
 
     def decode(self, raw, at):
         """UTF-8 as text. Invalid bytes and zero bytes become U+FFFD and are counted."""
@@ -1711,6 +1726,28 @@ class Encoded:
             return text
 
 
+def hash_of(content):
+    """Below 2**64. The documents with the lowest hashes are held out: more data never moves a
+    document over."""
+    if isinstance(content, dict) and "answer" in content:  # of a problem, not what else it holds
+        content = {key: content[key] for key in ("prompt", "answer")}
+    text = content if isinstance(content, str) else json.dumps(content, sort_keys=True)
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+def lowest(documents, window):
+    """Of [(hash, tokens)] those with the lowest hashes, until they have more than `window` tokens:
+    what is held out next if that is too little."""
+    found, tokens = [], 0
+    for order, length in sorted(documents):
+        if tokens > window:
+            break
+        found.append([order, length])
+        tokens += length or window + 1  # records that stay text: one is enough
+    return found
+
+
 class Encoder:
     """Turns Blocks into what is written, see Encoded. `tokenizer` is None for preferences and
     problems, which stay text. `shape`: 'text', 'chat', 'prefs' or 'verify'. `field`: that of the
@@ -1718,8 +1755,8 @@ class Encoder:
 
     def __init__(self, tokenizer, shape, field="", val_fraction=0.0, block_size=0, keep_crlf=False):
         self.tokenizer, self.shape = tokenizer, shape
-        self.threshold = int(val_fraction * 2**64).to_bytes(8, "big")
-        self.block_size, self.keep_crlf = block_size, keep_crlf
+        self.val_fraction, self.block_size = val_fraction, block_size
+        self.window, self.keep_crlf = block_size or WINDOW, keep_crlf
         self.dtype = _dtype(tokenizer) if tokenizer else None
         self.fields = ()  # to read of a record; (): all
         if shape == "text":
@@ -1731,24 +1768,20 @@ class Encoder:
             self.write_piece(block, result)
             return result
         for content, size in self.contents(block, result):
-            contents[file.split or self.split(content)].append(content)
+            order = hash_of(content)
+            split = "val" if order < self.val_fraction * 2**64 else "train"
+            contents[file.split or split].append((content, order))
             result.count["bytes"] += size
         write = dict(text=self.write_text, chat=self.write_chat).get(self.shape, self.write_records)
         for split, found in contents.items():
             if found:
-                documents, tokens = write(split, found, result)
-                result.count["documents"] += documents
-                result.count[split + "_documents"] += documents
-                result.count[split + "_tokens"] += tokens
+                written = write(split, found, result)
+                result.count["documents"] += len(written)
+                result.count[split + "_documents"] += len(written)
+                result.count[split + "_tokens"] += sum(tokens for _, tokens in written)
+                if split == "train" and not file.split:  # a source's own split is kept as it is
+                    result.next_held_out = lowest(written, self.window)
         return result
-
-    def split(self, content):
-        """'train' or 'val' by a hash of the text, so that more data never moves a document over."""
-        if self.shape == "verify":
-            content = {key: content[key] for key in ("prompt", "answer")}
-        text = content if isinstance(content, str) else json.dumps(content, sort_keys=True)
-        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        return "val" if digest < self.threshold else "train"
 
     def contents(self, block, result):
         """(text or record, bytes) of each document that can be used."""
@@ -1799,35 +1832,36 @@ class Encoder:
         result.count["documents"] += int(block.last)
         result.count[block.kind + "_tokens"] += len(ids)
 
-    # these write the contents of a split, and return how many documents and tokens that makes
+    # these write the contents of a split, and return [(hash, tokens)] of the documents
 
     def write_text(self, split, found, result):
-        ids = self.tokenizer.encode_documents(found)
+        ids = self.tokenizer.encode_documents([text for text, _ in found])
+        lengths = np.diff(np.flatnonzero(ids == self.tokenizer.eos_id), prepend=-1).tolist()
         result.out[split + ".bin"] = ids.astype(self.dtype).tobytes()
-        return len(found), len(ids)
+        return [(order, length) for (_, order), length in zip(found, lengths)]
 
     def write_chat(self, split, found, result):
-        ids, mask, documents = [], [], 0
-        for messages in found:
+        ids, mask, written = [], [], []
+        for messages, order in found:
             conversation, its_mask = render_chat(messages, self.tokenizer)
             if self.block_size and len(conversation) > self.block_size:
                 result.count[LONG] += 1
                 continue
             ids += conversation
             mask += its_mask
-            documents += 1
+            written.append((order, len(conversation)))
         result.out[split + ".bin"] = np.array(ids, self.dtype).tobytes()
         result.out[split + ".mask"] = bytes(mask)
-        return documents, len(ids)
+        return written
 
     def write_records(self, split, found, result):
         # a parquet column may hold dates, which are written as text
-        lines = [json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in found]
+        lines = [json.dumps(record, ensure_ascii=False, default=str) + "\n" for record, _ in found]
         if self.shape == "verify":
-            unread = [record for record in found if gold_number(record["answer"]) is None]
+            unread = [record for record, _ in found if gold_number(record["answer"]) is None]
             result.count["no_number"] += len(unread)
         result.out[split + ".jsonl"] = "".join(lines).encode()
-        return len(found), 0
+        return [(order, 0) for _, order in found]
 
 
 def read_records(block, result):
@@ -2028,7 +2062,7 @@ class Bins:
         count = len(self.tokens)
         if count < (block_size + 1 if split == "train" else 2):
             raise UserError(
-                f"{self.path}: {count:,} tokens are too few for one window of "
+                f"{self.path}: {counted(count, 'token')}, too few for one window of "
                 f"block_size={block_size} and its targets; set --block_size={max(1, count - 1)} "
                 "or less, or prepare more text"
             )
@@ -2037,7 +2071,7 @@ class Bins:
             self.mask = np.memmap(mask, dtype=np.uint8, mode="r")
             if len(self.mask) != count:
                 raise _unusable(mask, f"{len(self.mask):,} bytes for {count:,} tokens")
-        self.amount = f"{count:,} tokens"
+        self.amount = counted(count, "token")
         # held-out windows that are read at a time: small ones in larger batches
         self.at_least = 4096 // block_size
         # one window less than fit leaves the grid room to shift by up to a whole window
@@ -2174,11 +2208,12 @@ class Records:
                     self.left_out[row] += 1
                 else:
                     self.rows.append(row)
+        if not self.left_out and not self.rows:
+            raise UserError(f"{self.path}: it is empty; {how_to_prepare(directory)}")
         if not self.rows:
-            reasons = [f"{count} left out: {why}" for why, count in self.left_out.items()]
-            why = "; ".join(reasons) or "it is empty"
-            raise _unusable(self.path, f"nothing in it can be used ({why})")
-        self.per_epoch, self.amount = len(self.rows), f"{len(self.rows):,} records"
+            why = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
+            raise UserError(f"{self.path}: nothing in it can be used: {why}")
+        self.per_epoch, self.amount = len(self.rows), counted(len(self.rows), "record")
 
     def __getitem__(self, position):
         """(index in rows, row) at a position."""
@@ -2321,7 +2356,7 @@ class Pairs(_Conversations):
         if sides[0] == sides[1]:
             return "both sides are equal"
         if max(len(ids) for ids, _ in sides) > self.block_size + 1:
-            return f"longer than block_size={self.block_size}"
+            return f"longer than block_size={self.block_size}, so raise --block_size"
         return sides
 
     def batch(self, positions):
@@ -2348,7 +2383,8 @@ class Problems(_Conversations):
         is left out."""
         ids, _ = render_chat(record["prompt"], self.tokenizer, add_generation_prompt=True)
         if len(ids) > self.longest:
-            return f"a prompt longer than {self.longest} tokens, which leave no room for the answer"
+            room = "block_size less max_completion, so raise --block_size or lower --max_completion"
+            return f"a prompt longer than {self.longest} tokens, {room}"
         if self.verifier and not readable_gold(self.verifier, record["answer"]):
             return f"an answer that verifier={self.verifier!r} can't read"
         fields = {key: value for key, value in record.items() if key not in ("prompt", "answer")}
@@ -2609,6 +2645,21 @@ def prepare_missing(config, say, world_size=1):
         prepare(name, data_dir=config["data_dir"])
 
 
+def dataset_names(dataset, data_dir):
+    """A dataset= with the names of its data sets in place of paths to them: data/web/ is web."""
+
+    def name_of(match):
+        path = match[0].strip()
+        if not re.search(r"[/\\]", path):
+            return match[0]
+        is_inside = os.path.abspath(path).startswith(os.path.abspath(data_dir) + os.sep)
+        if is_inside or (os.path.isdir(path) and not os.path.isdir(os.path.join(data_dir, path))):
+            return os.path.relpath(path, data_dir)
+        return os.path.normpath(path)
+
+    return re.sub(r"[^,:]+", name_of, dataset)
+
+
 def parse_mixture(dataset):
     """'web:0.87,code:0.13' -> [('web', 0.87), ('code', 0.13)]; a single name needs no weight."""
     parts = []
@@ -2659,15 +2710,18 @@ def check_kind(directory, stage):
         )
 
 
-def how_to_prepare(directory, stage="pretrain"):
-    """What to type for a data set that is missing or damaged."""
+def how_to_prepare(directory, stage=""):
+    """What to type for a data set that is missing or damaged. Without a stage it is made again as
+    what its meta.json says that it was."""
     name = os.path.basename(os.path.normpath(directory))
     if name in KNOWN:
         return f"python prepare.py {name} makes it"
-    if stage == "pretrain":
-        return f"python prepare.py YOUR_TEXT.txt --name={name} makes it"
-    kind = {"sft": "chat", "dpo": "prefs", "rlvr": "verify"}[stage]
-    return f"python prepare.py YOUR_FILE.jsonl --as={kind} --name={name} makes it"
+    meta = read_meta(directory)
+    kind = {"": meta.get("kind"), "sft": "chat", "dpo": "prefs", "rlvr": "verify"}.get(stage)
+    if kind in SHAPES:
+        tokenizer = " --tokenizer=MODEL" if kind == "chat" else ""
+        return f"python prepare.py YOUR_FILE.jsonl --as={kind} --name={name}{tokenizer} makes it"
+    return f"python prepare.py YOUR_TEXT.txt --name={name} makes it"
 
 
 # -----------------------------------------------------------------------------
@@ -3027,7 +3081,7 @@ class Total:
     def __init__(self, encoder, max_tokens, max_unusable):
         self.encoder, self.max_tokens, self.max_unusable = encoder, max_tokens, max_unusable
         self.count, self.examples, self.pieces = collections.Counter(), [], []
-        self.problem = ""
+        self.problem, self.next_held_out, self.is_one_text = "", [], False
 
     def full(self):
         enough = bool(self.max_tokens) and self.count["train_tokens"] >= self.max_tokens
@@ -3046,11 +3100,14 @@ class Total:
             self.count.update(count)
             taken.update(sizes)
             self.examples = (self.examples + block["examples"])[:3]
+            self.is_one_text = block["kind"] in ("train", "val")
+            documents = self.next_held_out + block["next_held_out"]
+            self.next_held_out = lowest(documents, self.encoder.window)
             wrong, documents = self.count["wrong"], self.count["documents"]
             if wrong > 20 + self.max_unusable * (wrong + documents):
                 self.problem = (
-                    f"{wrong} of the first {wrong + documents} records are unusable, more than 20 "
-                    f"and --max_unusable={self.max_unusable}"
+                    f"{wrong} of the first {counted(wrong + documents, 'record')} are unusable, "
+                    f"more than 20 and --max_unusable={self.max_unusable}"
                 )
         self.pieces.append((part, taken))
 
@@ -3074,16 +3131,31 @@ class Total:
         if "train.mask" in sizes:
             sizes["train.mask"] = cut
 
+    def for_example(self):
+        return f" (for example {'; '.join(self.examples)})" if self.examples else ""
+
+    def share_needed(self):
+        """The encoder's val_fraction, or a larger one if that held out too little: less than a
+        document, or than a window, unless training would be left with less than two windows."""
+        share, window, count = self.encoder.val_fraction, self.encoder.window, self.count
+        total = count["train_tokens"] + count["val_tokens"]
+        wanted = min(window + 1, max(total // 10, total - 2 * window))
+        missing = wanted - count["val_tokens"]
+        if self.is_one_text:
+            return min(0.5, max(1.02 * share, wanted / total)) if missing > 0 else share
+        held_out, left = count["val_documents"], count["train_documents"]
+        for order, tokens in self.next_held_out:  # by their hashes, the lowest first
+            if left < 2 or (held_out and missing <= 0):
+                break
+            share = math.nextafter(order / 2**64, 1)
+            held_out, left, missing = held_out + 1, left - 1, missing - tokens
+        return share
+
 
 def pack(files, encoder, partial, max_tokens, workers, max_unusable):
     """Writes train.bin, val.bin and the like into the directory `partial`. Returns the Total."""
     workers = workers or os.cpu_count() or 1
-    # a small max_tokens in small parts: those under way when it is reached are wasted
-    blocks_per_part = BLOCKS_PER_PART
-    if max_tokens:
-        blocks_per_part = min(BLOCKS_PER_PART, max(1, max_tokens >> 25))
     total, queue = Total(encoder, max_tokens, max_unusable), collections.deque()
-    size, only = sum(f.size for f in files), len(files) == 1
 
     def collect(waiting):
         """Adds the oldest parts to the total, until `waiting` are left."""
@@ -3094,36 +3166,18 @@ def pack(files, encoder, partial, max_tokens, workers, max_unusable):
             total.add(part)
 
     title = os.path.basename(partial).removesuffix(".partial")
-    bar = progress(desc=title, unit="B", total=size)
+    bar = progress(desc=title, unit="B", total=sum(f.size for f in files))
     pool, fetcher = _workers(workers, encoder), concurrent.futures.ThreadPoolExecutor(1)
     try:
-        done = 0
-        for i, file in enumerate(files):
-            if max_tokens:
-                collect(0)  # to know whether this file is needed
-            if total.full():
-                break
-            _fetch_next(fetcher, files, i, total)
-            part_of_file = os.path.join(partial, f"part-{i:04d}")
-            complete = _complete_parts(part_of_file)
-            queue.extend((part, None) for part in complete)
-            blocks = [] if complete else read_blocks(file, only, encoder.fields)
-            for j, (group, is_last) in enumerate(_groups(blocks, blocks_per_part)):
-                if total.full():
-                    break
-                part = f"{part_of_file}-{j:05d}"
-                future = None
-                if not _is_complete(part):
-                    future = pool.submit(_encode_part, file, group, part, is_last)
-                queue.append((part, future))
-                collect(2 * workers)
-                if encoder.tokenizer:
-                    tokens = total.count["train_tokens"] / 1e6
-                    bar.set_postfix_str(f"{tokens:.1f}M tokens", refresh=False)
-                bar.update(done + group[-1].read - bar.n)
-            done += file.size
+        for part, job, done in _parts(files, partial, total, collect, fetcher):
+            queue.append((part, pool.submit(_encode_part, *job) if job else None))
+            collect(2 * workers)
+            if encoder.tokenizer:
+                tokens = total.count["train_tokens"] / 1e6
+                bar.set_postfix_str(f"{tokens:.1f}M tokens", refresh=False)
+            bar.update(done - bar.n)
         collect(0)
-    except concurrent.futures.process.BrokenProcessPool:
+    except concurrent.futures.BrokenExecutor:
         raise UserError(
             f"{title}: a worker was killed, most likely because memory ran out; the same command "
             "with a smaller --workers= continues"
@@ -3134,6 +3188,34 @@ def pack(files, encoder, partial, max_tokens, workers, max_unusable):
         bar.close()
     _join(total.pieces, partial)
     return total
+
+
+def _parts(files, partial, total, collect, fetcher):
+    """Until `total` is full, for each part: its path, the arguments of _encode_part (None if it is
+    there already), and how many bytes of the source have been read."""
+    encoder, done, size = total.encoder, 0, BLOCKS_PER_PART
+    if total.max_tokens:  # small parts: those under way when it is reached are wasted
+        size = min(BLOCKS_PER_PART, max(1, total.max_tokens >> 25))
+    for i, file in enumerate(files):
+        if total.max_tokens:
+            collect(0)  # to know whether this file is needed
+        if total.full():
+            return
+        part_of_file = os.path.join(partial, f"part-{i:04d}")
+        complete = _complete_parts(part_of_file)
+        for part in complete:
+            yield part, None, done
+        blocks = []
+        if not complete:
+            _fetch_next(fetcher, files, i, total)
+            blocks = read_blocks(file, len(files) == 1, encoder.fields, encoder.val_fraction)
+        for j, (group, is_last) in enumerate(_groups(blocks, size)):
+            if total.full():
+                return
+            part = f"{part_of_file}-{j:05d}"
+            job = None if _is_complete(part) else (file, group, part, is_last)
+            yield part, job, done + group[-1].read
+        done += file.size
 
 
 def _groups(items, size):
@@ -3206,7 +3288,8 @@ def _encode_part(file, blocks, part, is_last):
         if result.broken_at is not None:
             examples.append(f"{file.path}, byte {result.broken_at}: not UTF-8, or zero")
         sizes = {name: len(data) for name, data in result.out.items()}
-        rows.append(dict(kind=block.kind, count=result.count, sizes=sizes, examples=examples))
+        row = dict(kind=block.kind, count=result.count, sizes=sizes, examples=examples)
+        rows.append(row | dict(next_held_out=result.next_held_out))
     for name, data in outputs.items():
         with open(f"{part}.{name}", "wb") as f:
             f.writelines(data)
@@ -3241,10 +3324,6 @@ def _adopt(encoder, is_process):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
 
 
-def _in_brackets(examples):
-    return f" (for example {'; '.join(examples)})" if examples else ""
-
-
 # -----------------------------------------------------------------------------
 # One data set
 
@@ -3271,62 +3350,37 @@ def prepare(
 
     Killed at any moment and started again, it continues; what was there before is replaced only
     when the new data is complete. Raises UserError for whatever the user can correct."""
-    known, is_path = KNOWN.get(source, {}), os.path.exists(source)
-    if not known and not is_path and not source.startswith("hub:"):
-        raise UserError(_unknown_source(source))
-    name = name or (source if known else _stem(source))
-    _check_name(name)
-    if val_fraction is None:
-        val_fraction = known.get("val_fraction", 0.005)
+    known = KNOWN.get(source, {})
+    name = name or _name_of(source)
+    _check_name(name, source)
     counts = dict(max_tokens=max_tokens, block_size=block_size, workers=workers, seed=seed)
     _check_ranges(val_fraction, max_unusable, as_, counts)
-    usual = SMOLLM2 if source.startswith("hub:") else "bpe:4096"
-    tokenizer = tokenizer or known.get("tokenizer", "") or usual
     target = os.path.join(data_dir, name)
-    partial = _real_place(target) + ".partial"
-    replaced = check_target(target, "data set", [source] if is_path and not known else [])
+    check_target(target, "data set", [source] if os.path.exists(source) and not known else [])
 
+    tokenizer = tokenizer or known.get("tokenizer", "")
     if "toy" in known and tokenizer == "toy":  # the toy sets share the tokenizer of the toy text
         tokenizer = _toy_tokenizer(data_dir, workers, seed)
     # what the output depends on; the stamp in meta.json is a hash of it and of the files
-    settings = dict(
-        version=1,
-        name=name,
-        source=source,
-        max_tokens=int(max_tokens),
-        field=field,
-        shape=as_ or known.get("as_", ""),
-        val_fraction=val_fraction,
-        block_size=block_size,
-        tokenizer=tokenizer,
-    )
+    settings = dict(version=1, name=name, source=source, max_tokens=int(max_tokens), field=field)
+    settings |= dict(shape=as_ or known.get("as_", ""))
+    settings |= dict(val_fraction=val_fraction or known.get("val_fraction"))
+    settings |= dict(block_size=block_size, tokenizer=tokenizer)
     if keep_crlf:  # the stamps of data sets made before do not have it
         settings["keep_crlf"] = True
-    os.makedirs(partial, exist_ok=True)
-    with _locked(partial):
-        if kind_of_directory(partial) != "unfinished data set":
-            write_json(os.path.join(partial, "partial.json"), dict(stamp=""))
-        try:
-            if "bins" in known:
-                made = _take_bins(known, partial, target)
-            else:
-                files = _source_files(source, known, partial, config, split, seed)
-                # a folder may hold links to files of the target
-                check_target(target, "data set", [f.path for f in files if os.path.islink(f.path)])
-                made = _make(files, settings, partial, target, workers, max_unusable)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                if not _parts_in(partial):  # there is nothing to continue
-                    remove_directory(partial, "unfinished data set")
-            raise
+    with _working_directory(target) as partial:
+        if "bins" in known:
+            made = _take_bins(known, partial, target)
+        else:
+            files = _source_files(source, known, partial, config, split, seed)
+            made = _make(files, settings, partial, target, workers, max_unusable)
         if not made:
             print(f"{target} holds this already")
-            remove_directory(partial, "unfinished data set")
+            remove_directory(partial, "data set")
             return target
+        remove_files(partial, "data set", keep=FINISHED)
         publish(partial, target)
-    if replaced:
-        print(f"{target} replaces {replaced}")
-    _report(target)
+    _report(target, settings["tokenizer"])
     return target
 
 
@@ -3335,7 +3389,7 @@ def _check_ranges(val_fraction, max_unusable, as_, counts):
     for key, value in counts.items():
         if value < 0:
             raise UserError(f"--{key}={value}: 0 or more is wanted")
-    if not 0 < val_fraction < 1:
+    if val_fraction is not None and not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction={val_fraction}: a share between 0 and 1 is wanted")
     if not 0 <= max_unusable <= 1:
         raise UserError(f"--max_unusable={max_unusable}: a share from 0 to 1 is wanted")
@@ -3343,46 +3397,44 @@ def _check_ranges(val_fraction, max_unusable, as_, counts):
         raise UserError(f"--as={as_}: one of text, chat, prefs, verify")
 
 
-@contextlib.contextmanager
-def _locked(directory):
-    """UserError if another process has locked the directory; unlocked when this process ends."""
-    try:
-        import fcntl
-
-        handle = os.open(directory, os.O_RDONLY)
-    except (ImportError, OSError):  # Windows has neither
-        yield
-        return
-    try:
-        with contextlib.suppress(OSError):  # some network drives have no locks
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"{directory}: another process is preparing this data set; wait for it, or "
-                    "choose another --name="
-                ) from None
-        yield
-    finally:
-        os.close(handle)
-
-
-def _unknown_source(source):
-    if re.search(r"[/\\]|\.(txt|jsonl|parquet|md|zst|gz)$", source):
-        return f"{source}: no such file or folder"
-    close = difflib.get_close_matches(source, KNOWN, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(close)}?" if close else ""
-    return (
-        f"{source}: neither a file or folder nor a known data set{hint} "
-        "(python prepare.py lists them)"
-    )
-
-
-def _stem(source):
+def _name_of(source):
+    """The name of a data set that was given none: that of its source, without the endings and the
+    characters that a name can't have. UserError if there is no such source."""
+    if source in KNOWN:
+        return source
+    if not os.path.exists(source) and not source.startswith("hub:"):
+        close = difflib.get_close_matches(source, KNOWN, n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise UserError(
+            f"{source}: no such file or folder, nor a known data set{hint} "
+            "(python prepare.py lists them)"
+        )
     base = os.path.basename(os.path.abspath(source))
     for ending in (*COMPRESSED, *KINDS):
         base = base.removesuffix(ending)
-    return base
+    return "_".join(re.findall(r"[\w.+-]+", base)) or base
+
+
+@contextlib.contextmanager
+def _working_directory(target):
+    """The directory beside `target` in which it is made, locked. It stays if parts of it were made
+    that the same command can go on from."""
+    partial = _real_place(target) + ".partial"
+    os.makedirs(partial, exist_ok=True)
+    problem = "another process is preparing this data set; wait for it, or choose another --name="
+    handle = lock(partial, problem)
+    try:
+        if not os.path.exists(os.path.join(partial, "partial.json")):
+            write_json(os.path.join(partial, "partial.json"), dict(stamp=""))
+        yield partial
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if not _parts_in(partial):
+                remove_directory(partial, "data set")
+        raise
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def _source_files(source, known, partial, config, split, seed):
@@ -3399,7 +3451,23 @@ def _source_files(source, known, partial, config, split, seed):
         files = local_files(source)
     if not sum(f.size for f in files):
         raise UserError(f"{source}: empty, there is no text in it")
+    if len(files) == 1 and _kind_of(files[0].path)[0] == "text" and _kind_of(files[0].path)[1]:
+        return _unpacked(files, os.path.join(partial, "source.txt"))
     return files
+
+
+def _unpacked(files, path):
+    """A compressed text: if it is a single document, as a plain file, since its end is read first;
+    else `files` as they are."""
+    ended = False
+    with open(path, "wb") as out:
+        for block in read_blocks(files[0], only=False):
+            text, *rest = block.data.split(EOT.encode())
+            if (ended and text.strip()) or any(piece.strip() for piece in rest):
+                return files
+            ended = ended or bool(rest)
+            out.write(block.data)
+    return local_files(path)
 
 
 def _toy_tokenizer(data_dir, workers, seed):
@@ -3444,11 +3512,12 @@ def _take_bins(known, partial, target):
     stamp = files[bins["train"]].revision
     if _is_made(target, stamp):
         return False
+    say_what_is_replaced(target)
     _check_space(partial, 2 * sum(files[path].size for path in bins.values()))
     tokenizer = load_tokenizer(local_path(files[tokenizers[0]]))
     tokenizer.name = repo
     meta = dict(name=os.path.basename(target), source=repo, stamp=stamp, kind="text")
-    meta |= _meta_of(tokenizer)
+    meta |= _ids_of(tokenizer)
     for split, path in bins.items():
         fetched = local_path(files[path])
         shutil.copyfile(fetched, os.path.join(partial, split + ".bin"))
@@ -3459,11 +3528,11 @@ def _take_bins(known, partial, target):
             )
         meta[split + "_tokens"] = len(ids)
     tokenizer.save(partial)
-    _finish(partial, meta)
+    write_json(os.path.join(partial, "meta.json"), meta)
     return True
 
 
-def _meta_of(tokenizer):
+def _ids_of(tokenizer):
     dtype = _dtype(tokenizer).name
     ids = dict(vocab_size=tokenizer.vocab_size, dtype=dtype, eos_id=tokenizer.eos_id)
     return dict(tokenizer=tokenizer.name, **ids)
@@ -3471,79 +3540,118 @@ def _meta_of(tokenizer):
 
 def _make(files, settings, partial, target, workers, max_unusable):
     """Encodes the files into the directory `partial`; False if `target` holds the same already."""
+    # a folder may hold links to files of the target
+    check_target(target, "data set", [f.path for f in files if os.path.islink(f.path)])
+    is_given = settings["val_fraction"] is not None
+    field, first = _decide(files, settings)
+    stamp = _stamp(files, dict(settings, field=field), partial)
+    if _is_made(target, stamp):
+        return False
+    say_what_is_replaced(target)
+    share = _continue_or_clear(partial, stamp, settings["val_fraction"])
+    tokenizer = None  # preferences and problems stay text, for any model's own tokenizer
+    if settings["shape"] in ("text", "chat"):
+        tokenizer = _tokenizer_for(files, settings, partial).fast()
+    encoder, max_tokens = _encoder(tokenizer, settings, share), settings["max_tokens"]
+    print_first(encoder, first)
+    _check_space(partial, _estimate(files, encoder, max_tokens))
+    while True:
+        total = pack(files, encoder, partial, max_tokens, workers, max_unusable)
+        share = total.share_needed()
+        if total.problem or share == encoder.val_fraction or (total.is_one_text and is_given):
+            break
+        encoder.val_fraction = share
+        _begin(partial, stamp, share)
+
+    problem = total.problem + total.for_example() if total.problem else ""
+    if not problem:
+        _say_what_was_done(settings, total)
+        problem = _missing_split(total, tokenizer)
+    if problem:
+        remove_files(partial, "data set")
+        raise UserError(f"{settings['source']}: {problem}")
+    meta = _meta_of(settings, stamp, total.count, tokenizer)
+    write_json(os.path.join(partial, "meta.json"), meta)
+    return True
+
+
+def _encoder(tokenizer, settings, share=0.0):
+    shape, field, block_size = (settings[key] for key in ("shape", "field", "block_size"))
+    keep_crlf = settings.get("keep_crlf", False)
+    return Encoder(tokenizer, shape, field, share, block_size, keep_crlf)
+
+
+def _decide(files, settings):
+    """Fills in the settings that were left open and follow from the source. Returns the field of
+    its text, and its first Block."""
+    source = settings["source"]
     shape, field, first = recognize(files, settings["shape"], settings["field"])
     settings["shape"] = shape
     if shape == "prefs" or (first.kind != "rows" and b"\r\n" in first.data):
         settings["version"] = 2  # version 1 read these differently; what it made is made again
-    stamp = _stamp(files, dict(settings, field=field), partial)
-    if _is_made(target, stamp):
-        return False
-    _continue_or_clear(partial, stamp)
+    if settings["val_fraction"] is None:
+        is_one_text = first.kind in ("train", "val")
+        settings["val_fraction"] = 0.1 if is_one_text else 0.005
+    if not settings["tokenizer"]:
+        settings["tokenizer"] = SMOLLM2 if source.startswith("hub:") else "bpe:4096"
+        if shape == "chat":
+            settings["tokenizer"] = _ask_for_tokenizer(source, settings["tokenizer"])
+    return field, first
 
-    tokenizer = None  # preferences and problems stay text, for any model's own tokenizer
-    if shape in ("text", "chat"):
-        tokenizer = _tokenizer_for(files, settings, partial).fast()
-    encoder = _encoder(tokenizer, settings)
-    print_first(encoder, first)
-    _check_space(partial, _estimate(files, encoder, settings["max_tokens"]))
-    total = pack(files, encoder, partial, settings["max_tokens"], workers, max_unusable)
 
-    count = total.count
-    examples = _in_brackets(total.examples)
-    problem = total.problem + examples if total.problem else ""
-    if not problem:
-        _print_changes(count, examples, settings["source"])
-    problem = problem or _missing_split(count, settings, first.kind, tokenizer, examples)
-    if problem:
-        remove_files(partial, "unfinished data set")
-        raise UserError(f"{settings['source']}: {problem}")
-    meta = dict(
-        name=settings["name"],
-        kind=shape,
-        source=settings["source"],
-        stamp=stamp,
-        documents=count["documents"],
-        bytes=count["bytes"],
-        val_fraction=settings["val_fraction"],
-        left_out=count["wrong"] + sum(count[reason] for reason in SKIPPED),
-        replaced_characters=count["broken"],
+def _ask_for_tokenizer(source, usual):
+    """The tokenizer of the model that conversations are for, which the user is asked for on a
+    terminal. No model that is trained already has one that is trained on them."""
+    print(
+        f"{source} holds conversations, for a model with the same tokenizer: --tokenizer= its run "
+        f"(out/...), directory or Hub id. Without one it is {usual}, for a new model"
     )
+    answer = ""
+    if sys.stdin and sys.stdin.isatty():
+        with contextlib.suppress(EOFError):
+            answer = input(f"tokenizer [{usual}]: ").strip()
+    return answer or usual
+
+
+def _meta_of(settings, stamp, count, tokenizer):
+    meta = {key: settings[key] for key in ("name", "source", "val_fraction")}
+    meta |= dict(kind=settings["shape"], stamp=stamp)
+    meta |= dict(documents=count["documents"], bytes=count["bytes"])
+    left_out = count["wrong"] + sum(count[reason] for reason in SKIPPED)
+    meta |= dict(left_out=left_out, replaced_characters=count["broken"])
     if tokenizer:
-        meta |= _meta_of(tokenizer)
-        meta |= dict(train_tokens=count["train_tokens"], val_tokens=count["val_tokens"])
-    else:
-        meta |= dict(train_records=count["train_documents"], val_records=count["val_documents"])
-    _finish(partial, meta)
-    return True
+        tokens = dict(train_tokens=count["train_tokens"], val_tokens=count["val_tokens"])
+        return meta | _ids_of(tokenizer) | tokens
+    return meta | dict(train_records=count["train_documents"], val_records=count["val_documents"])
 
 
-def _encoder(tokenizer, settings):
-    return Encoder(
-        tokenizer,
-        settings["shape"],
-        settings["field"],
-        settings["val_fraction"],
-        settings["block_size"],
-        settings.get("keep_crlf", False),
-    )
-
-
-def _print_changes(count, examples, source):
-    """Prints what was left out of a source, and what was replaced in it."""
+def _say_what_was_done(settings, total):
+    """Prints what else happened to the records than that they were encoded."""
+    count, examples = total.count, total.for_example()
     for reason in SKIPPED:
         if count[reason]:
-            print(f"left out: {count[reason]:,} records {reason}")
+            print(f"left out: {counted(count[reason], 'record')} {reason}")
     if count["wrong"]:
-        print(f"left out: {count['wrong']} records{examples}")
-    if count["no_number"] and "toy" not in KNOWN.get(source, {}):  # its verifier is another
+        print(f"left out: {counted(count['wrong'], 'record')}{examples}")
+    if count["no_number"] and "toy" not in KNOWN.get(settings["source"], {}):  # it has its own
         print(
-            f"not one number: {count['no_number']} of {count['documents']} answers; "
+            f"not one number: {count['no_number']} of {counted(count['documents'], 'answer')}; "
             "--verifier=number will leave them out (exact, regex:... or a .py file takes them)"
         )
     if count["broken"]:
-        print(f"not UTF-8, or zero: {count['broken']} characters became U+FFFD{examples}")
+        replaced = counted(count["broken"], "character")
+        print(f"not UTF-8, or zero: {replaced} became U+FFFD{examples}")
     if count["crlf"]:
-        print(f"CRLF: {count['crlf']:,} line ends became LF; --keep_crlf keeps them")
+        print(f"CRLF: {counted(count['crlf'], 'line end')} became LF; --keep_crlf keeps them")
+    if total.encoder.val_fraction > settings["val_fraction"]:
+        amount = f"{total.encoder.val_fraction:.1%} of the text"
+        if not total.is_one_text:
+            documents = counted(count["documents"], "document")
+            amount = f"{count['val_documents']:,} of {documents}"
+        print(
+            f"held out: {amount}, more than val_fraction={settings['val_fraction']}, so that there "
+            "is something to validate on"
+        )
 
 
 def _stamp(files, settings, partial):
@@ -3555,9 +3663,7 @@ def _stamp(files, settings, partial):
         else:
             version = f.digest or f.revision or os.stat(f.path).st_mtime_ns
             parts.append([f.path, f.size, version, f.split])
-    path = settings["tokenizer"]
-    if os.path.isdir(path):
-        path = os.path.join(path, "tokenizer.json")
+    path = tokenizer_file(settings["tokenizer"])
     parts.append(sha256(path) if os.path.isfile(path) else "")
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -3576,28 +3682,35 @@ def _is_made(directory, stamp):
         return False
 
 
-def _continue_or_clear(partial, stamp):
-    """Keeps the parts that an earlier run with the same stamp made, and removes others."""
-    marker = os.path.join(partial, "partial.json")
-    wanted = dict(stamp=stamp, layout=[BLOCK, BLOCKS_PER_PART, LONGEST])
-    if os.path.exists(marker) and read_json(marker) == wanted:
+def _continue_or_clear(partial, stamp, share):
+    """Keeps the parts that an earlier run with the same stamp made, and removes others. Returns the
+    share that those parts hold out, or else `share`."""
+    before = read_json(os.path.join(partial, "partial.json"))
+    if before == _marker(stamp, before.get("share", share)):
         parts = _parts_in(partial)
         size = sum(os.path.getsize(os.path.join(partial, f)) for f in parts)
         if parts:
             print(f"going on after {size / 1e6:.1f} MB that were written before")
-        return
-    remove_files(partial, "unfinished data set", keep=r"partial\.json|toy\.(txt|jsonl)")
-    write_json(marker, wanted)
+        return before["share"]
+    remove_files(partial, "data set", keep=rf"partial\.json|{_SOURCE}")
+    _begin(partial, stamp, share)
+    return share
+
+
+def _begin(partial, stamp, share):
+    """Removes all parts, and notes what those to come depend on."""
+    for name in _parts_in(partial):
+        os.remove(os.path.join(partial, name))
+    write_json(os.path.join(partial, "partial.json"), _marker(stamp, share))
+
+
+def _marker(stamp, share):
+    """The content of partial.json: what the parts in the directory depend on."""
+    return dict(stamp=stamp, share=share, layout=[BLOCK, BLOCKS_PER_PART, LONGEST])
 
 
 def _parts_in(partial):
     return [f for f in os.listdir(partial) if f.startswith("part-")]
-
-
-def _finish(partial, meta):
-    """Writes meta.json, and removes what is not part of the data set."""
-    write_json(os.path.join(partial, "meta.json"), meta)
-    remove_files(partial, "unfinished data set", keep=WRITTEN["data set"])
 
 
 def _tokenizer_for(files, settings, partial):
@@ -3638,24 +3751,20 @@ def _texts(files, encoder, most=None):
                 size += length
 
 
-def _missing_split(count, settings, kind, tokenizer, examples):
+def _missing_split(total, tokenizer):
     """What is wrong if training or validation data came out empty; "" if neither did."""
-    documents, val_fraction = count["documents"], settings["val_fraction"]
+    count, documents = total.count, total.count["documents"]
     if not documents:
-        return f"nothing in it could be used{examples}"
+        return f"nothing in it could be used{total.for_example()}"
     for split, use in (("train", "training"), ("val", "validation")):
         if count[split + ("_tokens" if tokenizer else "_documents")]:
             continue
-        if kind in ("train", "val"):
-            return f"too short: {count['bytes']} bytes leave nothing for {use}"
-        better = 0.005
-        if split == "val":
-            better = min(0.5, round(5 / documents, 4))
-        helps = better > val_fraction if split == "val" else better < val_fraction
+        if total.is_one_text:
+            return f"too short: {counted(count['bytes'], 'byte')} leave nothing for {use}"
         advice = "bring more, or a folder with a train and a val file of your own"
-        if helps and documents >= 10:
-            advice = f"set --val_fraction={better}"
-        return f"of {documents} documents none fell into {split}; {advice}"
+        if split == "train" and documents > 1:
+            advice = "set a smaller --val_fraction"
+        return f"of {counted(documents, 'document')} none fell into {split}; {advice}"
     return ""
 
 
@@ -3685,33 +3794,55 @@ def _check_space(directory, need):
         )
 
 
-def _report(target):
-    """Prints what a data set holds, and what to do next."""
+def _amount(meta):
+    """How much a data set holds, in words."""
+    what = "tokens" if "tokenizer" in meta else "records"
+    train, val = (f"{meta[f'{split}_{what}']:,}" for split in ("train", "val"))
+    amount = f"{train} training and {val} validation {what}"
+    if "documents" not in meta:
+        return amount
+    return f"{counted(meta['documents'], 'document')}, {counted(meta['bytes'], 'byte')}, {amount}"
+
+
+def _report(target, tokenizer):
+    """Prints what a data set holds, and what to do next. `tokenizer`: what the user asked for."""
     meta = read_json(os.path.join(target, "meta.json"))
-    print(f"{target}: {meta['kind']} from {meta['source']}")
-    if "documents" in meta:
-        print(f"  {meta['documents']:,} documents, {meta['bytes']:,} bytes")
+    print(f"{target}: {meta['kind']} from {meta['source']}\n  {_amount(meta)}")
     if "tokenizer" in meta:
         tokens = meta["train_tokens"] + meta["val_tokens"]
         ratio = f", {meta['bytes'] / tokens:.2f} bytes a token" if meta.get("bytes") else ""
-        train, val = f"{meta['train_tokens']:,} training", f"{meta['val_tokens']:,} validation"
-        print(f"  {train} and {val} tokens{ratio}")
-        print(f"  tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} ids, {meta['dtype']}")
+        ids = f"{meta['vocab_size']:,} ids, {meta['dtype']}"
+        print(f"  tokenizer {meta['tokenizer']}, {ids}{ratio}")
         ids = np.fromfile(os.path.join(target, "train.bin"), meta["dtype"], 60)
         if meta["kind"] == "text":
             print(f"  begins: {load_tokenizer(target).decode(ids)!r}")
-    else:
-        train, val = f"{meta['train_records']:,} training", f"{meta['val_records']:,} validation"
-        print(f"  {train} and {val} records")
-    stage, how = dict(chat="sft", prefs="dpo", verify="rlvr").get(meta["kind"]), ""
-    has_config = stage and meta["source"].startswith("toy")
-    if has_config:
-        how = f" config/toy_{stage}.py"
-    elif stage:
-        how = f" --stage={stage} --init_from=MODEL"
+    print(f"next: {_next_command(target, meta, tokenizer)}")
+
+
+def _is_model(where):
+    """Whether what names a tokenizer names a model too: its directory, a run, an id on the Hub."""
+    if os.path.exists(where):
+        return os.path.exists(os.path.join(where, "config.json")) or bool(checkpoints(where))
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", where))
+
+
+def _next_command(target, meta, tokenizer):
+    """The command that trains on a data set."""
     dataset = os.path.basename(target)
-    out_dir = "" if has_config or dataset == "toy" else f" --out_dir=out/{dataset}"
-    print(f"next: python train.py{how} --dataset={dataset}{out_dir}")
+    stage = dict(chat="sft", prefs="dpo", verify="rlvr").get(meta["kind"])
+    if stage and "toy" in KNOWN.get(meta["source"], {}):
+        return f"python train.py config/toy_{stage}.py --dataset={dataset}"
+    out_dir = "" if dataset == "toy" else f" --out_dir=out/{dataset}"
+    if not stage:
+        return f"python train.py --dataset={dataset}{out_dir}"
+    model = tokenizer
+    if not _is_model(tokenizer):
+        model = "MODEL"
+        note = "the records stay text, for the tokenizer of any model"
+        if stage == "sft":
+            note = "it needs this tokenizer; for another one prepare again with --tokenizer=MODEL"
+        print(f"  MODEL is a run, a model directory or a Hub id: {note}")
+    return f"python train.py --stage={stage} --init_from={model} --dataset={dataset}{out_dir}"
 
 
 # -----------------------------------------------------------------------------
@@ -3719,11 +3850,10 @@ def _report(target):
 
 _TOKENIZER = r"tokenizer(_config)?\.json"
 _OUTPUT = r"(train|val)\.(bin|mask|jsonl)"
-_DATA = rf"{_OUTPUT}|meta\.json|{_TOKENIZER}"
+_SOURCE = r"(toy|source)\.(txt|jsonl)"  # what is written first, and read as the source
+FINISHED = rf"{_OUTPUT}|meta\.json|{_TOKENIZER}"  # what is left of a data set when it is complete
 WRITTEN = {  # kind of directory -> the names of the files that this program writes into it
-    "data set": _DATA,
-    "unfinished data set": _DATA
-    + rf"|(partial|journal)\.json|toy\.(txt|jsonl)|part-\d+-\d+\.(json|{_OUTPUT})",
+    "data set": FINISHED + rf"|partial\.json|{_SOURCE}|part-\d+-\d+\.(json|{_OUTPUT})",
     "tokenizer": _TOKENIZER,
     "checkpoint": _TOKENIZER
     + r"|trainer\.pt|(config|generation_config)\.json|README\.md|loss\.png|[\w.-]+\.gguf"
@@ -3736,7 +3866,7 @@ _PASSING = r"\.DS_Store|Thumbs\.db|desktop\.ini|[\w-]+\.json\.tmp\d+"
 
 def kind_of_directory(directory):
     """The kind of directory (see WRITTEN) that this program wrote here, by the file that marks it;
-    None if it did not write it."""
+    None if it did not write it. A data set may be unfinished."""
 
     def has(name, *keys):
         try:
@@ -3747,9 +3877,7 @@ def kind_of_directory(directory):
     files = os.listdir(directory) if os.path.isdir(directory) else []
     if "trainer.pt" in files and "config.json" in files:
         return "checkpoint"
-    if has("partial.json", "stamp") or has("journal.json", "stamp"):
-        return "unfinished data set"
-    if has("meta.json", "stamp", "kind"):
+    if has("meta.json", "stamp", "kind") or has("partial.json", "stamp"):
         return "data set"
     if "config.json" not in files and has("tokenizer_config.json", "nanosmol_name"):
         return "tokenizer"
@@ -3763,9 +3891,12 @@ def ours(directory):
 
 
 def not_ours(directory, kind):
-    """Why a directory may not be replaced by a new one of this kind; "" if it may."""
+    """Why a directory may not be replaced by a new one of this kind; "" if it may. What is of no
+    kind (None) replaces nothing."""
     if not os.path.lexists(directory):
         return ""
+    if kind is None:
+        return "exists"
     if not os.path.isdir(directory):
         return "is not a directory"
     names = sorted(os.listdir(directory))
@@ -3794,20 +3925,22 @@ def remove_files(directory, kind, keep=""):
 
 
 def remove_directory(directory, kind):
-    """Removes a directory of this kind. If it holds something else, that stays, and so does it."""
-    remove_files(directory, kind)
-    if not os.listdir(directory):
-        os.rmdir(directory)
+    """Removes a directory of this kind, or what is left of it. If it holds something else, that
+    stays, and so does it."""
+    if os.path.isdir(directory) and not os.path.islink(directory):
+        remove_files(directory, kind)
+        if not os.listdir(directory):
+            os.rmdir(directory)
 
 
 def check_target(target, kind, sources):
     """UserError, before any work, if writing to `target` would replace something that this program
-    did not make, or its own source. Returns what it will replace, in words; "" if nothing."""
+    did not make, or its own source."""
     place = _real_place(target)
-    partial, aside = place + ".partial", _aside(place)
+    written = (place, place + ".partial", _aside(place))
     another = "choose another --name= or --data_dir="
     for source in sources:
-        if any(_is_inside(source, directory) for directory in (place, partial, aside)):
+        if any(_is_inside(source, directory) for directory in written):
             raise UserError(f"{target} would replace its own source, {source}; {another}")
         if os.path.isdir(source) and _is_inside(place, source):
             raise UserError(
@@ -3815,25 +3948,35 @@ def check_target(target, kind, sources):
                 "--data_dir= outside of it"
             )
     restore(place, kind)
-    kind_of_partial = kind
-    if kind == "data set" and kind_of_directory(partial) != "data set":
-        kind_of_partial = "unfinished data set"  # else it is complete, but was not yet published
-    for directory, its_kind in ((place, kind), (partial, kind_of_partial), (aside, kind)):
-        reason = not_ours(directory, its_kind)
+    for directory in written:
+        reason = not_ours(directory, kind)
         if reason:
             raise UserError(
                 f"{directory} {reason}, and would be replaced; {another}, or move it elsewhere"
             )
-    if kind_of_directory(place) == "data set":
-        meta = read_json(os.path.join(place, "meta.json"))
-        return f"what was made there from {meta.get('source')}"
-    return "what was there" if os.path.isdir(place) and os.listdir(place) else ""
 
 
-def _check_name(name):
+def say_what_is_replaced(target):
+    """Prints, before the work, what the new `target` will replace once it is complete."""
+    if not os.path.isdir(target) or not os.listdir(target):
+        return
+    what = "what was there"
+    if kind_of_directory(target) == "data set":
+        meta = read_json(os.path.join(target, "meta.json"))
+        what = f"what was made there from {meta['source']} ({_amount(meta)})"
+    print(f"{target} replaces {what} as soon as it is complete")
+
+
+def _check_name(name, source):
+    """UserError if `name` can't be the directory of a data set or tokenizer made from `source`."""
     if not re.fullmatch(r"[\w.+-]+", name) or not name.strip(".") or name.endswith(".partial"):
         raise UserError(
             f"--name={name}: letters, digits, '-', '_', '.' only, since it becomes a directory"
+        )
+    if name.lower() in KNOWN and name != source:
+        raise UserError(
+            f"--name={name}: the name of a known data set (python prepare.py {name.lower()}), "
+            f"which {source} would take over; choose another --name="
         )
 
 
@@ -3844,14 +3987,25 @@ def _real_place(target):
 
 def _is_inside(path, directory):
     """Whether `path` is `directory` or lies in it, however links or dots spell it."""
-    path = os.path.realpath(path)
-    while os.path.isdir(directory):
-        if os.path.exists(path) and os.path.samefile(path, directory):
-            return True
-        if path == os.path.dirname(path):
-            return False
-        path = os.path.dirname(path)
-    return False
+    path = pathlib.Path(os.path.realpath(path))
+    places = [place for place in (path, *path.parents) if place.exists()]
+    return os.path.isdir(directory) and any(os.path.samefile(p, directory) for p in places)
+
+
+def lock(directory, problem):
+    """Locks a directory until this process ends or closes the handle that is returned; None where
+    there are no locks (Windows, some network drives). UserError if another process has locked it:
+    `problem` says what that means."""
+    try:
+        import fcntl
+
+        handle = os.open(directory, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle
+    except BlockingIOError:
+        raise UserError(f"{directory}: {problem}") from None
+    except (ImportError, OSError):
+        return None
 
 
 def publish(partial, target):
@@ -3862,12 +4016,9 @@ def publish(partial, target):
     kind = kind_of_directory(partial)
     target = _real_place(target)
     aside = _aside(target)
-    if kind:
-        restore(target, kind)
+    restore(target, kind)
     for directory in (target, aside):
-        reason = not_ours(directory, kind) if kind else ""
-        if not kind and os.path.lexists(directory):
-            reason = "exists"
+        reason = not_ours(directory, kind)
         if reason:
             raise UserError(f"{directory} {reason}; move it elsewhere, or choose another name")
     for name in os.listdir(partial):
@@ -3877,9 +4028,8 @@ def publish(partial, target):
         os.rename(target, aside)
     os.rename(partial, target)
     _sync(os.path.dirname(target) or ".")
-    if os.path.exists(aside):
-        with contextlib.suppress(OSError):
-            remove_directory(aside, kind)
+    with contextlib.suppress(OSError):
+        restore(target, kind)
 
 
 def _aside(target):
@@ -3888,36 +4038,59 @@ def _aside(target):
 
 
 def restore(target, kind):
-    """Undoes or completes a publish() that was killed: what it set aside gets its name back, or is
-    removed if the new directory is in place."""
+    """Completes or undoes a publish(): what it set aside is removed if the new directory is in
+    place, and else gets its name back."""
     aside = _aside(target)
-    if os.path.isdir(aside) and os.path.exists(target):
+    if kind is None or not os.path.isdir(aside):
+        return
+    if os.path.exists(target):
         # perhaps half removed, without the file that tells its kind: only our files go, by name
         remove_directory(aside, kind)
-    elif os.path.isdir(aside) and not not_ours(aside, kind):
+    elif not not_ours(aside, kind):
         os.rename(aside, target)
 
 
 def _sync(path):
     """Waits until a file or directory is on the disk, if the system can do that: Windows opens no
     directory and syncs no file opened for reading, and some mounted drives sync nothing."""
-    cannot = (errno.EACCES, errno.EPERM, errno.EBADF, errno.EINVAL, errno.ENOSYS)
-    cannot += (errno.ENOTSUP, errno.EOPNOTSUPP)
     for flags in (os.O_RDWR, os.O_RDONLY) if os.path.isfile(path) else (os.O_RDONLY,):
         try:
             handle = os.open(path, flags)
+            try:
+                return os.fsync(handle)
+            finally:
+                os.close(handle)
         except OSError as e:
-            if e.errno not in cannot:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):  # what was written is lost
                 raise
-            continue
-        try:
-            os.fsync(handle)
-            return
-        except OSError as e:
-            if e.errno not in cannot:
-                raise
-        finally:
-            os.close(handle)
+
+
+def files_of(directory, skip=()):
+    """{name: path} of the files of a model or checkpoint, without what a user put beside them."""
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    names = [name for name in names if re.fullmatch(WRITTEN["checkpoint"], name)]
+    paths = {name: os.path.join(directory, name) for name in sorted(names) if name not in skip}
+    return {name: path for name, path in paths.items() if os.path.isfile(path)}
+
+
+def step_of(path):
+    """The step that stands at the end of a checkpoint's path; 0 for any other path."""
+    match = re.search(r"step_(\d{6,})$", path)
+    return int(match[1]) if match else 0
+
+
+def checkpoints(run):
+    """The step_* directories of a run, oldest first; not one without any file of a model."""
+    names = os.listdir(run) if os.path.isdir(run) else []
+    names = [name for name in names if re.fullmatch(r"step_\d{6,}", name)]
+    paths = [os.path.join(run, name) for name in sorted(names, key=step_of)]
+    marks = {"config.json", "model.safetensors", "trainer.pt"}
+    return [path for path in paths if marks & files_of(path).keys()]
+
+
+def hidden(verb, directory):
+    """Where a directory is written or deleted: what has a final name is whole at every moment."""
+    return os.path.join(os.path.dirname(directory), f".{verb}.{os.path.basename(directory)}")
 
 
 def copy_files(source, target, names):
@@ -3938,17 +4111,15 @@ def make_tokenizer_only(paths, name, data_dir, as_, field, vocab_size, min_frequ
     """python prepare.py tokenizer PATH...: trains a tokenizer without preparing a data set."""
     if not paths:
         raise UserError("python prepare.py tokenizer PATH...: name the texts to train it on")
-    missing = [path for path in paths if not os.path.exists(path)]
-    if missing:
-        raise UserError(f"{missing[0]}: no such file or folder")
     name = name or "tokenizer"
-    _check_name(name)
+    _check_name(name, paths[0])
+    sources = [local_files(path) for path in paths]
     target = os.path.join(data_dir, name)
-    replaced = check_target(target, "tokenizer", paths)
+    check_target(target, "tokenizer", paths)
+    say_what_is_replaced(target)
 
     def texts():
-        for path in paths:
-            files = local_files(path)
+        for files in sources:
             shape, _, _ = recognize(files, as_, field)
             yield from _texts(files, Encoder(None, shape, field, keep_crlf=options["keep_crlf"]))
 
@@ -3956,8 +4127,6 @@ def make_tokenizer_only(paths, name, data_dir, as_, field, vocab_size, min_frequ
     partial = _real_place(target) + ".partial"
     tokenizer.save(partial)
     publish(partial, target)
-    if replaced:
-        print(f"{target} replaces {replaced}")
     print(f"{target}: a byte-level BPE of {tokenizer.vocab_size:,} ids")
     print(f"next: python prepare.py TEXT --tokenizer={target}")
 

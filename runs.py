@@ -25,8 +25,9 @@ import types
 import torch
 
 import prepare
-from configurator import UserError, command_line
+from configurator import UserError, command_line, counted
 from model import FOLLOWS, GPT, GPUS, GPTConfig, flops_per_token, gpu_named
+from prepare import checkpoints, files_of, hidden, step_of
 
 # -----------------------------------------------------------------------------
 # where runs and models are
@@ -40,21 +41,6 @@ def directory_of(config_files):
     if not config_files:
         return os.path.join("out", "toy")
     return os.path.join("out", os.path.splitext(os.path.basename(config_files[-1]))[0])
-
-
-def step_of(path):
-    """The step that stands at the end of a checkpoint's path; 0 for any other path."""
-    match = re.search(r"step_(\d{6,})$", path)
-    return int(match[1]) if match else 0
-
-
-def checkpoints(run):
-    """The step_* directories of a run, oldest first; not one without any file of a model."""
-    names = os.listdir(run) if os.path.isdir(run) else []
-    names = [name for name in names if re.fullmatch(r"step_\d{6,}", name)]
-    paths = [os.path.join(run, name) for name in sorted(names, key=step_of)]
-    marks = {"config.json", "model.safetensors", "trainer.pt"}
-    return [path for path in paths if marks & files_of(path).keys()]
 
 
 def newest_run(parent="out"):
@@ -76,6 +62,12 @@ def model_directory(where):
         if not checkpoints(where):
             raise UserError(f"{where}: neither a model directory (config.json) nor a run (step_*)")
         return checkpoints(where)[-1]
+    if where == directory_of([]):
+        raise UserError(f"{where}: no such run yet; python train.py comes first, and makes it")
+    config = os.path.join("config", f"{os.path.basename(where)}.py")
+    is_config = os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), config))
+    if where == directory_of([config]) and is_config:
+        raise UserError(f"{where}: no such run yet; python train.py {config} comes first")
     is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", where)
     if not is_id or where.startswith((".", "out/", "data/")):
         raise UserError(f"{where}: no such directory, and no id of a model on the Hub (owner/name)")
@@ -98,14 +90,6 @@ def is_checkpoint(directory):
 
 def whole_checkpoints(run):
     return [path for path in checkpoints(run) if is_checkpoint(path)]
-
-
-def files_of(directory, skip=()):
-    """{name: path} of the files of a model or checkpoint, without what a user put beside them."""
-    names = os.listdir(directory) if os.path.isdir(directory) else []
-    names = [name for name in names if re.fullmatch(prepare.WRITTEN["checkpoint"], name)]
-    paths = {name: os.path.join(directory, name) for name in sorted(names) if name not in skip}
-    return {name: path for name, path in paths.items() if os.path.isfile(path)}
 
 
 def size_of(directory):
@@ -139,25 +123,20 @@ def is_run(directory):
     return False
 
 
-def hidden(verb, directory):
-    """Where a directory is written or deleted: what has a final name is whole at every moment."""
-    return os.path.join(os.path.dirname(directory), f".{verb}.{os.path.basename(directory)}")
-
-
 @contextlib.contextmanager
 def written_whole(target):
     """Gives a directory to write in. It gets the name `target` once all of it is on the disk, or
     after an error is removed. What has the name and holds a user's files is set aside."""
     beside = hidden("writing", target)
     try:
-        remove_leftover(beside)
+        prepare.remove_directory(beside, "checkpoint")
         os.makedirs(beside, exist_ok=True)
         yield beside
         if os.path.lexists(target) and not prepare.ours(target):
             set_aside(target)
         prepare.publish(beside, target)
     except BaseException:
-        remove_leftover(beside)
+        prepare.remove_directory(beside, "checkpoint")
         raise
 
 
@@ -174,30 +153,24 @@ def copy_directory(source, target, skip=(), link=False):
                 shutil.copyfile(path, copy)
 
 
-def remove_leftover(directory):
-    """Removes what is left of a checkpoint being written or deleted; files of others stay."""
-    if os.path.isdir(directory) and not os.path.islink(directory):
-        prepare.remove_directory(directory, "checkpoint")
-
-
 def remove_checkpoint(directory):
-    remove_leftover(hidden("deleting", directory))
-    os.rename(directory, hidden("deleting", directory))
-    remove_leftover(hidden("deleting", directory))
+    deleting = hidden("deleting", directory)
+    if os.path.exists(deleting):
+        prepare.remove_directory(deleting, "checkpoint")
+    os.rename(directory, deleting)
+    prepare.remove_directory(deleting, "checkpoint")
 
 
 def clean(directory):
     """Ends or undoes what a process that was killed had begun in a run's directory or backup."""
     name = r"(step_\d{6,}|best|start)"
     for entry in os.listdir(directory) if os.path.isdir(directory) else []:
-        path = os.path.join(directory, entry)
-        if re.fullmatch(rf"\.(writing|deleting)\.{name}|\.(\.writing\.)?{name}\.part", entry):
-            remove_leftover(path)
+        # .part: as copies were called before
+        if re.fullmatch(rf"(\.(writing|deleting)\.)+{name}|\.(\.writing\.)?{name}\.part", entry):
+            prepare.remove_directory(os.path.join(directory, entry), "checkpoint")
         replaced = re.fullmatch(rf"\.{name}\.replaced", entry)
-        if replaced and os.path.exists(os.path.join(directory, replaced[1])):
-            remove_leftover(path)  # the new one is in place
-        elif replaced:
-            os.rename(path, os.path.join(directory, replaced[1]))
+        if replaced:
+            prepare.restore(os.path.join(directory, replaced[1]), "checkpoint")
 
 
 def set_aside(path):
@@ -232,6 +205,10 @@ def check(config, world_size=1):
         )
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         raise UserError(f"out_dir={out_dir!r}: not a directory; choose another --out_dir")
+    later = config["stage"] != "pretrain" and config["init_from"].startswith(("out/", "./", "../"))
+    begun = checkpoints(out_dir) or checkpoints(backup_of(config))
+    if later and not begun and not config["dry_run"] and not os.path.isdir(config["init_from"]):
+        model_directory(config["init_from"])  # says what comes first, before data is prepared
     if hf_repo and not re.fullmatch(r"[\w.-]+/[\w.-]+", hf_repo):
         raise UserError(f"hf_repo={hf_repo!r}: expected the id of a Hub repository, owner/name")
     if not backup_dir:
@@ -440,7 +417,7 @@ def model_to_continue(start, config, asked, data, say):
         raise UserError(f"{differs}; prepare it with --tokenizer={directory}")
     missing = data.vocab_size - model.config.vocab_size
     if missing > 0 and config["stage"] != "pretrain":
-        say(f"the model grows rows for {missing} chat tokens")
+        say(f"the model grows rows for {counted(missing, 'chat token')}")
         model.grow(data.vocab_size)
     return model
 
@@ -510,17 +487,8 @@ def refuse_to_move(directory, config):
 
 
 def lock(out_dir):
-    """UserError if another process trains in out_dir: they would delete each other's checkpoints.
-    The lock ends with this process."""
-    try:
-        import fcntl  # not on Windows
-
-        fcntl.flock(os.open(out_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        under_way = f"{out_dir}: another training is under way in it"
-        raise UserError(f"{under_way}; choose another --out_dir") from None
-    except (ImportError, OSError):  # a drive without locks
-        pass
+    """UserError if another process trains in out_dir: both would delete checkpoints there."""
+    prepare.lock(out_dir, "another training is under way in it; choose another --out_dir")
 
 
 def first_model(config, start):
@@ -1467,7 +1435,7 @@ def headline(model, data, config, sequences, attention, say):
         say(f"warning: warmup_iters={warmup_iters} is beyond max_iters and clamped to {max_iters}")
     say(
         f"{model.n_params() / 1e6:.2f}M parameters; {config['dataset']}: {data.amount}; "
-        f"{max_iters:,} steps of {sequences} {amount}"
+        f"{counted(max_iters, 'step')} of {sequences} {amount}"
     )
     say(
         f"{config['out_dir']}: {device}, {config['dtype']}, {config['optimizer']}, "
@@ -1530,8 +1498,12 @@ def last_checkpoint(config, run, why, say):
     advice = "Lower the learning rate, or look at the data"
     if why == "gradient is 0":
         advice = "No weight can learn: look at init_std, init_from, and what you changed in it"
-    trouble = f"{config['max_bad_steps']} bad steps in a row ({why}) after step {run.step}"
-    raise Diverged(f"{trouble} and {run.rollbacks} rollbacks; {kept}. {advice}")
+    bad, rollbacks = (
+        counted(config["max_bad_steps"], "bad step"),
+        counted(run.rollbacks, "rollback"),
+    )
+    trouble = f"{bad} in a row ({why}) after step {run.step} and {rollbacks}"
+    raise Diverged(f"{trouble}; {kept}. {advice}")
 
 
 def command(*changes):
@@ -1548,10 +1520,11 @@ def summary(config, run, trained, is_saved, tokenizer):
     best = "not evaluated"
     if math.isfinite(run.best[0]):
         best = f"best {name} {abs(run.best[0]):.4f}"
-    done = f"{run.step:,} steps, {run.tokens:,} tokens in {run.train_s:.0f} s of training: {best}"
+    steps = counted(run.step, "step")
+    done = f"{steps}, {run.tokens:,} tokens in {run.train_s:.0f} s of training: {best}"
     if not trained:
-        done = f"nothing left to do: the run in {out_dir} has {run.step:,} steps, and max_iters="
-        done += f"{config['max_iters']} asks for no more; {best}"
+        asked = f"max_iters={config['max_iters']} asks for no more"
+        done = f"nothing left to do: the run in {out_dir} has {steps}, and {asked}; {best}"
     lines = [f"--- {done} ---", f"the loss, drawn      {os.path.join(out_dir, PLOT)}"]
     if is_saved:
         sample = ["sample.py", f"--out_dir={out_dir}", "--interactive"]

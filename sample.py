@@ -24,7 +24,7 @@ import re
 import sys
 import time
 
-from configurator import UserError, configure
+from configurator import UserError, configure, counted
 
 # fmt: off
 # -----------------------------------------------------------------------------
@@ -404,7 +404,7 @@ def answer_prompts():
         note(f"stopped: {n_answers:,} of {len(requests):,} prompts are answered{place}")
         raise
     speed = n_tokens / (time.perf_counter() - began)
-    note(f"{len(requests):,} prompts, {speed:,.0f} tokens/s")
+    note(f"{counted(len(requests), 'prompt')}, {speed:,.0f} tokens/s")
 
 
 def complete_all(requests):
@@ -507,7 +507,7 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": line}]
         prompt, max_tokens, dropped = encode_chat(messages, max_new_tokens, self.system)
         if dropped:
-            note(f"(the context is full: the {dropped} oldest messages are dropped)")
+            note(f"(the context is full: {dropped} oldest messages are dropped)")
         answer = self.generate(prompt, max_tokens)
         self.messages = [*messages[dropped:], {"role": "assistant", "content": answer.text}]
 
@@ -584,7 +584,7 @@ def generate_for_page(encode, prompt, settings):
         seed = setup.check("seed", int(seed or 0))
         ids, max_tokens, *dropped = encode(prompt, max_tokens, *system)
         if any(dropped):
-            gr.Info(f"The context is full: the {dropped[0]} oldest messages are dropped")
+            gr.Info(f"The context is full: {dropped[0]} oldest messages are dropped")
         completion = Completion(ids)
         for _ in completion.stream(ids, max_tokens, seed, sampling | chosen):
             yield completion.text

@@ -126,6 +126,7 @@ from model import (MemoryGuard, barrier, broadcast_weights, compile_pays, comple
 
 prepare.read_secrets()
 out_dir = config["out_dir"] = os.path.normpath(out_dir or runs.directory_of(setup.files))
+dataset = config["dataset"] = prepare.dataset_names(dataset, data_dir)
 ddp = "RANK" in os.environ  # set by torchrun
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 master_process = rank == 0  # prints, logs and saves

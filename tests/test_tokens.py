@@ -375,7 +375,7 @@ def test_preparing_keeps_the_fields_of_a_problem(tmp_path, monkeypatch):
         assert "nothing" not in json.loads(lines[0])
     assert splits[0] == splits[1]
     tokenizer = prepare.with_chat_tokens(prepare.load_tokenizer("byte"))
-    config = dict(dataset="n3", data_dir="data", stage="rlvr", seed=1, block_size=200)
+    config = dict(dataset="n3", data_dir="data", stage="rlvr", seed=1, block_size=200, batch_size=1)
     config |= dict(max_completion=10, verifier="number", verifier_model="")
     problems = prepare.Problems(config, tokenizer)
     seen = []
