@@ -598,8 +598,7 @@ if hub and finished and is_saved:
 log.close_bar()
 if finished:
     if steps_here:
-        count = min(3, run.micro_batch_size)
-        for text in runs.samples(model, data, config, count, autocast, log):
+        for text in runs.samples(model, data, config, 3, autocast, log):
             say(f"--- a sample ---\n{prepare.for_terminal(text)}")
     say(runs.summary(config, run, steps_here > 0, is_saved, tokenizer))
 else:
