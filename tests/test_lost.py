@@ -52,7 +52,7 @@ CHECKPOINT = {
 }
 
 # FAULTS is a list of "point|which time|what happens", for example
-# "evaluation|2|MemoryError"; * is every time
+# "evaluation|2|RuntimeError"; * is every time
 SITE = """
 import builtins, importlib.abc, importlib.util, io, os, signal, sys
 
@@ -299,7 +299,7 @@ def scene_trouble_at_a_due_step_loses_nothing(cwd):
         seen.append((done, steps(run)))
 
     start("step|3|exit", 9)  # before there is any checkpoint
-    start("evaluation|2|MemoryError", None)  # at step 4
+    start("evaluation|2|RuntimeError", None)  # at step 4
     start("step|3|exit", 9)  # in step 7: samples.txt is beyond the checkpoint
     start("evaluation|1|abort", -signal.SIGABRT)  # at step 8, which step 4 is evaluated before
     start(
