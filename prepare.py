@@ -3329,22 +3329,10 @@ def _adopt(encoder, is_process):
 
 
 def prepare(
-    source,
-    tokenizer="",
-    name="",
-    data_dir="data",
-    max_tokens=0,
-    field="",
-    config="",
-    split="",
-    as_="",
-    val_fraction=None,
-    block_size=0,
-    workers=0,
+    source, tokenizer="", name="", data_dir="data", max_tokens=0, field="", config="", split="",
+    as_="", val_fraction=None, keep_crlf=False, max_unusable=0.05, block_size=0, workers=0,
     seed=1337,
-    keep_crlf=False,
-    max_unusable=0.05,
-):
+):  # fmt: skip
     """Makes data/<name>/ from a known name, a file, a folder or hub:owner/name, and returns that
     directory. The arguments are the keys of the config block.
 
