@@ -3,7 +3,7 @@ Everything between text and tokens, and everything that is fetched.
 
     python prepare.py                                # lists the known data sets and their sizes
     python prepare.py tinystories                    # prepares one of them
-    python prepare.py input.txt --tokenizer=char     # a file: .txt .jsonl .jsonl.zst .parquet
+    python prepare.py input.txt --tokenizer=char     # a file: .txt .jsonl .csv .parquet, also .gz
     python prepare.py texts/ --name=mine             # or a folder of files
     python prepare.py hub:owner/name --field=text --max_tokens=1e9
     python prepare.py chats.jsonl --as=chat          # or prefs, verify: if a file could be several
@@ -19,6 +19,7 @@ import codecs
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import ctypes
 import decimal
 import difflib
@@ -720,8 +721,8 @@ TURN_ROLES = ROLES | dict.fromkeys(PROMPT, "user") | dict.fromkeys(ANSWER, "assi
 TOOL_ROLES = ("tool", "function", "function_call", "function_response", "observation", "ipython")
 # why a record is left out although nothing is wrong with it
 EMPTY, TOOLS, NOT_TEXT = "empty", "with tool calls", "with content that is no text"
-LONG = "of more tokens than --block_size"
-SKIPPED = EMPTY, TOOLS, NOT_TEXT, LONG
+LONG, BAD = "of more tokens than --block_size", "with an answer labelled false"
+SKIPPED = EMPTY, TOOLS, NOT_TEXT, LONG, BAD
 
 
 class Skipped(ValueError):
@@ -762,6 +763,9 @@ def _unexpected(what, value, expected):
 def _messages(value, what="messages"):
     """[{"role", "content"}, ...] from the conversation, prompt or answer that the field `what`
     holds; else ValueError. A text is one message, or a dialogue as Anthropic's HH writes it."""
+    if what in CONVERSATION and isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)  # a cell of a spreadsheet
     is_text = isinstance(value, str)
     if is_text and value.lstrip().startswith("Human:") and "\n\nAssistant:" in value:
         _, *parts = re.split(r"(?:\A\s*|\n\n)(Human|Assistant):", value)
@@ -850,6 +854,8 @@ def _conversation(record, messages):
 
 def as_chat(record):
     """The messages of a record: its conversation, or its prompt and its (chosen) answer."""
+    if record.get("label") is False:  # KTO's mark of a bad answer
+        raise Skipped(BAD)
     field, value = _required(record, *CONVERSATION, *PROMPT, "chosen")
     if field in CONVERSATION:
         return _conversation(record, _messages(value, field))
@@ -1384,7 +1390,15 @@ def hub_files(repo, config="", split="", pattern=""):
 
 KINDS = dict.fromkeys((".txt", ".md", ".text"), "text")  # of files, by the ending of the name
 KINDS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), "lines")
-KINDS[".parquet"] = "parquet"
+KINDS |= {".parquet": "parquet", ".csv": "table", ".tsv": "table"}
+NO_TEXT = {  # begin of a file -> what it is
+    b"PK\x03\x04": "a zip archive or an Office document",
+    b"%PDF": "a PDF",
+    b"\x1f\x8b": "compressed by gzip, though its name does not end in .gz",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"PAR1": "a parquet file, though its name does not end in .parquet",
+}
 COMPRESSED = {".zst": "zstd", ".zstd": "zstd", ".gz": "gzip"}
 VALID = ("valid", "validation", "val", "dev", "eval")
 OWN_SPLIT = re.compile(r"(?:^|[-_./])(train|valid|validation|val|dev|eval|test)(?=[-_.0-9/]|$)")
@@ -1484,10 +1498,16 @@ def read_blocks(file, only, fields=(), val_share=0.1):
             head = _stream(raw, compression).read(1 << 16)
         if head.startswith(b"version https://git-lfs.github.com/"):
             raise UserError(f"{file.path}: a pointer of Git LFS; `git lfs pull` fetches the file")
+        for mark, what in NO_TEXT.items():
+            if head.startswith(mark) and kind != "parquet":
+                raise UserError(f"{file.path}: {what}, no text; unpack it, or export its text")
         if kind == "parquet":
             yield from _read_parquet(path, file, fields)
             return
         _check_utf8(file.path, head)
+        if kind == "table":
+            yield from _read_table(path, file, fields, head)
+            return
         for block in _read_text(path, file, only, head, val_share):
             _check_utf8(file.path, block.data)
             yield block
@@ -1671,13 +1691,7 @@ def _read_parquet(path, file, fields):
 
     try:
         with pyarrow.parquet.ParquetFile(path) as f:
-            columns = f.schema_arrow.names
-            wanted = [field for field in fields if field in columns] or None
-            if fields and not wanted:
-                raise UserError(
-                    f"{file.path}: no column {' or '.join(map(repr, fields))} in "
-                    f"{', '.join(columns)[:200]}; name it with --field="
-                )
+            wanted = _columns(file.path, f.schema_arrow.names, fields)
             rows, total = 0, max(f.metadata.num_rows, 1)
             for group in range(f.metadata.num_row_groups):
                 for batch in f.iter_batches(256, row_groups=[group], columns=wanted):
@@ -1687,6 +1701,48 @@ def _read_parquet(path, file, fields):
     except (pyarrow.ArrowException, OSError) as e:
         reason = str(e).splitlines()[0]
         raise UserError(f"{file.path}: not a parquet file that can be read: {reason}") from None
+
+
+def _columns(path, names, fields):
+    """Which columns to read: those of `fields` that are there, or without `fields` all."""
+    wanted = [field for field in fields if field in names] or list(names)
+    if fields and not set(fields) & set(names):
+        raise UserError(
+            f"{path}: no column {' or '.join(map(repr, fields))} in {', '.join(names)[:200]}; name "
+            "it with --field="
+        )
+    return wanted
+
+
+def _read_table(path, file, fields, head):
+    """A spreadsheet as CSV or TSV, whose first line names the columns. Every cell is a text."""
+    import pyarrow
+
+    first_line = head.decode("utf-8-sig", "replace").partition("\n")[0]
+    delimiter = max("\t;,", key=first_line.count)
+    csv.field_size_limit(LONGEST)  # the usual one is 131,072 characters
+    with open(path, "rb") as raw:
+        stream = _stream(raw, _kind_of(file.path)[1])
+        text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
+        reader = csv.reader(text, delimiter=delimiter)
+        try:
+            names, rows = next(reader, []), 0
+            wanted = _columns(file.path, names, fields)
+            while batch := list(itertools.islice(reader, 256)):
+                batch = [row for row in batch if row]  # empty lines
+                if uneven := [row for row in batch if len(row) != len(names)]:
+                    cells = (
+                        f"a row of {counted(len(uneven[0]), 'cell')} ({','.join(uneven[0])[:60]})"
+                    )
+                    raise csv.Error(f"{cells} below {counted(len(names), 'column')}")
+                records = [{k: v for k, v in zip(names, row) if k in wanted} for row in batch]
+                data = pyarrow.RecordBatch.from_pylist(records)
+                yield Block("rows", data, rows, True, True, min(raw.tell(), file.size))
+                rows += len(batch)
+        except (csv.Error, UnicodeDecodeError) as e:
+            raise UserError(
+                f"{file.path}: not a table that can be read, near line {reader.line_num}: {e}"
+            ) from None
 
 
 # -----------------------------------------------------------------------------
@@ -2588,9 +2644,17 @@ def open_data(config, model_directory, say, world_size=1):
 
 
 def vocab_size_of(config):
-    """The vocabulary of the first data set of a config."""
+    """The vocabulary of the first data set of a config, for --dry_run. Of a known one that is not
+    prepared yet, the vocabulary that is asked for, which is said: the real one may be smaller."""
     name = parse_mixture(config["dataset"])[0][0]
-    return read_meta(os.path.join(config["data_dir"], name))["vocab_size"]
+    directory = os.path.join(config["data_dir"], name)
+    if name not in KNOWN or os.path.exists(os.path.join(directory, "meta.json")):
+        return read_meta(directory)["vocab_size"]
+    spec = KNOWN[name].get("tokenizer", SMOLLM2)
+    sizes = {"gpt2": 50257, "char": 128, "toy": 4096, SMOLLM2: 49152, LLAMA2: 32000}
+    vocab_size = sizes.get(spec) or int(spec.removeprefix("bpe:"))
+    print(f"{directory} is not prepared yet: counted with {vocab_size:,} ids ({spec})")
+    return vocab_size
 
 
 def means(measured, shares, over_processes):
@@ -3339,6 +3403,8 @@ def prepare(
     Killed at any moment and started again, it continues; what was there before is replaced only
     when the new data is complete. Raises UserError for whatever the user can correct."""
     known = KNOWN.get(source, {})
+    if known and os.path.exists(source):
+        print(f"{source} is the known data set; ./{source} would be what lies here")
     name = name or _name_of(source)
     _check_name(name, source)
     counts = dict(max_tokens=max_tokens, block_size=block_size, workers=workers, seed=seed)

@@ -353,3 +353,14 @@ def test_plurals(here, capsys):
     lengths.tofile("val.bin")
     with pytest.raises(UserError, match="1 token, too few for one window"):
         prepare.Bins(".", "val", 8)
+
+
+def test_the_vocabulary_of_a_known_data_set_that_is_not_prepared(tmp_path, capsys):
+    """--dry_run counts with what its tokenizer will have at most, not with GPT-2's 50,304 rows."""
+    sizes = dict(toy=4096, toy_chat=4096, shakespeare=50257, gsm8k=49152, dclm=32000)
+    for name, size in sizes.items():
+        assert prepare.vocab_size_of(dict(dataset=name, data_dir=str(tmp_path))) == size
+        said = capsys.readouterr().out
+        assert f"{name} is not prepared yet: counted with {size:,} ids" in said
+    for name in prepare.KNOWN:
+        assert prepare.vocab_size_of(dict(dataset=name, data_dir=str(tmp_path))) > 100

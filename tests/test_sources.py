@@ -1,6 +1,7 @@
 """Sources as people have them: folders as cloned, empty rows, many shapes of records, files from
 Windows. Each is read as what it is, and what is decided or left out is printed."""
 
+import csv
 import gzip
 import io
 import json
@@ -9,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -580,3 +582,69 @@ def test_reasons_name_the_field_and_what_it_holds(here, capsys):
     assert "line 201: 'text' holds 7; expected a text" in said
     assert "line 202: it holds [1]; expected a JSON object" in said
     assert "line 203: not JSON: Unterminated string" in said
+
+
+def test_a_spreadsheet_is_read_by_its_columns(here, capsys):
+    """CSV and TSV: quoted line ends and separators, Excel's mark, semicolons and CRLF; the ids and
+    masks are those of the same records as JSON lines."""
+    texts = [f'Row {i}, "quoted";\r\nsecond line' for i in range(3000)]
+    for name, delimiter, encoding in (("a.csv", ";", "utf-8-sig"), ("b.tsv", "\t", "utf-8")):
+        with open(name, "w", newline="", encoding=encoding) as f:
+            csv.writer(f, delimiter=delimiter).writerows([("id", "text"), *enumerate(texts)])
+    with open("c.jsonl", "w") as f:
+        f.writelines(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts))
+    made = [prepare.prepare(f, tokenizer="byte") for f in ("a.csv", "b.tsv", "c.jsonl")]
+    for split in ("train", "val"):
+        a, b, c = (Path(directory, f"{split}.bin").read_bytes() for directory in made)
+        assert a == b == c and len(c) > 100
+    with open("chat.csv", "w", newline="") as f:
+        rows = [(f"Add {i}", "" if i % 2 else "and 1", f"{i}!") for i in range(50)]
+        csv.writer(f).writerows([("instruction", "input", "output"), *rows])
+    prepare.prepare("chat.csv", tokenizer="byte")
+    said = capsys.readouterr().out
+    assert (
+        "chat.csv: read as chat, from instruction, output" in said and "Add 0\n\n    and 1" in said
+    )
+
+
+def test_a_spreadsheet_that_cannot_be_read(here):
+    """It is refused in one line that names the line or the columns."""
+    for content, reason in (
+        ("a,text\n1,2\n3\n", r"near line 3: a row of 1 cell \(3\) below 2 columns"),
+        ("title,body\nq,w\n", "no field 'text' in title, body"),
+        ("", "empty"),
+    ):
+        Path("bad.csv").write_text(content)
+        with pytest.raises(prepare.UserError, match=reason):
+            prepare.prepare("bad.csv", tokenizer="byte")
+
+
+def test_messages_as_a_json_text_and_answers_labelled_false(here, capsys):
+    """A cell may hold a conversation as JSON; KTO marks bad answers, which nothing is to learn."""
+    turns = [dict(role="user", content="q"), dict(role="assistant", content="a")]
+    assert as_chat(dict(messages=json.dumps(turns))) == turns
+    with pytest.raises(ValueError, match="a list of messages"):
+        as_chat(dict(messages="[not JSON"))
+    rows = [dict(prompt=f"q{i}", completion=f"a{i}", label=bool(i % 2)) for i in range(80)]
+    write("kto.jsonl", rows)
+    prepare.prepare("kto.jsonl", tokenizer="byte")
+    assert "left out: 40 records with an answer labelled false" in capsys.readouterr().out
+
+
+def test_archives_and_documents_are_named(here):
+    for name, begin, what in (
+        ("a.zip", b"PK\x03\x04", "a zip archive or an Office document"),
+        ("a.docx", b"PK\x03\x04", "a zip archive or an Office document"),
+        ("a.pdf", b"%PDF-1.7", "a PDF"),
+        ("a.txt", b"\x1f\x8b\x08", "compressed by gzip"),
+        ("a.jsonl", b"PAR1", "a parquet file"),
+    ):
+        write(name, begin + bytes(range(1, 200)) * 9)
+        with pytest.raises(UserError, match=f"{name}: {what}.*unpack it"):
+            prepare.prepare(name, tokenizer="byte")
+
+
+def test_a_folder_with_the_name_of_a_known_data_set(here, capsys):
+    os.mkdir("toy_sums")
+    prepare.prepare("toy_sums")
+    assert "toy_sums is the known data set; ./toy_sums would be" in capsys.readouterr().out
