@@ -480,7 +480,11 @@ LOGITS_IN_A_CHUNK = {"cuda": 2**29, "cpu": 2**26}
 
 
 def _rows_in_a_chunk(x, vocab_size):
-    return max(128, LOGITS_IN_A_CHUNK["cuda" if x.is_cuda else "cpu"] // vocab_size)
+    """How many rows of x (N, n_embd) have their logits made at a time: N in chunks of equal size,
+    so that none is a few rows with a slow product of matrices of its own."""
+    most = max(128, LOGITS_IN_A_CHUNK["cuda" if x.is_cuda else "cpu"] // vocab_size)
+    chunks = -(-len(x) // most)
+    return -(-len(x) // chunks)
 
 
 def token_log_probs(model, x, targets, temperature=1.0):
@@ -1197,19 +1201,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
             block = max(1, LOGITS_IN_CACHE // len(weight))
         for lo in range(0, len(x), rows):
             x_chunk, target = x_low[lo : lo + rows], targets[lo : lo + rows]
-            mask = target >= 0
+            mask = (target >= 0)[:, None]
             target = target.clamp(min=0)[:, None]
             chunk = x_chunk @ w_low.T  # logits, (rows, V), overwritten by their gradient
             for i in range(0, len(chunk), block):
                 logits, t, m = chunk[i : i + block], target[i : i + block], mask[i : i + block]
                 log_p = logits.float().log_softmax(dim=-1)
+                log_p_target = log_p.gather(1, t)  # (rows, 1)
                 # not `total -=`: a result last written in place gets no gradient when torch 2.11
                 # compiles it
-                total = total - (log_p.gather(1, t)[:, 0] * m).sum()
+                total = total - (log_p_target * m).sum()
                 if need_x or need_w:
-                    grad = log_p.exp_()  # d(-log p_target) / d logits = p - onehot(target)
-                    grad.scatter_add_(1, t, torch.full_like(t, -1, dtype=grad.dtype))
-                    logits.copy_(grad.mul_(m[:, None]))
+                    # d(-log p_target) / d logits = p - onehot(target). The targets' entries are
+                    # written last, into what the products read: a compiler then keeps no p
+                    logits.copy_(log_p.exp_().mul_(m))
+                    logits.scatter_(1, t, (log_p_target.expm1() * m).to(logits.dtype))
             if need_x:
                 grad_x[lo : lo + rows] = chunk @ w_low
             if need_w:
