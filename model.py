@@ -346,6 +346,9 @@ class GPT(nn.Module):
         else:
             cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
             rope = cos.to(_compute_dtype(x)), sin.to(_compute_dtype(x))  # ((B,) T, 1, head_dim)
+        if _compute_dtype(x) == torch.bfloat16:
+            # the residual stream, too: a tenth less memory. Not in float16, whose range it leaves
+            x = x.bfloat16()
         x, shared = self.drop(x), Shared(idx, rope, mask, cache)
         for block in self.blocks:
             if self.grad_checkpoint and self.training:
@@ -479,12 +482,12 @@ def documents(idx, eos_id, attention="sdpa", visible=causal):
 LOGITS_IN_A_CHUNK = {"cuda": 2**29, "cpu": 2**26}
 
 
-def _rows_in_a_chunk(x, vocab_size):
-    """How many rows of x (N, n_embd) have their logits made at a time: N in chunks of equal size,
-    so that none is a few rows with a slow product of matrices of its own."""
+def _chunks(x, targets, vocab_size):
+    """(x, targets) of the rows whose logits are made at a time: of equal size, so that none is a
+    few rows with a slow product of matrices of its own."""
     most = max(128, LOGITS_IN_A_CHUNK["cuda" if x.is_cuda else "cpu"] // vocab_size)
-    chunks = -(-len(x) // most)
-    return -(-len(x) // chunks)
+    count = -(-len(x) // most)
+    return zip(x.chunk(count), targets.chunk(count), strict=True)
 
 
 def token_log_probs(model, x, targets, temperature=1.0):
@@ -498,12 +501,8 @@ def token_log_probs(model, x, targets, temperature=1.0):
         logits = model.logits(x) / temperature  # (rows, V)
         return -F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
 
-    rows = _rows_in_a_chunk(x, model.config.vocab_size)
-    chunks = [
-        checkpoint(chunk, x[lo : lo + rows], targets[lo : lo + rows], use_reentrant=False)
-        for lo in range(0, len(x), rows)
-    ]
-    return torch.cat(chunks)
+    chunks = _chunks(x, targets, model.config.vocab_size)
+    return torch.cat([checkpoint(chunk, *rows, use_reentrant=False) for rows in chunks])
 
 
 def preference_loss(kind, chosen, rejected, beta=0.1, label_smoothing=0.0):
@@ -1092,7 +1091,9 @@ def fast_attention(q, k, v, mask, dropout=0.0):
     if mask is None and 1 < T < S:
         positions = torch.arange(S, device=q.device)
         mask = causal(positions[S - T :, None], positions)
-    triangle = mask is None and T > 1  # a single query sees every key
+    triangle = False  # a single query sees every key
+    if mask is None and T > 1:  # which is no bool where a compiled model takes any length
+        triangle = True
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=triangle, enable_gqa=gqa
     )
@@ -1113,36 +1114,48 @@ def _document_kernel(attention, doc, first, visible):
             return visible(query, key) & (doc[b, query] == doc[b, key])
 
         return create_block_mask(same_document, B, None, T, T, device=doc.device)
+    import torch._dynamo
+
     # the first token of a window begins a document, so that none crosses from row to row
     starts = first.flatten().nonzero()[:, 0].int()
-    return Segments(F.pad(starts, (0, 1), value=B * T), _varlen(attention))
+    ends = F.pad(starts, (0, 1), value=B * T)
+    torch._dynamo.maybe_mark_dynamic(ends, 0)  # one graph for any number of documents
+    return Segments(ends, _varlen(attention))
 
 
 def pick_attention(device, dtype, doc_mask, compiled, dropout=0.0, is_causal=True):
     """The name of the attention to train with, chosen once at the start.
 
     'sdpa' is PyTorch's choice, FlashAttention-2 on CUDA in bf16 or fp16. Documents that don't see
-    each other take a kernel for sequences of different lengths: FlashAttention-3 or -2 where their
-    packages are installed, PyTorch's (2.10 and later), or FlexAttention, which alone can do what is
-    not causal; elsewhere 'sdpa' with a boolean mask.
+    each other take a kernel for sequences of different lengths: of the package flash_attn where it
+    is installed, PyTorch's, or FlexAttention, which alone can do what is not causal; elsewhere
+    'sdpa' with a boolean mask. 'FA3', on Hopper where the package is installed, puts
+    FlashAttention-3 behind all of PyTorch's functions.
     """
-    if "attention" not in FAST or not doc_mask or dropout:
+    if "attention" not in FAST or not device.startswith("cuda"):
         return "sdpa"
-    if not device.startswith("cuda") or dtype not in ("bfloat16", "float16"):
+    if doc_mask and dropout:  # on Hopper cuDNN gives NaN at some lengths, with mask and dropout
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if dropout or dtype not in ("bfloat16", "float16"):
         return "sdpa"
-    # FlashAttention begins with Ampere
-    if is_causal and torch.cuda.get_device_capability(device) >= (8, 0):
-        for package in ("flash_attn_interface", "flash_attn", "torch.nn.attention.varlen"):
-            if _varlen_works(package):
-                return package
-    return "flex" if compiled else "sdpa"
+    capability = torch.cuda.get_device_capability(device)
+    names = []
+    if is_causal and capability == (9, 0):
+        names = ["FA3"]
+    if is_causal and doc_mask and capability >= (8, 0):  # FlashAttention begins with Ampere
+        names += ["flash_attn", "torch.nn.attention.varlen"]
+    for name in names:
+        if _varlen_works(name):
+            return name
+    return "flex" if doc_mask and compiled else "sdpa"
 
 
-def _varlen_works(package):
+def _varlen_works(name):
+    package = "flash_attn_interface" if name == "FA3" else name
     if not importlib.util.find_spec(package):
         return False
     try:
-        _varlen(package)
+        _varlen(name)
     except Exception as e:  # built for another torch or CUDA, most often
         reason = (str(e) or type(e).__name__).splitlines()[0]
         warnings.warn(f"{package} is installed but does not load: {reason}", stacklevel=3)
@@ -1151,27 +1164,25 @@ def _varlen_works(package):
 
 
 @functools.cache
-def _varlen(package):
-    """attention(q, k, v, ends, longest), causal within segments of (tokens, heads, head_dim)."""
-    module = importlib.import_module(package)
-    if package != "torch.nn.attention.varlen":
-
-        def flash(q, k, v, ends, longest):
-            y = module.flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True)
-            return y[0] if isinstance(y, tuple) else y
-
-        return flash
-    parameters = inspect.signature(module.varlen_attn).parameters  # 2.10 to 2.13 differ
-    options = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
-    has_gqa = "enable_gqa" in parameters
-    if has_gqa:
-        options["enable_gqa"] = True
+def _varlen(name):
+    """attention(q, k, v, ends, longest), causal within segments of (tokens, heads, head_dim); k and
+    v may have fewer heads."""
+    if name == "flash_attn":
+        module, function, options = name, "flash_attn_varlen_func", {"causal": True}
+    else:
+        module, function, options = "torch.nn.attention.varlen", "varlen_attn", {}
+        options["window_size"] = (-1, 0)
+    if name == "FA3":
+        torch.nn.attention.activate_flash_attention_impl(name)
+    module = importlib.import_module(module)
+    if (
+        function == "varlen_attn"
+        and "enable_gqa" in inspect.signature(module.varlen_attn).parameters
+    ):
+        options["enable_gqa"] = True  # torch 2.11 takes fewer heads without a word
 
     def varlen(q, k, v, ends, longest):
-        if not has_gqa and q.shape[1] != k.shape[1]:
-            k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-            v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-        return module.varlen_attn(q, k, v, ends, ends, longest, longest, **options)
+        return getattr(module, function)(q, k, v, ends, ends, longest, longest, **options)
 
     return varlen
 
@@ -1192,20 +1203,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x_low, w_low = x.to(dtype), weight.to(dtype)
         need_x, need_w = ctx.needs_input_grad[:2]
         total = torch.zeros((), device=x.device)
-        grad_x = torch.empty_like(x_low) if need_x else None
-        grad_w = None
-        rows = _rows_in_a_chunk(x, len(weight))
-        block = rows
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            # a softmax in the CPU's cache; torch.compile would unroll the loop, and does it itself
-            block = max(1, LOGITS_IN_CACHE // len(weight))
-        for lo in range(0, len(x), rows):
-            x_chunk, target = x_low[lo : lo + rows], targets[lo : lo + rows]
+        grads_x, grad_w = [], None
+        for x_chunk, target in _chunks(x_low, targets, len(weight)):
             mask = (target >= 0)[:, None]
             target = target.clamp(min=0)[:, None]
             chunk = x_chunk @ w_low.T  # logits, (rows, V), overwritten by their gradient
-            for i in range(0, len(chunk), block):
-                logits, t, m = chunk[i : i + block], target[i : i + block], mask[i : i + block]
+            blocks = [(chunk, target, mask)]
+            if x.device.type == "cpu" and not torch.compiler.is_compiling():
+                # a softmax in the CPU's cache; torch.compile would unroll the loop, and does it
+                # itself
+                rows = max(1, LOGITS_IN_CACHE // len(weight))
+                blocks = zip(chunk.split(rows), target.split(rows), mask.split(rows), strict=True)
+            for logits, t, m in blocks:
                 log_p = logits.float().log_softmax(dim=-1)
                 log_p_target = log_p.gather(1, t)  # (rows, 1)
                 # not `total -=`: a result last written in place gets no gradient when torch 2.11
@@ -1217,10 +1226,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     logits.copy_(log_p.exp_().mul_(m))
                     logits.scatter_(1, t, (log_p_target.expm1() * m).to(logits.dtype))
             if need_x:
-                grad_x[lo : lo + rows] = chunk @ w_low
+                grads_x.append(chunk @ w_low)
             if need_w:
                 part = chunk.T @ x_chunk
                 grad_w = part.to(weight.dtype) if grad_w is None else grad_w.add_(part)
+        grad_x = torch.cat(grads_x) if need_x else None
         ctx.save_for_backward(grad_x, grad_w)
         ctx.x_dtype = x.dtype
         return total
@@ -1556,18 +1566,21 @@ def memory_estimate(
         if p.dim() == 2 and name.startswith("blocks.")
     )  # fmt: skip
     low = 4 if dtype == "float32" else 2
-    # a token of a block: the residual stream before both norms in float32, and without compilation
-    # the normed one too; then what products read and write: both norms' results, q k v, q k with
-    # RoPE, the heads' output; gate and up, their product, and without compilation silu(gate)
-    stream = 2 if compiled else 4
+    # a token of a block: the residual stream before both norms, by RMSNorm without compilation in
+    # float32 and normed, too; then what products read and write: both norms' results, q k v, q k
+    # with RoPE, the heads' output; gate and up, their product, and without compilation silu(gate)
+    stream = c.n_embd * (2 if dtype == "bfloat16" else 4)
+    norms = 2 * stream
+    if c.norm == "rmsnorm" and not compiled:
+        norms = 4 * 4 * c.n_embd
     heads = 3 * (c.n_head + c.n_kv_head) * c.head_dim
     mlp = 2 * c.ffn_dim
     if c.mlp == "swiglu":
         mlp = (3 if compiled else 4) * c.ffn_dim
-    block = 4 * stream * c.n_embd + low * (2 * c.n_embd + heads + mlp)
+    block = norms + low * (2 * c.n_embd + heads + mlp)
     per_token = c.n_layer * block
     if grad_checkpoint:
-        per_token = c.n_layer * 4 * c.n_embd + block
+        per_token = c.n_layer * stream + block
     tokens = sequences * c.block_size
     logits = min(tokens * c.vocab_size, LOGITS_IN_A_CHUNK["cuda"]) * (8 + low)  # and their log p
     copies = 0 if dtype == "float32" else low * n  # of the weights, by autocast
