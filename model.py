@@ -1383,8 +1383,15 @@ def set_up_device(device):
     Each process of torchrun takes a GPU of its own. TF32 is on.
     """
     device = pick_device(device)
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device.startswith("cuda") and "LOCAL_RANK" in os.environ:
+        local_rank = int(os.environ["LOCAL_RANK"])
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+        gpus = torch.cuda.device_count() if device == "cuda" else 1
+        if processes > gpus:
+            what = f"device={device!r}: {gpus} GPUs for {processes} processes, and each takes one"
+            raise UserError(f"{what}; start torchrun with --nproc_per_node={gpus}")
+        if device == "cuda":
+            device = f"cuda:{local_rank}"
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     if device.startswith("cuda"):
@@ -1406,9 +1413,9 @@ def pick_device(device):
         kind = ""
     if kind not in ("cpu", "cuda", "mps"):
         raise UserError(f"device={device!r}: expected 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'")
-    missing = kind == "mps" and not torch.backends.mps.is_available()
-    if missing or (kind == "cuda" and index >= torch.cuda.device_count()):
-        found = f"torch {torch.__version__} finds none here"
+    count = {"mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}
+    if kind != "cpu" and index >= count[kind]:
+        found = f"torch {torch.__version__} finds {count[kind] or 'none'} here"
         raise UserError(f"device={device!r}: {found}; 'auto' takes what there is")
     return device
 
@@ -1478,14 +1485,21 @@ def multiplies_bf16(device):
 
 
 def compile_pays(device_type, steps_left, seconds_a_step):
-    """Whether torch.compile saves more in the steps left, a quarter of their time, than it takes.
+    """Whether torch.compile saves more in the steps left, a quarter of their time, than it takes:
+    about a minute on a GPU and two on a CPU."""
+    seconds = {"cuda": 60, "cpu": 120}.get(device_type, math.inf)
+    return steps_left * seconds_a_step / 4 > seconds
 
-    It takes about a minute on a GPU, where the decision comes before any step was timed, and two on
-    a CPU.
-    """
-    if device_type == "cuda":
-        return steps_left >= 1000
-    return device_type == "cpu" and steps_left * seconds_a_step / 4 > 120
+
+def expected_seconds(model, tokens, device):
+    """Seconds that training on so many tokens takes on a GPU without torch.compile, by its peak; 0
+    where that is not known, as on a CPU."""
+    spec = None
+    if device.startswith("cuda"):
+        spec = gpu_spec(torch.cuda.get_device_name(device))
+    if not spec:
+        return 0.0
+    return tokens * flops_per_token(model) / (UNCOMPILED_MFU * spec[0])
 
 
 def undo_compile(model):
@@ -1516,27 +1530,34 @@ def keep_memory():
 
 # fmt: off
 GPUS = {
-    # name:      peak bf16 FLOP/s, GB of memory (both by data sheet, without sparsity), $/hour
-    "B200":     (2250e12, 180, 5.99),
-    "H200":     (989e12,  141, 3.59),
-    "H100":     (989e12,   80, 2.69),
-    "A100":     (312e12,   80, 1.49),
-    "L40S":     (362e12,   48, 0.86),
-    "A40":      (150e12,   48, 0.40),
-    "L4":       (121e12,   24, 0.43),
-    "RTX 4090": (165e12,   24, 0.59),
-    "RTX 3090": (71e12,    24, 0.43),
+    # name:       peak bf16 FLOP/s, GB of memory (both by data sheet, without sparsity), $/hour
+    "B200":      (2250e12,  180, 5.99),
+    "H200 NVL":  (835e12,   141, 3.59),
+    "H200":      (989e12,   141, 3.59),
+    "H100 NVL":  (835e12,    94, 2.59),
+    "H100 PCIe": (756e12,    80, 1.99),
+    "H100":      (989e12,    80, 2.69),
+    "A100":      (312e12,    80, 1.49),
+    "L40S":      (362e12,    48, 0.86),
+    "A40":       (150e12,    48, 0.40),
+    "L4":        (121e12,    24, 0.43),
+    "RTX 4090":  (165e12,    24, 0.59),
+    "RTX 3090":  (71e12,     24, 0.43),
 }
 # fmt: on
 
 
 SHARE_OF_MEMORY = 0.92  # of what is free: the rest goes to kernels' scratch space and to gaps
+UNCOMPILED_MFU = 0.2  # share of a GPU's peak without torch.compile: an assumption, not measured
 
 
 def gpu_spec(name):
-    """The row of GPUS for a name such as 'NVIDIA A100-SXM4-80GB', or None."""
+    """The row of GPUS for a name such as 'NVIDIA A100-SXM4-80GB', or None: for other GPUs, and for
+    slices and variants of these that have another peak."""
+    if re.search(r"\b(MIG|Ti|SUPER|D|Laptop)\b", name, re.IGNORECASE):
+        return None
     for gpu, spec in GPUS.items():
-        if re.search(rf"\b{gpu}\b", name.upper()):
+        if re.search(rf"\b{gpu.replace(' ', '[ -]?')}\b", name, re.IGNORECASE):
             return spec
     return None
 
