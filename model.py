@@ -1138,11 +1138,11 @@ def pick_attention(device, dtype, doc_mask, compiled, dropout=0.0, is_causal=Tru
         torch.backends.cuda.enable_cudnn_sdp(False)
     if dropout or dtype not in ("bfloat16", "float16"):
         return "sdpa"
-    capability = torch.cuda.get_device_capability(device)
     names = []
-    if is_causal and capability == (9, 0):
-        names = ["FA3"]
-    if is_causal and doc_mask and capability >= (8, 0):  # FlashAttention begins with Ampere
+    if is_causal and torch.cuda.get_device_capability(device) == (9, 0):
+        names += ["FA3"]
+    # FlashAttention begins with Ampere
+    if is_causal and doc_mask and torch.cuda.get_device_capability(device) >= (8, 0):
         names += ["flash_attn", "torch.nn.attention.varlen"]
     for name in names:
         if _varlen_works(name):

@@ -2110,7 +2110,13 @@ class Windows:
             if rows >= self.batch_size:  # memory is no matter: small windows in larger batches
                 rows = max(rows, 4096 // bins.block_size)
             for i in range(0, len(starts), rows):
-                yield domain, self._batch(*bins.read(starts[i : i + rows]))
+                some = starts[i : i + rows]
+                # the last batch is as large as the others, for one graph in a compiled model: it is
+                # filled up with copies of a window, without targets
+                missing = rows - len(some) if i > 0 else 0
+                x, y = bins.read(some + some[:1] * missing)
+                y[len(some) :] = -1
+                yield domain, self._batch(x, y)
 
     def held_out_count(self, sequences):
         """How many windows of the smallest domain held_out gives to all processes together."""
