@@ -347,7 +347,7 @@ class GPT(nn.Module):
             cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
             rope = cos.to(_compute_dtype(x)), sin.to(_compute_dtype(x))  # ((B,) T, 1, head_dim)
         if _compute_dtype(x) == torch.bfloat16:
-            # the residual stream, too: a tenth less memory. Not in float16, whose range it leaves
+            # the residual stream, too: a tenth less memory. Not in float16, whose range is small
             x = x.bfloat16()
         x, shared = self.drop(x), Shared(idx, rope, mask, cache)
         for block in self.blocks:
@@ -1091,8 +1091,10 @@ def fast_attention(q, k, v, mask, dropout=0.0):
     if mask is None and 1 < T < S:
         positions = torch.arange(S, device=q.device)
         mask = causal(positions[S - T :, None], positions)
-    triangle = False  # a single query sees every key
-    if mask is None and T > 1:  # which is no bool where a compiled model takes any length
+    # A single query sees every key. In a model compiled for any length `T > 1` is symbolic, which
+    # the kernels don't take
+    triangle = False
+    if mask is None and T > 1:
         triangle = True
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=triangle, enable_gqa=gqa
@@ -1168,21 +1170,23 @@ def _varlen(name):
     """attention(q, k, v, ends, longest), causal within segments of (tokens, heads, head_dim); k and
     v may have fewer heads."""
     if name == "flash_attn":
-        module, function, options = name, "flash_attn_varlen_func", {"causal": True}
-    else:
-        module, function, options = "torch.nn.attention.varlen", "varlen_attn", {}
-        options["window_size"] = (-1, 0)
+        package = importlib.import_module(name)
+
+        def flash(q, k, v, ends, longest):
+            return package.flash_attn_varlen_func(
+                q, k, v, ends, ends, longest, longest, causal=True
+            )
+
+        return flash
     if name == "FA3":
         torch.nn.attention.activate_flash_attention_impl(name)
-    module = importlib.import_module(module)
-    if (
-        function == "varlen_attn"
-        and "enable_gqa" in inspect.signature(module.varlen_attn).parameters
-    ):
-        options["enable_gqa"] = True  # torch 2.11 takes fewer heads without a word
+    module = importlib.import_module("torch.nn.attention.varlen")
+    options = {"window_size": (-1, 0)}
+    if "enable_gqa" in inspect.signature(module.varlen_attn).parameters:
+        options["enable_gqa"] = True  # torch 2.11 takes fewer heads without it
 
     def varlen(q, k, v, ends, longest):
-        return getattr(module, function)(q, k, v, ends, ends, longest, longest, **options)
+        return module.varlen_attn(q, k, v, ends, ends, longest, longest, **options)
 
     return varlen
 
