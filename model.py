@@ -347,6 +347,9 @@ class GPT(nn.Module):
         else:
             cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
             rope = cos.to(_compute_dtype(x)), sin.to(_compute_dtype(x))  # ((B,) T, 1, head_dim)
+        if _compute_dtype(x) == torch.bfloat16:
+            # the residual stream, too: a tenth less memory. Not in float16, whose range is small
+            x = x.bfloat16()
         x, shared = self.drop(x), Shared(idx, rope, mask, cache)
         for block in self.blocks:
             if self.grad_checkpoint and self.training:
@@ -480,8 +483,12 @@ def documents(idx, eos_id, attention="sdpa", visible=causal):
 LOGITS_IN_A_CHUNK = {"cuda": 2**29, "cpu": 2**26}
 
 
-def _rows_in_a_chunk(x, vocab_size):
-    return max(128, LOGITS_IN_A_CHUNK["cuda" if x.is_cuda else "cpu"] // vocab_size)
+def _chunks(x, targets, vocab_size):
+    """(x, targets) of the rows whose logits are made at a time: of equal size, so that none is a
+    few rows with a slow product of matrices of its own."""
+    most = max(128, LOGITS_IN_A_CHUNK["cuda" if x.is_cuda else "cpu"] // vocab_size)
+    count = -(-len(x) // most)
+    return zip(x.chunk(count), targets.chunk(count), strict=True)
 
 
 def token_log_probs(model, x, targets, temperature=1.0):
@@ -495,12 +502,8 @@ def token_log_probs(model, x, targets, temperature=1.0):
         logits = model.logits(x) / temperature  # (rows, V)
         return -F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
 
-    rows = _rows_in_a_chunk(x, model.config.vocab_size)
-    chunks = [
-        checkpoint(chunk, x[lo : lo + rows], targets[lo : lo + rows], use_reentrant=False)
-        for lo in range(0, len(x), rows)
-    ]
-    return torch.cat(chunks)
+    chunks = _chunks(x, targets, model.config.vocab_size)
+    return torch.cat([checkpoint(chunk, *rows, use_reentrant=False) for rows in chunks])
 
 
 def preference_loss(kind, chosen, rejected, beta=0.1, label_smoothing=0.0):
@@ -1089,7 +1092,11 @@ def fast_attention(q, k, v, mask, dropout=0.0):
     if mask is None and 1 < T < S:
         positions = torch.arange(S, device=q.device)
         mask = causal(positions[S - T :, None], positions)
-    triangle = mask is None and T > 1  # a single query sees every key
+    # A single query sees every key. In a model compiled for any length `T > 1` is symbolic, which
+    # the kernels don't take
+    triangle = False
+    if mask is None and T > 1:
+        triangle = True
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=triangle, enable_gqa=gqa
     )
@@ -1110,36 +1117,48 @@ def _document_kernel(attention, doc, first, visible):
             return visible(query, key) & (doc[b, query] == doc[b, key])
 
         return create_block_mask(same_document, B, None, T, T, device=doc.device)
+    import torch._dynamo
+
     # the first token of a window begins a document, so that none crosses from row to row
     starts = first.flatten().nonzero()[:, 0].int()
-    return Segments(F.pad(starts, (0, 1), value=B * T), _varlen(attention))
+    ends = F.pad(starts, (0, 1), value=B * T)
+    torch._dynamo.maybe_mark_dynamic(ends, 0)  # one graph for any number of documents
+    return Segments(ends, _varlen(attention))
 
 
 def pick_attention(device, dtype, doc_mask, compiled, dropout=0.0, is_causal=True):
     """The name of the attention to train with, chosen once at the start.
 
     'sdpa' is PyTorch's choice, FlashAttention-2 on CUDA in bf16 or fp16. Documents that don't see
-    each other take a kernel for sequences of different lengths: FlashAttention-3 or -2 where their
-    packages are installed, PyTorch's (2.10 and later), or FlexAttention, which alone can do what is
-    not causal; elsewhere 'sdpa' with a boolean mask.
+    each other take a kernel for sequences of different lengths: of the package flash_attn where it
+    is installed, PyTorch's, or FlexAttention, which alone can do what is not causal; elsewhere
+    'sdpa' with a boolean mask. 'FA3', on Hopper where the package is installed, puts
+    FlashAttention-3 behind all of PyTorch's functions.
     """
-    if "attention" not in FAST or not doc_mask or dropout:
+    if "attention" not in FAST or not device.startswith("cuda"):
         return "sdpa"
-    if not device.startswith("cuda") or dtype not in ("bfloat16", "float16"):
+    if doc_mask and dropout:  # on Hopper cuDNN gives NaN at some lengths, with mask and dropout
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if dropout or dtype not in ("bfloat16", "float16"):
         return "sdpa"
+    names = []
+    if is_causal and torch.cuda.get_device_capability(device) == (9, 0):
+        names += ["FA3"]
     # FlashAttention begins with Ampere
-    if is_causal and torch.cuda.get_device_capability(device) >= (8, 0):
-        for package in ("flash_attn_interface", "flash_attn", "torch.nn.attention.varlen"):
-            if _varlen_works(package):
-                return package
-    return "flex" if compiled else "sdpa"
+    if is_causal and doc_mask and torch.cuda.get_device_capability(device) >= (8, 0):
+        names += ["flash_attn", "torch.nn.attention.varlen"]
+    for name in names:
+        if _varlen_works(name):
+            return name
+    return "flex" if doc_mask and compiled else "sdpa"
 
 
-def _varlen_works(package):
+def _varlen_works(name):
+    package = "flash_attn_interface" if name == "FA3" else name
     if not importlib.util.find_spec(package):
         return False
     try:
-        _varlen(package)
+        _varlen(name)
     except Exception as e:  # built for another torch or CUDA, most often
         reason = (str(e) or type(e).__name__).splitlines()[0]
         warnings.warn(f"{package} is installed but does not load: {reason}", stacklevel=3)
@@ -1148,26 +1167,26 @@ def _varlen_works(package):
 
 
 @functools.cache
-def _varlen(package):
-    """attention(q, k, v, ends, longest), causal within segments of (tokens, heads, head_dim)."""
-    module = importlib.import_module(package)
-    if package != "torch.nn.attention.varlen":
+def _varlen(name):
+    """attention(q, k, v, ends, longest), causal within segments of (tokens, heads, head_dim); k and
+    v may have fewer heads."""
+    if name == "flash_attn":
+        package = importlib.import_module(name)
 
         def flash(q, k, v, ends, longest):
-            y = module.flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True)
-            return y[0] if isinstance(y, tuple) else y
+            return package.flash_attn_varlen_func(
+                q, k, v, ends, ends, longest, longest, causal=True
+            )
 
         return flash
-    parameters = inspect.signature(module.varlen_attn).parameters  # 2.10 to 2.13 differ
-    options = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
-    has_gqa = "enable_gqa" in parameters
-    if has_gqa:
-        options["enable_gqa"] = True
+    if name == "FA3":
+        torch.nn.attention.activate_flash_attention_impl(name)
+    module = importlib.import_module("torch.nn.attention.varlen")
+    options = {"window_size": (-1, 0)}
+    if "enable_gqa" in inspect.signature(module.varlen_attn).parameters:
+        options["enable_gqa"] = True  # torch 2.11 takes fewer heads without it
 
     def varlen(q, k, v, ends, longest):
-        if not has_gqa and q.shape[1] != k.shape[1]:
-            k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-            v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
         return module.varlen_attn(q, k, v, ends, ends, longest, longest, **options)
 
     return varlen
@@ -1189,33 +1208,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x_low, w_low = x.to(dtype), weight.to(dtype)
         need_x, need_w = ctx.needs_input_grad[:2]
         total = torch.zeros((), device=x.device)
-        grad_x = torch.empty_like(x_low) if need_x else None
-        grad_w = None
-        rows = _rows_in_a_chunk(x, len(weight))
-        block = rows
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            # a softmax in the CPU's cache; torch.compile would unroll the loop, and does it itself
-            block = max(1, LOGITS_IN_CACHE // len(weight))
-        for lo in range(0, len(x), rows):
-            x_chunk, target = x_low[lo : lo + rows], targets[lo : lo + rows]
-            mask = target >= 0
+        grads_x, grad_w = [], None
+        for x_chunk, target in _chunks(x_low, targets, len(weight)):
+            mask = (target >= 0)[:, None]
             target = target.clamp(min=0)[:, None]
             chunk = x_chunk @ w_low.T  # logits, (rows, V), overwritten by their gradient
-            for i in range(0, len(chunk), block):
-                logits, t, m = chunk[i : i + block], target[i : i + block], mask[i : i + block]
+            blocks = [(chunk, target, mask)]
+            if x.device.type == "cpu" and not torch.compiler.is_compiling():
+                # a softmax in the CPU's cache; torch.compile would unroll the loop, and does it
+                # itself
+                rows = max(1, LOGITS_IN_CACHE // len(weight))
+                blocks = zip(chunk.split(rows), target.split(rows), mask.split(rows), strict=True)
+            for logits, t, m in blocks:
                 log_p = logits.float().log_softmax(dim=-1)
+                log_p_target = log_p.gather(1, t)  # (rows, 1)
                 # not `total -=`: a result last written in place gets no gradient when torch 2.11
                 # compiles it
-                total = total - (log_p.gather(1, t)[:, 0] * m).sum()
+                total = total - (log_p_target * m).sum()
                 if need_x or need_w:
-                    grad = log_p.exp_()  # d(-log p_target) / d logits = p - onehot(target)
-                    grad.scatter_add_(1, t, torch.full_like(t, -1, dtype=grad.dtype))
-                    logits.copy_(grad.mul_(m[:, None]))
+                    # d(-log p_target) / d logits = p - onehot(target). The targets' entries are
+                    # written last, into what the products read: a compiler then keeps no p
+                    logits.copy_(log_p.exp_().mul_(m))
+                    logits.scatter_(1, t, (log_p_target.expm1() * m).to(logits.dtype))
             if need_x:
-                grad_x[lo : lo + rows] = chunk @ w_low
+                grads_x.append(chunk @ w_low)
             if need_w:
                 part = chunk.T @ x_chunk
                 grad_w = part.to(weight.dtype) if grad_w is None else grad_w.add_(part)
+        grad_x = torch.cat(grads_x) if need_x else None
         ctx.save_for_backward(grad_x, grad_w)
         ctx.x_dtype = x.dtype
         return total
@@ -1368,8 +1388,15 @@ def set_up_device(device):
     Each process of torchrun takes a GPU of its own. TF32 is on.
     """
     device = pick_device(device)
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device.startswith("cuda") and "LOCAL_RANK" in os.environ:
+        local_rank = int(os.environ["LOCAL_RANK"])
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+        gpus = torch.cuda.device_count() if device == "cuda" else 1
+        if processes > gpus:
+            what = f"device={device!r}: {gpus} GPUs for {processes} processes, and each takes one"
+            raise UserError(f"{what}; start torchrun with --nproc_per_node={gpus}")
+        if device == "cuda":
+            device = f"cuda:{local_rank}"
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     if device.startswith("cuda"):
@@ -1391,9 +1418,9 @@ def pick_device(device):
         kind = ""
     if kind not in ("cpu", "cuda", "mps"):
         raise UserError(f"device={device!r}: expected 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'")
-    missing = kind == "mps" and not torch.backends.mps.is_available()
-    if missing or (kind == "cuda" and index >= torch.cuda.device_count()):
-        found = f"torch {torch.__version__} finds none here"
+    count = {"mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}
+    if kind != "cpu" and index >= count[kind]:
+        found = f"torch {torch.__version__} finds {count[kind] or 'none'} here"
         raise UserError(f"device={device!r}: {found}; 'auto' takes what there is")
     return device
 
@@ -1464,14 +1491,21 @@ def multiplies_bf16(device):
 
 
 def compile_pays(device_type, steps_left, seconds_a_step):
-    """Whether torch.compile saves more in the steps left, a quarter of their time, than it takes.
+    """Whether torch.compile saves more in the steps left, a quarter of their time, than it takes:
+    about a minute on a GPU and two on a CPU."""
+    seconds = {"cuda": 60, "cpu": 120}.get(device_type, math.inf)
+    return steps_left * seconds_a_step / 4 > seconds
 
-    It takes about a minute on a GPU, where the decision comes before any step was timed, and two on
-    a CPU.
-    """
-    if device_type == "cuda":
-        return steps_left >= 1000
-    return device_type == "cpu" and steps_left * seconds_a_step / 4 > 120
+
+def expected_seconds(model, tokens, device):
+    """Seconds that training on so many tokens takes on a GPU without torch.compile, by its peak; 0
+    where that is not known, as on a CPU."""
+    spec = None
+    if device.startswith("cuda"):
+        spec = GPUS.get(gpu_named(torch.cuda.get_device_name(device)))
+    if not spec:
+        return 0.0
+    return tokens * flops_per_token(model) / (UNCOMPILED_MFU * spec[0])
 
 
 def undo_compile(model):
@@ -1502,28 +1536,35 @@ def keep_memory():
 
 # fmt: off
 GPUS = {
-    # name:      peak bf16 FLOP/s, GB of memory (both by data sheet, without sparsity), $/hour
-    "B200":     (2250e12, 180, 5.99),
-    "H200":     (989e12,  141, 3.59),
-    "H100":     (989e12,   80, 2.69),
-    "A100":     (312e12,   80, 1.49),
-    "L40S":     (362e12,   48, 0.86),
-    "A40":      (150e12,   48, 0.40),
-    "L4":       (121e12,   24, 0.43),
-    "RTX 4090": (165e12,   24, 0.59),
-    "RTX 3090": (71e12,    24, 0.43),
+    # name:       peak bf16 FLOP/s, GB of memory (both by data sheet, without sparsity), $/hour
+    "B200":      (2250e12,  180, 5.99),
+    "H200 NVL":  (835e12,   141, 3.59),
+    "H200":      (989e12,   141, 3.59),
+    "H100 NVL":  (835e12,    94, 2.59),
+    "H100 PCIe": (756e12,    80, 1.99),
+    "H100":      (989e12,    80, 2.69),
+    "A100":      (312e12,    80, 1.49),
+    "L40S":      (362e12,    48, 0.86),
+    "A40":       (150e12,    48, 0.40),
+    "L4":        (121e12,    24, 0.43),
+    "RTX 4090":  (165e12,    24, 0.59),
+    "RTX 3090":  (71e12,     24, 0.43),
 }
 # fmt: on
 
 
 SHARE_OF_MEMORY = 0.92  # of what is free: the rest goes to kernels' scratch space and to gaps
+UNCOMPILED_MFU = 0.2  # share of a GPU's peak without torch.compile: an assumption, not measured
 
 
 def gpu_named(name):
-    """The key of GPUS for a name such as 'NVIDIA A100-SXM4-80GB', 'RTX4090' or '4090', or None."""
+    """The key of GPUS for a name such as 'NVIDIA A100-SXM4-80GB', 'RTX4090' or '4090', or None: for
+    other GPUs, and for slices and variants of these that have another peak."""
+    if re.search(r"\b(MIG|Ti|SUPER|D|Laptop)\b", name, re.IGNORECASE):
+        return None
     for gpu in GPUS:
-        words = gpu.replace("RTX ", "(RTX[ _-]?)?")
-        if re.search(rf"(?<![A-Z0-9]){words}(?![A-Z0-9])", name.upper()):
+        words = gpu.replace("RTX ", "(RTX[ _-]?)?").replace(" ", "[ _-]?")
+        if re.search(rf"(?<![A-Z0-9]){words}(?![A-Z0-9])", name, re.IGNORECASE):
             return gpu
     return None
 
@@ -1553,18 +1594,21 @@ def memory_estimate(
         if p.dim() == 2 and name.startswith("blocks.")
     )  # fmt: skip
     low = 4 if dtype == "float32" else 2
-    # a token of a block: the residual stream before both norms in float32, and without compilation
-    # the normed one too; then what products read and write: both norms' results, q k v, q k with
-    # RoPE, the heads' output; gate and up, their product, and without compilation silu(gate)
-    stream = 2 if compiled else 4
+    # a token of a block: the residual stream before both norms, by RMSNorm without compilation in
+    # float32 and normed, too; then what products read and write: both norms' results, q k v, q k
+    # with RoPE, the heads' output; gate and up, their product, and without compilation silu(gate)
+    stream = c.n_embd * (2 if dtype == "bfloat16" else 4)
+    norms = 2 * stream
+    if c.norm == "rmsnorm" and not compiled:
+        norms = 4 * 4 * c.n_embd
     heads = 3 * (c.n_head + c.n_kv_head) * c.head_dim
     mlp = 2 * c.ffn_dim
     if c.mlp == "swiglu":
         mlp = (3 if compiled else 4) * c.ffn_dim
-    block = 4 * stream * c.n_embd + low * (2 * c.n_embd + heads + mlp)
+    block = norms + low * (2 * c.n_embd + heads + mlp)
     per_token = c.n_layer * block
     if grad_checkpoint:
-        per_token = c.n_layer * 4 * c.n_embd + block
+        per_token = c.n_layer * stream + block
     tokens = sequences * c.block_size
     logits = min(tokens * c.vocab_size, LOGITS_IN_A_CHUNK["cuda"]) * (8 + low)  # and their log p
     copies = 0 if dtype == "float32" else low * n  # of the weights, by autocast

@@ -2148,12 +2148,15 @@ class Bins:
         count is -1."""
         return self.read([self.start(p) for p in positions])
 
-    def read(self, starts):
+    def read(self, starts, rows=0):
         """The windows that begin at the tokens `starts`: (x, y), as `batch`. A window that
         reaches beyond the end of the text is filled up with the end-of-text token, and what is
-        missing is no target."""
+        missing is no target. So are the windows that fill up the batch to `rows`: a compiled model
+        has one graph for batches of one size."""
         import torch
 
+        count = len(starts)
+        starts = starts + starts[:1] * (rows - count)
         where = np.asarray(starts)[:, None] + np.arange(self.block_size + 1)
         beyond = where >= len(self.tokens)
         where = np.minimum(where, len(self.tokens) - 1)
@@ -2164,6 +2167,7 @@ class Bins:
         y[torch.from_numpy(beyond[:, 1:])] = -1
         if self.mask is not None:
             y[torch.from_numpy(self.mask[where[:, 1:]]) == 0] = -1
+        y[count:] = -1
         return x, y
 
     def held_out(self, windows):
@@ -2283,8 +2287,8 @@ class Records:
         """At most `count` indices into rows, spread evenly, the same at every call."""
         return spread(self.per_epoch, count)
 
-    def read(self, indices):
-        """[(index in rows, row)]"""
+    def read(self, indices, rows=0):
+        """[(index in rows, row)]. `rows`: see Bins, nothing is filled up here."""
         return [(i, self.rows[i]) for i in indices]
 
     def fingerprint(self):
@@ -2314,7 +2318,7 @@ class _Data:
             if rows >= self.batch_size:  # memory is no matter: small windows in larger batches
                 step = max(rows, part.at_least)
             for i in range(0, len(places), step):
-                yield domain, self._batch(part.read(places[i : i + step]))
+                yield domain, self._batch(part.read(places[i : i + step], step if i else 0))
 
     def held_out_count(self, sequences):
         """How much of the smallest domain held_out gives to all processes together."""

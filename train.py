@@ -118,10 +118,11 @@ import torch.distributed as dist
 import prepare
 import runs
 from model import (MemoryGuard, barrier, broadcast_weights, compile_pays, completion_loss,
-                   completion_measures, documents, group_advantages, make_optimizers,
-                   over_processes, pair_loss, pick_attention, pick_dtype, pick_micro_batch_size,
-                   pick_muon_dtype, plan, sample_completions, schedule_factor, set_up_device,
-                   sum_gradients, undo_compile, why_harmful, yes_probability)
+                   completion_measures, documents, expected_seconds, group_advantages,
+                   make_optimizers, over_processes, pair_loss, pick_attention, pick_dtype,
+                   pick_micro_batch_size, pick_muon_dtype, plan, sample_completions,
+                   schedule_factor, set_up_device, sum_gradients, undo_compile, why_harmful,
+                   yes_probability)
 # fmt: on
 
 prepare.read_secrets()
@@ -452,9 +453,12 @@ while True:
     if stage == "rlvr":
         grade.check_step(max_bad_steps, over_processes)
 
-    # torch.compile: at once on a GPU, on a CPU once it is known how long a step takes
-    time_to_compile = compile and not compile_tried and (device_type == "cuda" or steps_here == 20)
+    # torch.compile: at once on a GPU whose speed is known, else once the time of a step is known
+    updates = inner_epochs if stage == "rlvr" else 1
+    time_to_compile = compile and not compile_tried and steps_here in (0, 20)
     step_s = run.train_s / max(run.step, 1)
+    if steps_here == 0:
+        step_s = expected_seconds(model, updates * tokens / world_size, device)
     if time_to_compile and compile_pays(device_type, max_iters - run.step, step_s):
         say("torch.compile: pays back within this run")
         compile_tried = True
@@ -481,7 +485,6 @@ while True:
 
     # updates: one, with RLVR several on the same rollouts; none where no unit has a signal: every
     # gradient would be 0, and the optimizer's momentum alone would still move the weights
-    updates = inner_epochs if stage == "rlvr" else 1
     if not with_signal:
         updates = 0
         run.no_signal += 1
