@@ -1563,7 +1563,7 @@ def gpu_named(name):
     if re.search(r"\b(MIG|Ti|SUPER|D|Laptop)\b", name, re.IGNORECASE):
         return None
     for gpu in GPUS:
-        words = gpu.replace("RTX ", "(RTX[ _-]?)?").replace(" ", "[ _-]?")
+        words = gpu.replace(" ", "[ _-]?").replace("RTX[ _-]?", "(RTX[ _-]?)?")
         if re.search(rf"(?<![A-Z0-9]){words}(?![A-Z0-9])", name, re.IGNORECASE):
             return gpu
     return None
