@@ -85,6 +85,7 @@ WINDOW = 256             # tokens: train.py's usual block_size; at least as many
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M"
 LLAMA2 = "NousResearch/Llama-2-7b-hf"  # a copy of Meta's tokenizer that needs no signature
+VOCABULARIES = {"gpt2": 50257, SMOLLM2: 49152, LLAMA2: 32000}
 
 KNOWN = {  # name -> where it comes from; `get`: a URL and the SHA-256 of its content
     "toy": dict(size="made here, no download", toy="stories", tokenizer="bpe:4096"),
@@ -2326,8 +2327,15 @@ class _Data:
 
     def check_vocabulary(self, vocab_size):
         if vocab_size < self.vocab_size:
+            name = next(iter(self.shares))
+            usual = [spec for spec, size in VOCABULARIES.items() if size == vocab_size]
+            tokenizer, other = usual[0] if usual else "MODEL", f"{name}_{vocab_size}"
             raise UserError(
-                f"vocab_size={vocab_size} of the model is smaller than the data's {self.vocab_size}"
+                f"vocab_size={vocab_size} of the model is smaller than the {self.vocab_size} ids "
+                f"of {name} ({self.tokenizer.name}); either of these works:\n"
+                "  a new model with the data's vocabulary: the same command with --vocab_size=0\n"
+                f"  the model's tokenizer: python prepare.py {name} --tokenizer={tokenizer} "
+                f"--name={other}, then the same command with --dataset={other}"
             )
 
 
@@ -2655,7 +2663,7 @@ def vocab_size_of(config):
     if name not in KNOWN or os.path.exists(os.path.join(directory, "meta.json")):
         return read_meta(directory)["vocab_size"]
     spec = KNOWN[name].get("tokenizer", SMOLLM2)
-    sizes = {"gpt2": 50257, "char": 128, "toy": 4096, SMOLLM2: 49152, LLAMA2: 32000}
+    sizes = VOCABULARIES | {"char": 128, "toy": 4096}
     vocab_size = sizes.get(spec) or int(spec.removeprefix("bpe:"))
     print(f"{directory} is not prepared yet: counted with {vocab_size:,} ids ({spec})")
     return vocab_size

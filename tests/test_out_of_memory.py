@@ -312,3 +312,15 @@ def test_out_of_memory_free_memory_decides():
     assert largest_micro_batch(gpt, 0, config, False) == 1
     assert largest_micro_batch(gpt, math.inf, config, False) == 12
     assert largest_micro_batch(gpt, need(8) + 1, config | {"stage": "rlvr"}, False) == 1
+
+
+def test_data_of_another_vocabulary_than_the_config(program):
+    """It is refused with two ways out; the first is the same command with one more option."""
+    shape = "--n_layer=1 --n_head=2 --n_kv_head=2 --n_embd=32 --ffn_dim=32 --block_size=32"
+    args = f"--dataset=texts --vocab_size=99 {shape} --batch_size=2 --max_iters=1 --eval_iters=1"
+    command = f"{ROOT}/config/smallm.py {args} --device=cpu --compile=False --out_dir=out/other"
+    said = program.run("train.py", command).err
+    assert "the 257 ids of texts (byte); either of these works" in said
+    assert "the same command with --vocab_size=0" in said
+    assert "python prepare.py texts --tokenizer=MODEL --name=texts_99" in said
+    program.finished("train.py", command, "--vocab_size=0")

@@ -467,7 +467,7 @@ def test_micro_batches_and_processes_do_not_change_a_step(place):
         (["--dataset=nothing"], "python prepare.py YOUR_TEXT.txt --name=nothing"),
         (["--dataset=tiny:0.5,nothing:0.5"], "data/nothing: no such data set"),
         (["--dataset=tiny:-1"], "a weight above 0"),
-        (["--vocab_size=100"], "vocab_size=100 of the model is smaller than the data's 257"),
+        (["--vocab_size=100"], "smaller than the 257 ids of tiny (byte); either of these works:"),
         (["--block_size=100000"], "too few for one window of block_size=100000"),
         (["--n_head=3"], "not divisible by n_head=3"),
         (["--init_from=resume", "--out_dir=out/none"], "no run to resume"),
