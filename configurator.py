@@ -298,7 +298,7 @@ def read_keys(path, class_name=""):
         if not classes:
             raise UserError(f"{path}: there is no class {class_name}, whose fields are keys")
         fields = [node for node in classes[0].body if isinstance(node, ast.AnnAssign)]
-        return _keys_in(fields, text, f"{title}: {class_name}")
+        return _keys_in(fields, text, f"{title}: {class_name}", fields[0].lineno - 1)
     body = []
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) or "configure(" in ast.unparse(node):
@@ -307,9 +307,10 @@ def read_keys(path, class_name=""):
     return _keys_in(body, text, title)
 
 
-def _keys_in(body, text, title):
-    """name -> Key of the statements in `body`, with their comments."""
-    lines, keys, last = text.split("\n"), {}, 0
+def _keys_in(body, text, title, last=0):
+    """name -> Key of the statements in `body`, with the comments behind them and those above them
+    that come after line `last`."""
+    lines, keys = text.split("\n"), {}
     for node in body:
         name, default = _assignment(node)
         if name:

@@ -24,6 +24,7 @@ import json
 import math
 import os
 import re
+import shutil
 import time
 import typing
 import warnings
@@ -1617,28 +1618,32 @@ def memory_estimate(
     return {"weights": 4 * n, "gradients": 4 * n, "optimizer": states, "activations": activations}
 
 
-def largest_micro_batch(model, free, config, compiled):
+def largest_micro_batch(model, free, config, compiled, processes=1):
     """The largest number of sequences, up to config["batch_size"], with which training is expected
-    to fit into `free` bytes beside the weights: batch_size, a half of it, a third, ..."""
-    batch_size = config["batch_size"]
+    to fit into `free` bytes beside the weights. If a number up to a half smaller divides the
+    process's share of a step, that: all micro-batches then take one graph in a compiled model."""
+    share = config["batch_size"] * config["gradient_accumulation_steps"] // processes
     # a pair of preferences has two rows, a prompt of RLVR group_size completions
     rows = {"dpo": 2, "rlvr": config["group_size"]}.get(config["stage"], 1)
-    for pieces in range(1, batch_size + 1):
-        size = math.ceil(batch_size / pieces)
-        memory = memory_estimate(
-            model, size * rows, config["optimizer"], config["dtype"], config["grad_checkpoint"],
-            compiled,
-        )  # fmt: skip
-        if sum(memory.values()) - memory["weights"] <= SHARE_OF_MEMORY * free:
-            break
-    return size
+    how = (config["optimizer"], config["dtype"], config["grad_checkpoint"], compiled)
+
+    def fits(size):
+        memory = memory_estimate(model, size * rows, *how)
+        return sum(memory.values()) - memory["weights"] <= SHARE_OF_MEMORY * free
+
+    largest = max(1, min(config["batch_size"], share))
+    while largest > 1 and not fits(largest):
+        largest -= 1
+    even = [size for size in range(largest // 2 + 1, largest + 1) if share % size == 0]
+    return max(even, default=largest)
 
 
 def pick_micro_batch_size(model, config):
     """largest_micro_batch for the memory that is free now, once the model is on its device."""
     device = str(model.embed.weight.device)
     compiled = config["compile"] and device.startswith("cuda")
-    return largest_micro_batch(model, free_memory(device), config, compiled)
+    processes = dist.get_world_size() if _distributed() else 1
+    return largest_micro_batch(model, free_memory(device), config, compiled, processes)
 
 
 def plan(config, shape, gpu=""):
@@ -1669,7 +1674,7 @@ def plan(config, shape, gpu=""):
     print(f"tokens a step     {tokens_per_step:,}")
     print(f"total tokens      {tokens:,} in {config['max_iters']:,} steps")
     print(f"micro_batch_size  {size}")
-    for what, bytes_of_it in memory.items():
+    for what, bytes_of_it in {**memory, "memory in all": sum(memory.values())}.items():
         print(f"{what:17} {bytes_of_it / 1e9:.2f} GB")
     if not gpu:
         return
@@ -2034,6 +2039,10 @@ def save_hf(config, state, directory, hf_layout, generation):
     for name, content in (("config.json", hf), ("generation_config.json", generation)):
         with open(os.path.join(directory, name), "w", encoding="utf-8") as f:
             json.dump(content, f, indent=2)
+    with contextlib.suppress(OSError):  # save_file keeps its file from other users
+        shutil.copymode(
+            os.path.join(directory, "config.json"), os.path.join(directory, "model.safetensors")
+        )
 
 
 def _to_hf_tensors(config, kind, state):

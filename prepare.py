@@ -2131,8 +2131,9 @@ class Bins:
         self.amount = counted(count, "token")
         # held-out windows that are read at a time: small ones in larger batches
         self.at_least = 4096 // block_size
-        # one window less than fit leaves the grid room to shift by up to a whole window
+        # windows in an order; one less than fit leaves the grid room to shift by up to a whole one
         self.per_epoch = max(1, (count - 1) // block_size - 1)
+        self.epoch = (count - 1) / block_size  # windows that hold every token once
 
     def start(self, position):
         """The first token of the window at `position`."""
@@ -2274,7 +2275,8 @@ class Records:
         if not self.rows:
             why = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
             raise UserError(f"{self.path}: nothing in it can be used: {why}")
-        self.per_epoch, self.amount = len(self.rows), counted(len(self.rows), "record")
+        self.epoch = self.per_epoch = len(self.rows)
+        self.amount = counted(len(self.rows), "record")
 
     def __getitem__(self, position):
         """(index in rows, row) at a position."""
@@ -2307,7 +2309,7 @@ class _Data:
         self.tokenizer, self.vocab_size, self.notes = tokenizer, vocab_size, []
         self.ends = [tokenizer.eos_id] if tokenizer.eos else []
         self.amount = " + ".join(part.amount for part in train)
-        self.per_epoch = sum(part.per_epoch for part in train)
+        self.epoch = sum(part.epoch for part in train)
         self.fingerprint = [part.fingerprint() for part in train]
 
     def held_out(self, sequences, rows, rank=0, world_size=1):
@@ -2718,7 +2720,7 @@ def prepare_missing(config, say, world_size=1):
             how = how_to_prepare(directory, config["stage"])
             raise UserError(f"{directory}: no such data set; {how}")
         say(f"{directory} is missing; preparing it now: {describe(name)}")
-        prepare(name, data_dir=config["data_dir"])
+        prepare(name, data_dir=config["data_dir"], advise=False)
 
 
 def dataset_names(dataset, data_dir):
@@ -3407,10 +3409,11 @@ def _adopt(encoder, is_process):
 def prepare(
     source, tokenizer="", name="", data_dir="data", max_tokens=0, field="", config="", split="",
     as_="", val_fraction=None, keep_crlf=False, max_unusable=0.05, block_size=0, workers=0,
-    seed=1337,
+    seed=1337, advise=True,
 ):  # fmt: skip
     """Makes data/<name>/ from a known name, a file, a folder or hub:owner/name, and returns that
-    directory. The arguments are the keys of the config block.
+    directory. The arguments are the keys of the config block; `advise`: what to type next is
+    printed.
 
     Killed at any moment and started again, it continues; what was there before is replaced only
     when the new data is complete. Raises UserError for whatever the user can correct."""
@@ -3446,7 +3449,9 @@ def prepare(
             return target
         remove_files(partial, "data set", keep=FINISHED)
         publish(partial, target)
-    _report(target, settings["tokenizer"])
+    _report(target)
+    if advise:
+        print(f"next: {_next_command(target, settings['tokenizer'])}")
     return target
 
 
@@ -3539,7 +3544,7 @@ def _unpacked(files, path):
 def _toy_tokenizer(data_dir, workers, seed):
     directory = os.path.join(data_dir, "toy")
     if not os.path.exists(os.path.join(directory, "tokenizer.json")):
-        prepare("toy", data_dir=data_dir, workers=workers, seed=seed)
+        prepare("toy", data_dir=data_dir, workers=workers, seed=seed, advise=False)
     return directory
 
 
@@ -3715,8 +3720,8 @@ def _say_what_was_done(settings, total):
             documents = counted(count["documents"], "document")
             amount = f"{count['val_documents']:,} of {documents}"
         print(
-            f"held out: {amount}, more than val_fraction={settings['val_fraction']}, so that there "
-            "is something to validate on"
+            f"held out: {amount}, more than val_fraction={settings['val_fraction']}, for a window "
+            f"of {total.encoder.window} tokens to validate on"
         )
 
 
@@ -3870,8 +3875,8 @@ def _amount(meta):
     return f"{counted(meta['documents'], 'document')}, {counted(meta['bytes'], 'byte')}, {amount}"
 
 
-def _report(target, tokenizer):
-    """Prints what a data set holds, and what to do next. `tokenizer`: what the user asked for."""
+def _report(target):
+    """Prints what a data set holds."""
     meta = read_json(os.path.join(target, "meta.json"))
     print(f"{target}: {meta['kind']} from {meta['source']}\n  {_amount(meta)}")
     if "tokenizer" in meta:
@@ -3882,7 +3887,6 @@ def _report(target, tokenizer):
         ids = np.fromfile(os.path.join(target, "train.bin"), meta["dtype"], 60)
         if meta["kind"] == "text":
             print(f"  begins: {load_tokenizer(target).decode(ids)!r}")
-    print(f"next: {_next_command(target, meta, tokenizer)}")
 
 
 def _is_model(where):
@@ -3892,9 +3896,9 @@ def _is_model(where):
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", where))
 
 
-def _next_command(target, meta, tokenizer):
-    """The command that trains on a data set."""
-    dataset = os.path.basename(target)
+def _next_command(target, tokenizer):
+    """The command that trains on a data set. `tokenizer`: what the user asked for."""
+    meta, dataset = read_json(os.path.join(target, "meta.json")), os.path.basename(target)
     stage = dict(chat="sft", prefs="dpo", verify="rlvr").get(meta["kind"])
     if stage and "toy" in KNOWN.get(meta["source"], {}):
         return f"python train.py config/toy_{stage}.py --dataset={dataset}"

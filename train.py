@@ -25,10 +25,10 @@ from configurator import configure, survive_dead_stdout
 out_dir = ""                  # '': out/<name of the config>, out/toy without one
 init_from = "scratch"         # scratch, resume, or where weights are: a run, a model, a Hub id
 eval_interval = 100           # steps between evaluations (>= 1)
-eval_iters = 50               # held-out micro-batches in an evaluation; always the same ones (>= 1)
+eval_iters = 50               # x batch_size held-out sequences are measured, the same ones (>= 1)
 eval_only = False             # evaluate once and stop
 log_interval = 10             # steps between lines of the log (>= 1)
-always_save_checkpoint = True # save before every evaluation; False: only if due, best or last
+always_save_checkpoint = True # also at evaluations; False: at intervals, the best and the last
 checkpoint_interval = 0       # steps between checkpoints; 0: only at evaluations (>= 0)
 checkpoint_minutes = 0.0      # also every so many minutes; 0: never (>= 0)
 keep_checkpoints = 2          # the newest N stay, and best/; 0: all stay (>= 0)
@@ -48,8 +48,8 @@ terminate_on_error = "stop"   # the pod after a crash, if terminate_pod: 'stop' 
 stage = "pretrain"            # 'pretrain' | 'sft' | 'dpo' | 'rlvr'
 dataset = "toy"               # a directory in data/, or a mixture: web:0.87,code:0.13
 data_dir = "data"
-batch_size = 12               # sequences; dpo: pairs; rlvr: prompts (>= 1)
-gradient_accumulation_steps = 1  # a step takes batch_size x this, over all processes (>= 1)
+batch_size = 12               # sequences, whatever fits in memory; dpo: pairs; rlvr: prompts (>= 1)
+gradient_accumulation_steps = 1  # x batch_size sequences make a step, on all processes (>= 1)
 micro_batch_size = 0          # sequences on the device at a time; 0: as many as fit (>= 0)
 doc_mask = True               # documents packed into one window don't attend to each other
 # the model: all keys of GPTConfig in model.py are keys, too (n_layer, n_embd, block_size, ...)
@@ -91,7 +91,7 @@ clip_eps = 0.2                # PPO's clipping range (> 0)
 inner_epochs = 1              # updates on the same rollouts (>= 1)
 kl_coef = 0.0                 # weight of the KL divergence from the reference model (>= 0)
 # guards
-spike_z = 12.0                # skip a loss or gradient norm so many deviations up; 0: never (>= 0)
+spike_z = 12.0                # skip steps so many deviations above the usual loss; 0: never (>= 0)
 max_bad_steps = 5             # so many in a row: roll back and skip their data (>= 1)
 max_rollbacks = 3             # then stop (>= 0)
 # machine
@@ -202,7 +202,7 @@ run = types.SimpleNamespace(
     skipped=0,         # bad steps: not counted in step, their data is skipped
     rollbacks=0,       # returns to a checkpoint after bad steps
     no_signal=0,       # steps without a target, or with equal rewards everywhere: nothing moved
-    micro_batch_size=0,  # sequences on the device at a time: no matter of arithmetic
+    micro_batch_size=0,  # sequences on the device at a time
     recent=[])         # (loss, log of the gradient norm) of the last 128 good updates
 # fmt: on
 torch.manual_seed(seed + 1)  # from here on the generator draws dropout masks and nothing else
@@ -360,8 +360,8 @@ def save_last_step():
 
 
 memory = MemoryGuard(device)
-before = state["config"].get("micro_batch_size", 0) if state else 0
-if not run.micro_batch_size or micro_batch_size not in (0, before):
+recorded = state["config"].get("micro_batch_size", 0) if state else 0
+if not run.micro_batch_size or micro_batch_size not in (0, recorded):
     run.micro_batch_size = micro_batch_size or pick_micro_batch_size(model, config)
 
 # -----------------------------------------------------------------------------
@@ -465,7 +465,7 @@ while True:
         try:
             # one pass forward and backward, for nothing but compilation
             model.compile()
-            with memory, autocast():  # what runs out of memory here will below, too
+            with memory, autocast():  # if it runs out, so will the step below, which handles it
                 loss_of(batches[0].to(device))[0].backward()
             torch._dynamo.config.suppress_errors = True  # what fails later runs uncompiled
         except Exception as e:
@@ -574,7 +574,7 @@ while True:
             "train/loss": train_loss,
             "train/lr": learning_rate * factor,
             "train/grad_norm": grad_norm,
-            "train/epoch": run.position / data.per_epoch,
+            "train/epoch": run.position / data.epoch,
             "train/skipped": run.skipped,
             "train/no_signal": run.no_signal,
             "time/train_s": run.train_s,

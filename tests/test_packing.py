@@ -266,8 +266,7 @@ def test_conversations_ask_for_the_tokenizer_of_their_model(here, monkeypatch, c
     prepare.prepare("c.jsonl", tokenizer="out/x", name="again")
     assert "Without one" not in capsys.readouterr().out
     assert "--as=chat --name=c --tokenizer=MODEL" in prepare.how_to_prepare("data/c", "sft")
-    meta = dict(kind="chat", source="c.jsonl")
-    said = prepare._next_command("data/c", meta, "HuggingFaceTB/SmolLM2-135M")
+    said = prepare._next_command("data/c", "HuggingFaceTB/SmolLM2-135M")
     assert "--init_from=HuggingFaceTB/SmolLM2-135M --dataset=c" in said
 
 
