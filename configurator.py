@@ -298,7 +298,7 @@ def read_keys(path, class_name=""):
         if not classes:
             raise UserError(f"{path}: there is no class {class_name}, whose fields are keys")
         fields = [node for node in classes[0].body if isinstance(node, ast.AnnAssign)]
-        return _keys_in(fields, text, f"{title}: {class_name}", fields[0].lineno - 1)
+        return _keys_in(fields, text, f"{title}: {class_name}", classes[0].lineno)
     body = []
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) or "configure(" in ast.unparse(node):

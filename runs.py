@@ -408,8 +408,8 @@ def model_to_continue(start, config, asked, data, say):
             )
     if block_size > found["max_positions"]:
         limit = f"max_positions={found['max_positions']}"
-        remedy = f"set --block_size={found['max_positions']} or less"
-        raise UserError(f"block_size={block_size} is beyond the {limit} of {where}; {remedy}")
+        shorter = f"set --block_size={found['max_positions']} or less"
+        raise UserError(f"block_size={block_size} is beyond the {limit} of {where}; {shorter}")
     model.set_runtime(block_size, config["dropout"])
     say(f"weights from {directory}")
     has_tokenizer = os.path.exists(os.path.join(directory, "tokenizer.json"))

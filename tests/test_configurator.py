@@ -506,3 +506,14 @@ def test_a_broken_pipe_elsewhere_is_no_silent_end(tmp_path):
     """
     code, _, err = shell(tmp_path, "$S", script)
     assert code == 1 and "BrokenPipeError" in err
+
+
+def test_the_help_of_train_py_shows_keys_only():
+    """Comments above GPTConfig in model.py are no headings of its keys."""
+    help = subprocess.run(
+        [sys.executable, os.path.join(ROOT, "train.py"), "--help"], capture_output=True, text=True
+    ).stdout
+    part = help.partition("the keys of model.py: GPTConfig")[2].splitlines()[1:]
+    assert sum("--n_layer=" in line for line in part) == 1
+    headings = [line for line in part if line and not line.startswith("  --")]
+    assert not [line for line in headings if "plain code" in line or "follows" in line]
