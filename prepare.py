@@ -404,11 +404,17 @@ def read_meta_pkl(directory):
     try:
         with open(path, "rb") as f:
             meta = _PlainUnpickler(f).load()
+        if not isinstance(meta, dict) or not (meta.get("stoi") or meta.get("itos")):
+            raise ValueError("it has neither")
         vocab = meta.get("stoi")
         if not vocab:
             itos = meta["itos"]  # a list, or a dict
             vocab = {itos[i]: i for i in range(len(itos))}
-        if sorted(vocab.values()) != list(range(len(vocab))) or any(len(c) != 1 for c in vocab):
+        is_text = all(
+            type(c) is str and len(c) == 1 and not 0xD800 <= ord(c) < 0xE000 for c in vocab
+        )
+        ids = [i for i in vocab.values() if type(i) is int]
+        if not is_text or sorted(ids) != list(range(len(vocab))):
             raise ValueError("they do not number single characters from 0 on")
         return vocab
     except Exception as e:  # a damaged pickle raises whatever it likes
@@ -2649,20 +2655,24 @@ def call_within(seconds, function, *arguments, **fields):
     the call takes as long as it takes."""
     if math.isinf(seconds) or not can_interrupt():
         return function(*arguments, **fields)
-    running = True
+    running, late = True, []
 
     def expire(number, frame):
         if running:
-            raise TimeIsUp(f"it took longer than verifier_timeout={seconds:g} seconds")
+            late.append(TimeIsUp(f"it took longer than verifier_timeout={seconds:g} seconds"))
+            raise late[0]
 
     before = signal.signal(signal.SIGALRM, expire)
     try:
         # once more every second: a bare `except:` may catch the first
         signal.setitimer(signal.ITIMER_REAL, seconds, 1)
         try:
-            return function(*arguments, **fields)
+            result = function(*arguments, **fields)
         finally:
             running = False
+        if late:  # it caught what was raised
+            raise late[0]
+        return result
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
