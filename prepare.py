@@ -731,6 +731,7 @@ TOOL_ROLES = ("tool", "function", "function_call", "function_response", "observa
 EMPTY, TOOLS, NOT_TEXT = "empty", "with tool calls", "with content that is no text"
 LONG, BAD = "of more tokens than --block_size", "with an answer labelled false"
 SKIPPED = EMPTY, TOOLS, NOT_TEXT, LONG, BAD
+TOO_DEEP = "JSON of too many levels, or too long a number"
 
 
 class Skipped(ValueError):
@@ -832,16 +833,25 @@ def _prompt(record):
     `history` may hold earlier turns, as [[user, assistant], ...]."""
     field, prompt = _required(record, *PROMPT)
     if field == "instruction" and isinstance(prompt, str):
-        more = filter(_is_filled, map(record.get, ABOUT_INSTRUCTION))
-        prompt = "\n\n".join([prompt, *(text for text in more if isinstance(text, str))])
-    earlier = record.get("history")
-    if not isinstance(earlier, list) or not all(
-        isinstance(t, list) and len(t) == 2 for t in earlier
-    ):
-        earlier = []
-    turns = [dict(user=question, assistant=answer) for question, answer in earlier]
-    history = _messages(turns, "history") if turns else []
-    return history + _messages(prompt, field)
+        for key in ABOUT_INSTRUCTION:
+            value = record.get(key)
+            if not _is_filled(value):
+                continue
+            if not isinstance(value, str):
+                raise _unexpected(repr(key), value, "a text")
+            prompt += f"\n\n{value}"
+    return _history(record) + _messages(prompt, field)
+
+
+def _history(record):
+    """The earlier turns of a record, where its history is a list of them."""
+    turns = record.get("history")
+    if not isinstance(turns, list) or not turns:
+        return []
+    is_pair = [isinstance(turn, list) and len(turn) == 2 for turn in turns]
+    if all(is_pair):
+        turns = [dict(user=question, assistant=answer) for question, answer in turns]
+    return _messages(turns, "history")
 
 
 def _with_system(record, messages):
@@ -1629,7 +1639,7 @@ def _encoding_of(data):
     in_words = sum(map(len, re.findall(rb"[\x80-\xff]{3,}", data)))
     if len(ascii_text) < 0.7 * len(data) or in_words > 0.5 * (len(data) - len(ascii_text)):
         return "ENCODING (it is not recognized)"
-    return "cp1252 or latin-1"
+    return "cp1252 or latin-1, most likely"
 
 
 def _wide_encoding_of(head, is_utf8):
@@ -1646,7 +1656,7 @@ def _wide_encoding_of(head, is_utf8):
         head
     ):  # Chinese or Russian, where only spaces and line ends have one
         is_likely |= not is_utf8 or _share_of_controls(head.decode("latin-1")) > 0.1
-    if is_likely and max(even, odd) > 4 * min(even, odd):
+    if is_likely and max(even, odd) > 3 * min(even, odd):
         return "utf-16le" if odd > even else "utf-16be"
     return None
 
@@ -1943,6 +1953,8 @@ class Encoder:
                 yield content, size
             except Skipped as e:
                 result.count[str(e)] += 1
+            except RecursionError:
+                result.wrong.append((at, TOO_DEEP))
             except ValueError as e:
                 result.wrong.append((at, str(e)))
 
@@ -2051,7 +2063,7 @@ def read_records(block, result):
         except json.JSONDecodeError as e:
             result.wrong.append((at, f"not JSON: {e.msg} at character {e.pos + 1}"))
         except (ValueError, RecursionError):
-            result.wrong.append((at, "JSON of too many levels, or too long a number"))
+            result.wrong.append((at, TOO_DEEP))
 
 
 def recognize(files, wanted, field):

@@ -89,6 +89,7 @@ NOT_UTF8 = {
     "chinese utf-16": (CHINESE.encode("utf-16-le"), "iconv -f utf-16le "),
     "chinese utf-16, big endian": (CHINESE.encode("utf-16-be"), "iconv -f utf-16be "),
     "russian utf-16": (RUSSIAN.encode("utf-16-le"), "iconv -f utf-16le "),
+    "utf-16 with emoji": (("😀 hi\n" * 100).encode("utf-16-le"), "iconv -f utf-16le "),
     "russian among english": (("".join(LINES * 3) + RUSSIAN).encode("cp1251"), "not recognized"),
     "numpy": (b"\x93NUMPY\x01\0" + b"\0\1" * 100, "binary data"),
     "sqlite": (b"SQLite format 3\0" + b"\0\1" * 500, "binary data"),
@@ -230,7 +231,19 @@ def test_all_parts_of_a_prompt_are_read():
     assert as_verify(record)["prompt"] == [_user("Be brief.\n\nWhy?")]
     history = dict(instruction="And?", input="", output="So.", history=[["Hi", "Yes"]])
     assert as_chat(history) == [_user("Hi"), _assistant("Yes"), _user("And?"), _assistant("So.")]
-    assert as_chat(history | dict(history="x"))[0] == _user("And?")
+    assert as_chat(history | dict(history=[_user("Hi"), _assistant("Yes")])) == as_chat(history)
+    with pytest.raises(ValueError, match="a message of 'history' holds .*expected"):
+        as_chat(history | dict(history=["Hi", "Yes"]))
+    with pytest.raises(ValueError, match="'input' holds 5; expected a text"):
+        as_chat(history | dict(input=5))
+
+
+def test_records_of_too_many_levels_are_left_out(here):
+    """In a field that nobody reads, too: cleaning texts goes into every one."""
+    rows = "".join(f'{{"prompt":"q{i}","completion":"a","x":[[]]}}\n' for i in range(5))
+    write("a.jsonl", rows + rows.replace("[[]]", "[" * 995 + "]" * 995).partition("\n")[0])
+    meta = made("a.jsonl")[0]
+    assert (meta["documents"], meta["left_out"]) == (5, 1)
 
 
 def test_fields_that_are_not_read_are_named(here, capsys):
