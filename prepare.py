@@ -730,7 +730,8 @@ TOOL_ROLES = ("tool", "function", "function_call", "function_response", "observa
 # why a record is left out although nothing is wrong with it
 EMPTY, TOOLS, NOT_TEXT = "empty", "with tool calls", "with content that is no text"
 LONG, BAD = "of more tokens than --block_size", "with an answer labelled false"
-SKIPPED = EMPTY, TOOLS, NOT_TEXT, LONG, BAD
+NO_WEIGHT = "without an answer to train on"
+SKIPPED = EMPTY, TOOLS, NOT_TEXT, LONG, BAD, NO_WEIGHT
 TOO_DEEP = "JSON of too many levels, or too long a number"
 
 
@@ -889,10 +890,15 @@ def as_chat(record):
         raise Skipped(BAD)
     field, value = _required(record, *CONVERSATION, *PROMPT, "chosen")
     if field in CONVERSATION:
-        return _conversation(record, _messages(value, field))
-    prompt = _prompt(record) if field in PROMPT else []
-    field, answer = _required(record, *ANSWER)
-    return _conversation(record, _with_answer(prompt, answer, field))
+        messages = _messages(value, field)
+    else:
+        prompt = _prompt(record) if field in PROMPT else []
+        field, answer = _required(record, *ANSWER)
+        messages = _with_answer(prompt, answer, field)
+    weights = {m.get("weight") for m in messages if m["role"] == "assistant"}
+    if weights == {0}:
+        raise Skipped(NO_WEIGHT)
+    return _conversation(record, messages)
 
 
 def as_prefs(record):
@@ -1518,8 +1524,9 @@ def _with_splits(files):
             others.append(f.path)
         else:
             with_split.append(f._replace(split="val" if mark in held_out else "train"))
-    if others:
-        print(f"left out, since there is other validation data: {_first_few(others)}")
+    validation = _first_few([f.path for f in with_split if f.split == "val"])
+    left_out = f"; left out: {_first_few(others)}" if others else ""
+    print(f"validation data, without a use for val_fraction: {validation}{left_out}")
     # validation first, so that --max_tokens can stop within the training data
     return sorted(with_split, key=lambda f: f.split == "train")
 
@@ -3601,6 +3608,8 @@ def _name_of(source):
         return source
     if not os.path.exists(source) and not source.startswith("hub:"):
         close = difflib.get_close_matches(source, KNOWN, n=3, cutoff=0.5)
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+            close = [f"hub:{source}"]
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise UserError(
             f"{source}: no such file or folder, nor a known data set{hint} "
@@ -3644,6 +3653,12 @@ def _source_files(source, known, partial, config, split, seed):
         repo = known.get("hub") or source.removeprefix("hub:")
         folder, pattern = config or known.get("config", ""), known.get("files", "")
         files = hub_files(repo, folder, split, pattern)
+    elif config or split:
+        key, value = ("config", config) if config else ("split", split)
+        raise UserError(
+            f"--{key}={value} chooses files of hub:...; of the local {source} name the one file or "
+            "folder that is wanted"
+        )
     else:
         files = local_files(source)
     if not sum(f.size for f in files):

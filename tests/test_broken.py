@@ -195,11 +195,20 @@ def test_what_a_folder_leaves_out_or_puts_together_is_printed(here, capsys):
     text, said = made("f")[1], capsys.readouterr().out
     assert "en train 0" in text and "fr train 0" in text and "test" not in text
     assert "f: one data set of its folders en, fr" in said
-    assert "left out, since there is other validation data: en/test-0.jsonl, fr/test-0" in said
+    validation = "validation data, without a use for val_fraction: en/validation-0.jsonl, fr/valid"
+    assert validation in said and "; left out: en/test-0.jsonl, fr/test-0.jsonl\n" in said
     for split in ("train", "val"):  # these are no configs
         write(f"g/{split}/a.jsonl", [dict(text=f"{split} {i}") for i in range(5)])
     made("g")
     assert "one data set" not in capsys.readouterr().out
+
+
+def test_keys_that_have_no_use_are_refused(here):
+    """--split=train of a folder took its test files for validation, without a word."""
+    write("f/train.jsonl", [dict(text=f"row {i}") for i in range(5)])
+    refused("--split=train chooses files of hub:.*; of the local f name", "f", split="train")
+    refused("--config=en chooses files of hub:.*; of the local f name", "f", config="en")
+    refused("own/er: no such file .* did you mean hub:own/er", "own/er", name="")
 
 
 # --- records
@@ -211,8 +220,9 @@ def test_messages_that_are_not_to_be_trained_on(here):
         bad = dict(role="assistant", content="bad", **mark)
         good = dict(role="assistant", content="good")
         rows = [dict(messages=[_user(f"q{i}"), bad, _user("more"), good]) for i in range(5)]
-        write("c.jsonl", rows)
-        text = made("c.jsonl")[1]
+        write("c.jsonl", [*rows, dict(messages=[_user("q"), bad])])
+        meta, text = made("c.jsonl")
+        assert meta["left_out"] == 1  # the last: nothing could be learned from it
         assert text.count("[[good<|im_end|>]]") == 5 and "assistant\nbad<|im_end|>" in text
 
 
