@@ -63,7 +63,7 @@ config = ''              # hub: a folder or subset of the repository, such as sa
 split = ''               # hub: take this split only, such as train
 as_ = ''                 # '' | 'text' | 'chat' | 'prefs' | 'verify'; '' follows the source
 val_fraction = 0.005     # share held out: of documents, by a hash; the end of a text (> 0, < 1)
-keep_crlf = False        # keep CRLF as the line end of a text; else it becomes LF
+keep_crlf = False        # keep CRLF and CR as line ends; else they become LF
 max_unusable = 0.05      # share of records that may be unusable; they are left out (>= 0, <= 1)
 block_size = 0           # chat: leave out conversations of more tokens; 0: none (>= 0)
 # how to work
