@@ -38,6 +38,7 @@ import pathlib
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -62,7 +63,7 @@ config = ''              # hub: a folder or subset of the repository, such as sa
 split = ''               # hub: take this split only, such as train
 as_ = ''                 # '' | 'text' | 'chat' | 'prefs' | 'verify'; '' follows the source
 val_fraction = 0.005     # share held out: of documents, by a hash; the end of a text (> 0, < 1)
-keep_crlf = False        # keep CRLF as the line end of a text; else it becomes LF
+keep_crlf = False        # keep CRLF and CR as line ends; else they become LF
 max_unusable = 0.05      # share of records that may be unusable; they are left out (>= 0, <= 1)
 block_size = 0           # chat: leave out conversations of more tokens; 0: none (>= 0)
 # how to work
@@ -73,7 +74,6 @@ min_frequency = 2        # of `prepare.py tokenizer`: rarer pairs are not merged
 # -----------------------------------------------------------------------------
 
 EOT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-ROLES = ("system", "user", "assistant", "tool", "function", "developer")  # of chat messages
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLOCK = 1 << 20          # bytes of text that are tokenized at a time
 BLOCKS_PER_PART = 8      # blocks that a worker gets at a time, and that a kill costs at most
@@ -405,11 +405,17 @@ def read_meta_pkl(directory):
     try:
         with open(path, "rb") as f:
             meta = _PlainUnpickler(f).load()
+        if not isinstance(meta, dict) or not (meta.get("stoi") or meta.get("itos")):
+            raise ValueError("it has neither")
         vocab = meta.get("stoi")
         if not vocab:
             itos = meta["itos"]  # a list, or a dict
             vocab = {itos[i]: i for i in range(len(itos))}
-        if sorted(vocab.values()) != list(range(len(vocab))) or any(len(c) != 1 for c in vocab):
+        is_text = all(
+            type(c) is str and len(c) == 1 and not 0xD800 <= ord(c) < 0xE000 for c in vocab
+        )
+        ids = [i for i in vocab.values() if type(i) is int]
+        if not is_text or sorted(ids) != list(range(len(vocab))):
             raise ValueError("they do not number single characters from 0 on")
         return vocab
     except Exception as e:  # a damaged pickle raises whatever it likes
@@ -683,9 +689,10 @@ CHAT_TEMPLATE = (
 def render_chat(messages, tokenizer, add_generation_prompt=False, last_only=False):
     """A conversation, a list of {"role", "content"}, as (ids, mask): two lists of equal length.
 
-    mask is 1 where the loss counts: on the assistant's words and its <|im_end|>; with `last_only`
-    only on those of the last message. With `add_generation_prompt` the ids end with the opening of
-    the assistant's answer instead of the end-of-text token."""
+    mask is 1 where the loss counts: on the assistant's words and its <|im_end|>, but for messages
+    with a "weight" of 0; with `last_only` only on those of the last message. With
+    `add_generation_prompt` the ids end with the opening of the assistant's answer instead of the
+    end-of-text token."""
     start, end = tokenizer.encode_special(IM_START), tokenizer.encode_special(IM_END)
     if start is None or end is None:
         raise UserError(
@@ -699,7 +706,7 @@ def render_chat(messages, tokenizer, add_generation_prompt=False, last_only=Fals
         # where the opening ends inside the body: that is what generation will start from
         if body[: len(head)] != head:
             head = tokenizer.encode(message["role"])
-        is_trained = not last_only or i == len(messages) - 1
+        is_trained = i == len(messages) - 1 if last_only else message.get("weight") != 0
         counts = int(message["role"] == "assistant" and is_trained)
         ids += [start, *body, end, *line_break]
         mask += [0] * (1 + len(head)) + [counts] * (len(body) - len(head) + 1)
@@ -714,6 +721,7 @@ def render_chat(messages, tokenizer, add_generation_prompt=False, last_only=Fals
 TEXT_FIELDS = ("text", "content")
 CONVERSATION = ("messages", "conversations", "conversation")
 PROMPT = ("prompt", "instruction", "question", "problem", "query", "input")
+ABOUT_INSTRUCTION = ("question", "problem", "query", "input", "context")
 ANSWER = ("answer", "completion", "response", "output", "chosen")
 ROLES = {"user": "user", "human": "user", "system": "system", "developer": "system"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "ai"), "assistant")
@@ -723,7 +731,9 @@ TOOL_ROLES = ("tool", "function", "function_call", "function_response", "observa
 # why a record is left out although nothing is wrong with it
 EMPTY, TOOLS, NOT_TEXT = "empty", "with tool calls", "with content that is no text"
 LONG, BAD = "of more tokens than --block_size", "with an answer labelled false"
-SKIPPED = EMPTY, TOOLS, NOT_TEXT, LONG, BAD
+NO_WEIGHT = "without an answer to train on"
+SKIPPED = EMPTY, TOOLS, NOT_TEXT, LONG, BAD, NO_WEIGHT
+TOO_DEEP = "JSON of too many levels, or too long a number"
 
 
 class Skipped(ValueError):
@@ -778,6 +788,8 @@ def _messages(value, what="messages"):
     elif is_text and what not in CONVERSATION:
         role = "assistant" if what in (*ANSWER, "rejected") else "user"
         value = [dict(role=role, content=value)]
+    elif isinstance(value, dict) and what not in CONVERSATION:
+        value = [value]  # a single message
     if not isinstance(value, list):
         expected = "a list of messages" if what in CONVERSATION else "a text or a list of messages"
         raise _unexpected(repr(what), value, expected)
@@ -810,18 +822,38 @@ def _message(message, what):
         content = "\n".join(texts)
     if content is None and ("content" in message or "value" in message):
         content = ""
+    weight = {}
+    if message.get("weight") == 0 or message.get("train") is False:  # OpenAI's, axolotl's
+        weight = dict(weight=0)
     if not isinstance(role, str) or not isinstance(content, str):
         raise _unexpected(f"a message of {what!r}", message, expected)
-    return dict(role=ROLES.get(role.lower(), role), content=content)
+    return dict(role=ROLES.get(role.lower(), role), content=content, **weight)
 
 
 def _prompt(record):
-    """The messages of a record's prompt; Alpaca's is an instruction and perhaps its input."""
+    """The messages of a record's prompt. Alpaca's is an instruction and perhaps what it is about;
+    `history` may hold earlier turns, as [[user, assistant], ...]."""
     field, prompt = _required(record, *PROMPT)
     if field == "instruction" and isinstance(prompt, str):
-        more = _filled(record, "input", "context")[1]
-        prompt = f"{prompt}\n\n{more}" if isinstance(more, str) else prompt
-    return _messages(prompt, field)
+        for key in ABOUT_INSTRUCTION:
+            value = record.get(key)
+            if not _is_filled(value):
+                continue
+            if not isinstance(value, str):
+                raise _unexpected(repr(key), value, "a text")
+            prompt += f"\n\n{value}"
+    return _history(record) + _messages(prompt, field)
+
+
+def _history(record):
+    """The earlier turns of a record, where its history is a list of them."""
+    turns = record.get("history")
+    if not isinstance(turns, list) or not turns:
+        return []
+    is_pair = [isinstance(turn, list) and len(turn) == 2 for turn in turns]
+    if all(is_pair):
+        turns = [dict(user=question, assistant=answer) for question, answer in turns]
+    return _messages(turns, "history")
 
 
 def _with_system(record, messages):
@@ -859,16 +891,27 @@ def as_chat(record):
         raise Skipped(BAD)
     field, value = _required(record, *CONVERSATION, *PROMPT, "chosen")
     if field in CONVERSATION:
-        return _conversation(record, _messages(value, field))
-    prompt = _prompt(record) if field in PROMPT else []
-    field, answer = _required(record, *ANSWER)
-    return _conversation(record, _with_answer(prompt, answer, field))
+        messages = _messages(value, field)
+    else:
+        prompt = _prompt(record) if field in PROMPT else []
+        field, answer = _required(record, *ANSWER)
+        messages = _with_answer(prompt, answer, field)
+    weights = {m.get("weight") for m in messages if m["role"] == "assistant"}
+    if weights == {0}:
+        raise Skipped(NO_WEIGHT)
+    return _conversation(record, messages)
 
 
 def as_prefs(record):
     """{"prompt": messages, "chosen": text, "rejected": text}. Where chosen and rejected hold the
     whole conversation, what they begin with in common is the prompt."""
-    prompt = _prompt(record) if _filled(record, *PROMPT)[0] else []
+    field, prompt = _filled(record, *PROMPT, *CONVERSATION)
+    if field is None:
+        prompt = []
+    elif field in PROMPT:
+        prompt = _prompt(record)
+    else:
+        prompt = _messages(prompt, field)
     sides = []
     for side in ("chosen", "rejected"):
         messages = _with_answer(prompt, _required(record, side)[1], side)
@@ -876,23 +919,25 @@ def as_prefs(record):
             raise ValueError(f"{side!r} ends with {messages[-1]['role']}; expected the assistant")
         sides.append(_conversation(record, messages))
     chosen, rejected = sides
-    if chosen == rejected:
-        raise ValueError("chosen and rejected are the same")
     if chosen[:-1] != rejected[:-1]:
         raise ValueError("chosen and rejected differ before their last message")
     answers = chosen[-1]["content"], rejected[-1]["content"]
+    if answers[0].strip() == answers[1].strip():
+        raise ValueError("chosen and rejected are the same")
     return dict(prompt=chosen[:-1], chosen=answers[0], rejected=answers[1])
 
 
 def as_verify(record):
     """{"prompt": messages, "answer": text}, and the other fields, which a verifier may take."""
     prompt, (_, answer) = _with_system(record, _prompt(record)), _required(record, "answer")
-    if isinstance(answer, float) and math.isfinite(answer):
-        answer = format(decimal.Decimal(repr(answer)), "f")  # 0.00001 for 1e-05
+    if isinstance(answer, (float, decimal.Decimal)) and math.isfinite(answer):
+        answer = format(decimal.Decimal(str(answer)), "f")  # 0.00001 for 1e-05
     if not isinstance(answer, (str, int)):
         raise _unexpected("'answer'", answer, "a text or a number")
-    used = (*PROMPT, "answer")
-    others = {k: v for k, v in record.items() if k not in used and v is not None}
+    used = ("prompt", "answer", _filled(record, *PROMPT)[0])
+    others = {key: value for key, value in record.items() if key not in used}
+    # null is absent, and so is a cell that can't be read, see _rows
+    others = {k: v for k, v in others.items() if not isinstance(v, (types.NoneType, Exception))}
     return dict(prompt=prompt, answer=str(answer), **others)
 
 
@@ -1400,6 +1445,13 @@ NO_TEXT = {  # begin of a file -> what it is
     b"\xfd7zXZ": "compressed by xz",
     b"PAR1": "a parquet file, though its name does not end in .parquet",
 }
+MARKS = {  # begin of a text -> its encoding; that of UTF-32 begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+BINARY = "binary data, or an encoding that is not recognized"
 COMPRESSED = {".zst": "zstd", ".zstd": "zstd", ".gz": "gzip"}
 VALID = ("valid", "validation", "val", "dev", "eval")
 OWN_SPLIT = re.compile(r"(?:^|[-_./])(train|valid|validation|val|dev|eval|test)(?=[-_.0-9/]|$)")
@@ -1447,9 +1499,17 @@ def _of_one_kind(files, folder):
     data = [f for f in files if ending_of(f) == ending]
     others = [f.path for f in files if ending_of(f) != ending]
     if data and others:
-        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-        print(f"{folder}: reads its {ending} files; left out: {', '.join(others[:5])}{more}")
+        print(f"{folder}: reads its {ending} files; left out: {_first_few(others)}")
+    places = {os.path.dirname(f.path) for f in data}
+    places = sorted(p for p in places if not OWN_SPLIT.fullmatch(os.path.basename(p)))
+    if len(places) > 1:
+        print(f"{folder}: one data set of its folders {_first_few([p or '.' for p in places])}")
     return data
+
+
+def _first_few(paths):
+    more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+    return ", ".join(paths[:5]) + more
 
 
 def _with_splits(files):
@@ -1459,11 +1519,15 @@ def _with_splits(files):
     held_out = next((m for m in (VALID, ("test",)) if set(m) & set(marks)), None)
     if "train" not in marks or not held_out:
         return files
-    with_split = [
-        f._replace(split="val" if mark in held_out else "train")
-        for f, mark in zip(files, marks, strict=True)
-        if mark in held_out or mark != "test"
-    ]
+    with_split, others = [], []
+    for f, mark in zip(files, marks, strict=True):
+        if mark == "test" and mark not in held_out:
+            others.append(f.path)
+        else:
+            with_split.append(f._replace(split="val" if mark in held_out else "train"))
+    validation = _first_few([f.path for f in with_split if f.split == "val"])
+    left_out = f"; left out: {_first_few(others)}" if others else ""
+    print(f"validation data, without a use for val_fraction: {validation}{left_out}")
     # validation first, so that --max_tokens can stop within the training data
     return sorted(with_split, key=lambda f: f.split == "train")
 
@@ -1543,34 +1607,71 @@ def _check_utf8(path, data):
     """UserError if a text is in another encoding than UTF-8. Some broken characters in a text that
     is UTF-8 otherwise are no reason, nor are some zero bytes."""
     encoding = _encoding_of(data)
+    if encoding == BINARY:
+        raise UserError(f"{path}: not UTF-8 but {BINARY}; expected a text: save it as UTF-8")
     if encoding:
         stem, ending = os.path.splitext(path)
         first = "decompress and " if _ending(path)[1] else ""
+        line = f"iconv -f {encoding.split()[0]} -t utf-8 {shlex.quote(path)}"
         raise UserError(
             f"{path}: not UTF-8 but {encoding}; {first}convert it: "
-            f"iconv -f {encoding.split()[0]} -t utf-8 '{path}' > '{stem}-utf8{ending}'"
+            f"{line} > {shlex.quote(f'{stem}-utf8{ending}')}"
         )
 
 
 def _encoding_of(data):
-    """The likely encoding of a text, as iconv names it, if it is not UTF-8."""
-    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        return "utf-16"
-    head = data[: 1 << 16]
-    even, odd = head[::2].count(0), head[1::2].count(0)
-    if even + odd > 0.1 * len(head) and max(even, odd) > 4 * min(even, odd):
-        return "utf-16le" if odd > even else "utf-16be"
-    with contextlib.suppress(UnicodeDecodeError):
+    """The likely encoding of a text, as iconv names it, if it is not UTF-8; BINARY if it is no text
+    in any encoding that is recognized."""
+    for mark, encoding in MARKS.items():
+        if data.startswith(mark):
+            return encoding
+    is_utf8, head = True, data[: 1 << 16]
+    try:
         data.decode()
+    except UnicodeDecodeError:
+        is_utf8 = False
+    encoding = _wide_encoding_of(head, is_utf8)
+    if encoding:
+        text = head.decode(encoding, "replace")
+        return encoding if _share_of_controls(text) < 0.02 else BINARY
+    if is_utf8:
         return None
     text, ascii_text = data.decode("utf-8", "replace"), data.decode("ascii", "ignore")
     broken = text.count("\ufffd") - data.count("\ufffd".encode())
     of_several_bytes = len(text) - len(ascii_text) - broken
     if broken <= max(of_several_bytes, len(data) / 10_000):
         return None
-    if len(ascii_text) < 0.7 * len(data):  # not a Latin script
+    if _share_of_controls(head.decode("latin-1")) > 0.01:
+        return BINARY
+    # in a Latin script letters with accents are few, and stand alone; in others they form words
+    in_words = sum(map(len, re.findall(rb"[\x80-\xff]{3,}", data)))
+    if len(ascii_text) < 0.7 * len(data) or in_words > 0.5 * (len(data) - len(ascii_text)):
         return "ENCODING (it is not recognized)"
-    return "cp1252 or latin-1"
+    return "cp1252 or latin-1, most likely"
+
+
+def _wide_encoding_of(head, is_utf8):
+    """UTF-16 or UTF-32 without a mark: most zero bytes stand at the same place of 2 or 4 bytes."""
+    zeros = [head[i::4].count(0) for i in range(4)]
+    most = 0.9 * (len(head) // 4)
+    if 0 < most < min(zeros[2:]) and zeros[0] < most:
+        return "utf-32le"
+    if 0 < most < min(zeros[:2]) and zeros[3] < most:
+        return "utf-32be"
+    even, odd = zeros[0] + zeros[2], zeros[1] + zeros[3]
+    is_likely = even + odd > 0.1 * len(head)
+    if even + odd > 0.01 * len(
+        head
+    ):  # Chinese or Russian, where only spaces and line ends have one
+        is_likely |= not is_utf8 or _share_of_controls(head.decode("latin-1")) > 0.1
+    if is_likely and max(even, odd) > 3 * min(even, odd):
+        return "utf-16le" if odd > even else "utf-16be"
+    return None
+
+
+def _share_of_controls(text):
+    """The share of characters that no text has: control characters, and what can't be decoded."""
+    return len(re.findall(r"[\0-\x08\x0b\x0e-\x1a\x1c-\x1f\ufffd]", text)) / max(len(text), 1)
 
 
 def _array_as_lines(stream, path):
@@ -1719,7 +1820,7 @@ def _read_table(path, file, fields, head):
     """A spreadsheet as CSV or TSV, whose first line names the columns. Every cell is a text."""
     import pyarrow
 
-    first_line = head.decode("utf-8-sig", "replace").partition("\n")[0]
+    first_line = head.decode("utf-8-sig", "replace").lstrip().partition("\n")[0]
     delimiter = max("\t;,", key=first_line.count)
     csv.field_size_limit(LONGEST)  # the usual one is 131,072 characters
     with open(path, "rb") as raw:
@@ -1727,15 +1828,15 @@ def _read_table(path, file, fields, head):
         text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
         reader = csv.reader(text, delimiter=delimiter)
         try:
-            names, rows = next(reader, []), 0
+            names, rows = next(filter(None, reader), []), 0  # not an empty line
             wanted = _columns(file.path, names, fields)
             while batch := list(itertools.islice(reader, 256)):
                 batch = [row for row in batch if row]  # empty lines
                 if uneven := [row for row in batch if len(row) != len(names)]:
-                    cells = (
-                        f"a row of {counted(len(uneven[0]), 'cell')} ({','.join(uneven[0])[:60]})"
-                    )
-                    raise csv.Error(f"{cells} below {counted(len(names), 'column')}")
+                    row = f"a row of {counted(len(uneven[0]), 'cell')}"
+                    content = " ".join(",".join(uneven[0]).split())[:60]
+                    columns = counted(len(names), "column")
+                    raise csv.Error(f"{row} ({content}) below {columns}")
                 records = [{k: v for k, v in zip(names, row) if k in wanted} for row in batch]
                 data = pyarrow.RecordBatch.from_pylist(records)
                 yield Block("rows", data, rows, True, True, min(raw.tell(), file.size))
@@ -1856,29 +1957,43 @@ class Encoder:
                     content = self.text_field(record, result)
                     size = len(content.encode())
                 else:
-                    content = SHAPES[self.shape](record)
+                    content = SHAPES[self.shape](self.cleaned(record, result))
                 yield content, size
             except Skipped as e:
                 result.count[str(e)] += 1
+            except RecursionError:
+                result.wrong.append((at, TOO_DEEP))
             except ValueError as e:
                 result.wrong.append((at, str(e)))
 
     def text_of(self, block, result):
         """The text of a Block of bytes."""
-        return self.with_line_ends(result.decode(block.data, block.at), result)
+        return self.cleaned(result.decode(block.data, block.at), result)
 
     def text_field(self, record, result):
         field, text = _required(record, *self.fields)
         if not isinstance(text, str):
             raise _unexpected(repr(field), text, "a text")
-        return self.with_line_ends(text, result)
+        return self.cleaned(text, result)
 
-    def with_line_ends(self, text, result):
-        """Windows ends a line with CRLF, which would be tokens of its own: it becomes LF."""
-        if self.keep_crlf or "\r\n" not in text:
-            return text
-        result.count["crlf"] += text.count("\r\n")
-        return text.replace("\r\n", "\n")
+    def cleaned(self, value, result):
+        """A text, or all texts of a record. Windows ends a line with CRLF, old Macs with CR, which
+        would be tokens of their own: they become LF. A zero byte becomes U+FFFD, see decode()."""
+        if isinstance(value, list):
+            return [self.cleaned(item, result) for item in value]
+        if isinstance(value, dict):
+            return {key: self.cleaned(item, result) for key, item in value.items()}
+        if not isinstance(value, str):
+            return value
+        if "\0" in value:
+            result.count["broken"] += value.count("\0")
+            value = value.replace("\0", "\ufffd")
+        if self.keep_crlf or "\r" not in value:
+            return value
+        pairs = value.count("\r\n")
+        result.count["crlf"] += pairs
+        result.count["cr"] += value.count("\r") - pairs
+        return value.replace("\r\n", "\n").replace("\r", "\n")
 
     def write_piece(self, block, result):
         ids = self.tokenizer.encode_piece(self.text_of(block, result), block.first)
@@ -1921,10 +2036,27 @@ class Encoder:
         return [(order, 0) for _, order in found]
 
 
+def _rows(batch):
+    """The rows of a pyarrow batch as dicts. A cell that Python can't hold, a date beyond the year
+    9999 or a text that is not UTF-8, is the exception that says so."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):
+        columns = [list(map(_cell, column)) for column in batch.columns]
+        return [dict(zip(batch.schema.names, row)) for row in zip(*columns)]
+
+
+def _cell(cell):
+    try:
+        return cell.as_py()
+    except (ValueError, OverflowError) as e:
+        return e
+
+
 def read_records(block, result):
     """(line, record number or row, record, bytes) of each record of a Block."""
     if block.kind == "rows":
-        for i, row in enumerate(block.data.to_pylist(), block.at + 1):
+        for i, row in enumerate(_rows(block.data), block.at + 1):
             yield i, row, block.data.nbytes // len(block.data)
         return
     for at, line in enumerate(block.data.split(b"\n"), block.at + 1):
@@ -1939,7 +2071,7 @@ def read_records(block, result):
         except json.JSONDecodeError as e:
             result.wrong.append((at, f"not JSON: {e.msg} at character {e.pos + 1}"))
         except (ValueError, RecursionError):
-            result.wrong.append((at, "JSON of too many levels, or too long a number"))
+            result.wrong.append((at, TOO_DEEP))
 
 
 def recognize(files, wanted, field):
@@ -1985,6 +2117,10 @@ def recognize(files, wanted, field):
         )
     others = "".join(f"; --as={other} would do too" for other in fits if other != shape)
     print(f"{file.path}: read as {shape}, from {', '.join(fits[shape])}{others}")
+    unread = _unread(shape, fits[shape], keys)
+    if unread:
+        use = "for the verifier only" if shape == "verify" else "not read"
+        print(f"{use}: {', '.join(unread)[:200]}")
     return shape, fits[shape][0] if shape == "text" else "", block
 
 
@@ -1997,7 +2133,7 @@ def _shapes(keys, text_fields):
 
     prompt = first(*PROMPT)
     candidates = [
-        ("prefs", [prompt or first("chosen"), first("chosen"), first("rejected")]),
+        ("prefs", [prompt or first(*CONVERSATION, "chosen"), first("chosen"), first("rejected")]),
         ("chat", [first(*CONVERSATION)]),
         ("verify", [prompt, first("answer")]),
         ("chat", [prompt or first("chosen"), first(*ANSWER)]),
@@ -2008,6 +2144,16 @@ def _shapes(keys, text_fields):
         if None not in fields:
             fits.setdefault(shape, list(dict.fromkeys(fields)))
     return fits
+
+
+def _unread(shape, fields, keys):
+    """Those of the keys that are no part of what is trained on; of texts they are not listed."""
+    used = {*fields, "system", "system_prompt", "label"}
+    if fields[0] in PROMPT:
+        used.add("history")
+    if fields[0] == "instruction":
+        used.update(ABOUT_INSTRUCTION)
+    return [key for key in keys if shape != "text" and key not in used]
 
 
 def print_first(encoder, block):
@@ -2542,20 +2688,24 @@ def call_within(seconds, function, *arguments, **fields):
     the call takes as long as it takes."""
     if math.isinf(seconds) or not can_interrupt():
         return function(*arguments, **fields)
-    running = True
+    running, late = True, []
 
     def expire(number, frame):
         if running:
-            raise TimeIsUp(f"it took longer than verifier_timeout={seconds:g} seconds")
+            late.append(TimeIsUp(f"it took longer than verifier_timeout={seconds:g} seconds"))
+            raise late[0]
 
     before = signal.signal(signal.SIGALRM, expire)
     try:
         # once more every second: a bare `except:` may catch the first
         signal.setitimer(signal.ITIMER_REAL, seconds, 1)
         try:
-            return function(*arguments, **fields)
+            result = function(*arguments, **fields)
         finally:
             running = False
+        if late:  # it caught what was raised
+            raise late[0]
+        return result
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -3475,6 +3625,8 @@ def _name_of(source):
         return source
     if not os.path.exists(source) and not source.startswith("hub:"):
         close = difflib.get_close_matches(source, KNOWN, n=3, cutoff=0.5)
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+            close = [f"hub:{source}"]
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise UserError(
             f"{source}: no such file or folder, nor a known data set{hint} "
@@ -3518,6 +3670,12 @@ def _source_files(source, known, partial, config, split, seed):
         repo = known.get("hub") or source.removeprefix("hub:")
         folder, pattern = config or known.get("config", ""), known.get("files", "")
         files = hub_files(repo, folder, split, pattern)
+    elif config or split:
+        key, value = ("config", config) if config else ("split", split)
+        raise UserError(
+            f"--{key}={value} chooses files of hub:...; of the local {source} name the one file or "
+            "folder that is wanted"
+        )
     else:
         files = local_files(source)
     if not sum(f.size for f in files):
@@ -3658,7 +3816,7 @@ def _decide(files, settings):
     source = settings["source"]
     shape, field, first = recognize(files, settings["shape"], settings["field"])
     settings["shape"] = shape
-    if shape == "prefs" or (first.kind != "rows" and b"\r\n" in first.data):
+    if shape == "prefs" or (first.kind != "rows" and b"\r" in first.data):
         settings["version"] = 2  # version 1 read these differently; what it made is made again
     if settings["val_fraction"] is None:
         is_one_text = first.kind in ("train", "val")
@@ -3712,8 +3870,10 @@ def _say_what_was_done(settings, total):
     if count["broken"]:
         replaced = counted(count["broken"], "character")
         print(f"not UTF-8, or zero: {replaced} became U+FFFD{examples}")
-    if count["crlf"]:
-        print(f"CRLF: {counted(count['crlf'], 'line end')} became LF; --keep_crlf keeps them")
+    for ending in ("crlf", "cr"):
+        if count[ending]:
+            ends = counted(count[ending], "line end")
+            print(f"{ending.upper()}: {ends} became LF; --keep_crlf keeps them")
     if total.encoder.val_fraction > settings["val_fraction"]:
         amount = f"{total.encoder.val_fraction:.1%} of the text"
         if not total.is_one_text:
@@ -3834,7 +3994,7 @@ def _missing_split(total, tokenizer):
             return f"too short: {counted(count['bytes'], 'byte')} leave nothing for {use}"
         advice = "bring more, or a folder with a train and a val file of your own"
         if split == "train" and documents > 1:
-            advice = "set a smaller --val_fraction"
+            advice = "set a smaller --val_fraction, unless they are all equal"
         return f"of {counted(documents, 'document')} none fell into {split}; {advice}"
     return ""
 

@@ -349,7 +349,12 @@ def encode_record(record):
 
 def read_prompts():
     """[(record, ids, how many tokens may follow)] of the prompts file."""
-    is_json = prepare._kind_of(prompts)[0] == "lines"  # .jsonl, .ndjson, .json, in any case
+    kind = prepare._kind_of(prompts)[0]
+    if kind in ("table", "parquet"):
+        raise UserError(
+            f"prompts={prompts}: expected a .jsonl file, or a .txt of one prompt a line"
+        )
+    is_json = kind == "lines"  # .jsonl, .ndjson, .json, in any case
     lines = prompts_text.split("\n")
     if is_json:
         with contextlib.suppress(ValueError, RecursionError):  # one array or object, in any layout
@@ -363,7 +368,12 @@ def read_prompts():
         try:
             record = json.loads(line) if is_json else {"prompt": line}
             requests.append((record, *encode_record(record)))
-        except (ValueError, RecursionError) as e:  # of json, of encode_record(), or a UserError
+        except prepare.Skipped as e:
+            raise UserError(f"{prompts}, line {number}: a record {e}; leave it out") from None
+        except json.JSONDecodeError as e:
+            reason = f"not JSON: {e.msg} at character {e.pos + 1}"
+            raise UserError(f"{prompts}, line {number}: {reason}") from None
+        except (ValueError, RecursionError) as e:  # of encode_record(), or a UserError
             raise UserError(f"{prompts}, line {number}: {e}") from None
     if not requests:
         raise UserError(f"prompts={prompts}: there is no prompt in it")

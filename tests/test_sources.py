@@ -539,7 +539,7 @@ def test_other_encodings_are_named(here, name):
     """With the line that converts them, before a tokenizer is trained; not thousands of U+FFFD."""
     content, encoding = NOT_UTF8[name]
     write("a.txt", content)
-    command = rf"iconv -f {encoding} -t utf-8 'a.txt' > 'a-utf8.txt'"
+    command = rf"iconv -f {encoding} -t utf-8 a.txt > a-utf8.txt"
     refused(f"a.txt: not UTF-8.*{command}", "a.txt", tokenizer="bpe:300")
     write("b.txt.gz", gzip.compress(content))
     refused("b.txt.gz: not UTF-8.*decompress", "b.txt.gz")
