@@ -2480,10 +2480,9 @@ class _Data:
             tokenizer, other = usual[0] if usual else "MODEL", f"{name}_{vocab_size}"
             raise UserError(
                 f"vocab_size={vocab_size} of the model is smaller than the {self.vocab_size} ids "
-                f"of {name} ({self.tokenizer.name}); either of these works:\n"
-                "  a new model with the data's vocabulary: the same command with --vocab_size=0\n"
-                f"  the model's tokenizer: python prepare.py {name} --tokenizer={tokenizer} "
-                f"--name={other}, then the same command with --dataset={other}"
+                f"of {name} ({self.tokenizer.name}): the same command with --vocab_size=0 makes a "
+                f"new model with these; for the model's own, python prepare.py {name} "
+                f"--tokenizer={tokenizer} --name={other}, then the same with --dataset={other}"
             )
 
 

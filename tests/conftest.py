@@ -24,3 +24,18 @@ def shared():
     if not os.path.isdir(SHARED):
         pytest.skip(f"needs the sample texts of {SHARED}")
     return SHARED
+
+
+# the files that take longest, of which pytest-xdist would begin with those of most tests
+LONG = ("outside", "hacks", "lost", "stages", "train", "toy", "signals", "bench", "out_of_memory")
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first: at the end no process waits minutes for the other."""
+    order = {f"test_{name}.py": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))

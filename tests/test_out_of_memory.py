@@ -319,12 +319,11 @@ def test_out_of_memory_free_memory_decides():
 
 
 def test_data_of_another_vocabulary_than_the_config(program):
-    """It is refused with two ways out; the first is the same command with one more option."""
+    """It is refused with two ways out, of which the first is tried."""
     shape = "--n_layer=1 --n_head=2 --n_kv_head=2 --n_embd=32 --ffn_dim=32 --block_size=32"
     args = f"--dataset=texts --vocab_size=99 {shape} --batch_size=2 --max_iters=1 --eval_iters=1"
     command = f"{ROOT}/config/smallm.py {args} --device=cpu --compile=False --out_dir=out/other"
     said = program.run("train.py", command).err
-    assert "the 257 ids of texts (byte); either of these works" in said
-    assert "the same command with --vocab_size=0" in said
-    assert "python prepare.py texts --tokenizer=MODEL --name=texts_99" in said
+    assert "the 257 ids of texts (byte): the same command with --vocab_size=0" in said
+    assert "python prepare.py texts --tokenizer=MODEL --name=texts_99, then the same" in said
     program.finished("train.py", command, "--vocab_size=0")

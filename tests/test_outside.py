@@ -307,7 +307,7 @@ def test_a_crash_stops_the_pod(scene):
     hub, never, told = scene
     assert hub.seen[-1] == "POST /runpod/pods/pod1/stop -> 200" and not hub.asked("DELETE")
     assert not never.asked("runpod")
-    assert all(t.startswith("train.py: 1 bad steps in a row") and t.count("\n") == 1 for t in told)
+    assert all(t.startswith("train.py: 1 bad step in a row") and t.count("\n") == 1 for t in told)
 
 
 def scene_a_wrong_token(cwd):

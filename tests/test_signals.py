@@ -501,18 +501,17 @@ def test_a_run_goes_on_in_the_dtype_that_it_began_with(place):
     silent, and one that is typed then holds."""
     write_bins(place.cwd / "data" / "wide", place.tokenizer)
     wide = f"--stage=sft {MODEL} {LOOP} --dataset=wide --n_embd=128 --optimizer=adamw"
-    patch = "import torch; torch.cpu._is_avx512_bf16_supported = lambda: "
+    patch = "import model, torch; torch.cpu._is_avx512_bf16_supported = lambda: "
+    measured = "; model.seconds_by_dtype = lambda *args: dict(float32=2.0, bfloat16=1.0)"
     out = place.cwd / "out"
 
     def start(name, steps, *options, fast):
         options = [wide, f"--out_dir=out/{name} --max_iters={steps}", *options]
-        return place.finished(*options, patch=patch + str(fast)).out
+        return place.finished(*options, patch=patch + str(fast) + measured).out
 
     start("fast", 4, fast=True)
     recorded = re.search(r'"dtype": "(\w+)"', (out / "fast" / "log.jsonl").read_text())[1]
-    assert recorded in ("bfloat16", "float32")  # from the first row on, and not 'auto'
-    if recorded != "bfloat16":
-        pytest.skip("'auto' did not choose bfloat16 here, whatever the CPU was said to multiply")
+    assert recorded == "bfloat16"  # from the first row on, and not 'auto'
     uninterrupted = weights(out / "fast", 4)
 
     start("next", 2, fast=True)
