@@ -80,7 +80,7 @@ BLOCKS_PER_PART = 8      # blocks that a worker gets at a time, and that a kill 
 LONGEST = 16 << 20       # a longer document is split, so that nothing larger is held in memory
 LONGEST_ARRAY = 256 << 20  # a JSON array is read whole, unless it has more bytes
 MAX_VOCABULARY = 1 << 20
-LONGEST_WORD = 64        # bytes: longer words are cut before a BPE is trained, see train_bpe
+LONGEST_WORD = 64        # characters: longer words are cut before a BPE is trained, see train_bpe
 WINDOW = 256             # tokens: train.py's usual block_size; at least as many are held out
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M"
@@ -443,8 +443,8 @@ def train_bpe(texts, size, name, min_frequency=2):
     ChatML's two.
 
     The time that training takes grows with the square of a word's length, and Chinese, DNA or
-    base64 is one long word. So training sees words of more than LONGEST_WORD (64) bytes in pieces
-    of that length. It changes no other word, and not how a text is encoded afterwards."""
+    base64 is one long word. So training sees words of LONGEST_WORD (64) characters and more in
+    pieces of that length. It changes no other word, and not how a text is encoded afterwards."""
     if not 256 + 3 <= size <= MAX_VOCABULARY:
         raise UserError(
             f"a byte-level BPE has from {256 + 3} ids (the bytes and 3 special tokens) to "
@@ -460,11 +460,11 @@ def train_bpe(texts, size, name, min_frequency=2):
     # hard to calculate with
     digits = pre_tokenizers.Digits(individual_digits=True)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    # a piece ends between two characters: behind the bytes that continue one in UTF-8
-    continuation = "".join(_byte_characters()[0x80:0xC0])
-    piece = Regex(f".{{1,{LONGEST_WORD}}}[{continuation}]*")
+    # a word is a run of letters, of other characters or of spaces
+    n = LONGEST_WORD
+    piece = Regex(rf"\p{{L}}{{{n}}}|[^\s\p{{L}}\p{{N}}]{{{n}}}|\s{{{n}}}")
     cut = pre_tokenizers.Split(piece, "isolated")
-    library.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level, cut])
+    library.pre_tokenizer = pre_tokenizers.Sequence([cut, digits, byte_level])
     library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
