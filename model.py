@@ -13,7 +13,6 @@ code, `pytest -k fast` tells which of them no longer agree. Importing this file 
 """
 
 import contextlib
-import copy
 import ctypes
 import dataclasses
 import functools
@@ -1430,8 +1429,9 @@ def pick_dtype(dtype, device, model, sequences=0):
     """'auto' -> the faster of bfloat16 and float32 on a device, to train on so many sequences at a
     time; without any, to generate.
 
-    On a CPU it is measured: one without AMX multiplies bfloat16 fast, and may still lose more in
-    converting than it gains.
+    On a CPU training measures it: one without AMX multiplies bfloat16 fast, and may still lose more
+    in converting than it gains. Generation reads every weight for each token, so there bfloat16
+    pays where they fit in no cache; a rule, so that a seed gives the same text every time.
     """
     if dtype != "auto":
         return dtype
@@ -1439,13 +1439,17 @@ def pick_dtype(dtype, device, model, sequences=0):
         return "float32"
     if device != "cpu":
         return "bfloat16"
+    if not sequences:
+        return "bfloat16" if 4 * model.n_params() > 2**27 else "float32"
+    if sum(p.numel() for p in model.blocks[0].parameters()) < 100_000:
+        return "float32"  # too little to multiply
     seconds = seconds_by_dtype(model, sequences)
-    return "bfloat16" if seconds["bfloat16"] < 0.95 * seconds["float32"] else "float32"
+    return "bfloat16" if seconds["bfloat16"] < 0.9 * seconds["float32"] else "float32"
 
 
-def seconds_by_dtype(model, sequences=0):
-    """{'float32': seconds, 'bfloat16': seconds} of one block on a CPU, forward and backward, or
-    without sequences of the generation of 8 tokens; each the least of three."""
+def seconds_by_dtype(model, sequences):
+    """{'float32': seconds, 'bfloat16': seconds} of one block on a CPU, forward and backward, the
+    least of three."""
     block_size = min(model.config.block_size, 512)
     with torch.random.fork_rng(devices=[]):
         probe = type(model)(dataclasses.replace(model.config, n_layer=1, vocab_size=512))
@@ -1453,27 +1457,16 @@ def seconds_by_dtype(model, sequences=0):
     affordable = 2e9 / (sum(p.numel() for p in probe.blocks.parameters()) * block_size)
     rows = max(1, min(sequences, int(affordable)))
     idx = torch.arange(rows * block_size).view(rows, block_size) % 512
-
-    def train(dtype):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = probe(idx, idx)[1]
-        loss.backward()
-        probe.zero_grad(set_to_none=True)
-
-    packed = {}
-
-    def generate(dtype):
-        if dtype not in packed:
-            packed[dtype] = pack_weights(copy.deepcopy(probe).to(getattr(torch, dtype)).eval())
-        packed[dtype].generate(idx[:1, :1], min(8, block_size - 1))
-
     seconds = {"float32": math.inf, "bfloat16": math.inf}
     for _ in range(4):  # the first of each warms up
         for dtype in seconds:
             begun = time.perf_counter()
             with contextlib.suppress(RuntimeError):  # an edited model may know float32 only
-                (train if sequences else generate)(dtype)
+                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                    loss = probe(idx, idx)[1]
+                loss.backward()
                 seconds[dtype] = min(seconds[dtype], time.perf_counter() - begun)
+            probe.zero_grad(set_to_none=True)
     return dict(zip(seconds, over_processes(*seconds.values()), strict=True))
 
 
