@@ -1,3 +1,4 @@
+import json
 import os
 import sys
 
@@ -16,6 +17,22 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty directory, in which the test runs."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(path, content):
+    """Writes a text, bytes, or a list of records as JSON lines."""
+    if isinstance(content, list):
+        content = "".join(json.dumps(record) + "\n" for record in content)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path, "wb") as f:
+        f.write(content if isinstance(content, bytes) else content.encode())
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write
 
 import prepare
 from configurator import UserError
@@ -23,21 +23,6 @@ from prepare import EOT, as_chat, as_prefs, as_verify
 LINES = [f"The cat number {i} sat on the mat, and was glad.\n" for i in range(60)]
 CHINESE = "猫坐在垫子上，非常高兴。今天天气很好。\n" * 40
 RUSSIAN = "Кошка сидела на коврике и была счастлива сегодня.\n" * 40
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def write(path, content):
-    """Writes a text, bytes, or a list of records as JSON lines."""
-    if isinstance(content, list):
-        content = "".join(json.dumps(record) + "\n" for record in content)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path, "wb") as f:
-        f.write(content if isinstance(content, bytes) else content.encode())
 
 
 def parquet(**columns):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -25,21 +26,6 @@ from prepare import EOT, as_chat, as_prefs, as_verify  # noqa: E402
 STORIES = [
     f"Story {i}: the cat number {i * 7 % 100} sat on mat {i}.\nSo it did." for i in range(200)
 ]
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def write(path, content):
-    """Writes a text, bytes, or a list of records as JSON lines."""
-    if isinstance(content, list):
-        content = "".join(json.dumps(record) + "\n" for record in content)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path, "wb") as f:
-        f.write(content if isinstance(content, bytes) else content.encode())
 
 
 def parquet(rows):
