@@ -135,7 +135,7 @@ held_out.check_vocabulary(vocab_size)
 device = pick_device(device)
 device_type = device.split(":")[0]
 muon_dtype = torch.bfloat16 if dtype != "float32" and multiplies_bf16(device) else torch.float32
-dtype = pick_dtype(dtype, device, GPT(config), batch_size)
+dtype, _ = pick_dtype(dtype, device, GPT(config), batch_size)
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != "float32")
 attention = pick_attention(
     device, dtype, True, compile, dropout

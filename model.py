@@ -1427,24 +1427,26 @@ def pick_device(device):
 
 def pick_dtype(dtype, device, model, sequences=0):
     """'auto' -> the faster of bfloat16 and float32 on a device, to train on so many sequences at a
-    time; without any, to generate.
+    time; without any, to generate. With it, why: what the start line says.
 
     On a CPU training measures it: one without AMX multiplies bfloat16 fast, and may still lose more
     in converting than it gains. Generation reads every weight for each token, so there bfloat16
     pays where they fit in no cache; a rule, so that a seed gives the same text every time.
     """
     if dtype != "auto":
-        return dtype
+        return dtype, ""
     if not multiplies_bf16(device):
-        return "float32"
+        return "float32", "it has no bfloat16"
     if device != "cpu":
-        return "bfloat16"
+        return "bfloat16", ""
     if not sequences:
-        return "bfloat16" if 4 * model.n_params() > 2**27 else "float32"
+        return ("bfloat16" if 4 * model.n_params() > 2**27 else "float32"), ""
     if sum(p.numel() for p in model.blocks[0].parameters()) < 100_000:
-        return "float32"  # too little to multiply
+        return "float32", "too little to multiply for bfloat16"
     seconds = seconds_by_dtype(model, sequences)
-    return "bfloat16" if seconds["bfloat16"] < 0.9 * seconds["float32"] else "float32"
+    gain = seconds["float32"] / seconds["bfloat16"]
+    why = f"measured: bfloat16 {gain:.1f} times as fast as float32"
+    return ("bfloat16" if gain > 1.1 else "float32"), why
 
 
 def seconds_by_dtype(model, sequences):
@@ -1523,6 +1525,48 @@ def keep_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     except (OSError, AttributeError):
         pass
+
+
+class Threads:
+    """`adapt()`, after a step: one thread less on a CPU while another program keeps a core busy.
+
+    The threads of a product wait for each other; where one shares its core, all of them run at a
+    fraction of their speed. The system counts how often it took a core away from this process.
+    OMP_NUM_THREADS turns this off.
+    """
+
+    def __init__(self, device):
+        self.most, self.pause, self.again_at = torch.get_num_threads(), 5.0, math.inf
+        self.since, self.preemptions = time.perf_counter(), _preemptions()
+        self.is_on = device == "cpu" and self.most > 1 and "OMP_NUM_THREADS" not in os.environ
+
+    def adapt(self):
+        """Whether it took one thread away."""
+        now = time.perf_counter()
+        if not self.is_on or now - self.since < 0.5:
+            return False
+        counted = _preemptions()
+        rate = (counted - self.preemptions) / (now - self.since)
+        self.since, self.preemptions = now, counted
+        if torch.get_num_threads() < self.most:
+            if now > self.again_at:  # all are tried again, after a pause of 5 seconds to a minute
+                torch.set_num_threads(self.most)
+            return False
+        is_busy = rate > 60 + 20 * self.most  # 15 a second and thread are usual
+        if is_busy:
+            torch.set_num_threads(self.most - 1)
+            self.again_at = now + self.pause
+        self.pause = min(2 * self.pause, 60) if is_busy else 5.0
+        return is_busy
+
+
+def _preemptions():
+    """How often a thread of this process lost its core to another process; 0 where unknown."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 # -----------------------------------------------------------------------------

@@ -1423,7 +1423,7 @@ def declares_architecture(model, hf_layout, say):
     return hf_layout and not obstacles
 
 
-def headline(model, data, config, sequences, attention, say):
+def headline(model, data, config, sequences, attention, why_dtype, say):
     block_size, device = model.config.block_size, model.embed.weight.device
     amount = f"x {block_size} = {sequences * block_size:,} tokens"
     if config["stage"] == "dpo":
@@ -1438,9 +1438,10 @@ def headline(model, data, config, sequences, attention, say):
         f"{model.n_params() / 1e6:.2f}M parameters; {config['dataset']}: {data.amount}; "
         f"{counted(max_iters, 'step')} of {sequences} {amount}"
     )
+    why = f" ({why_dtype})" if why_dtype else ""
     say(
-        f"{config['out_dir']}: {device}, {config['dtype']}, {config['optimizer']}, "
-        f"attention: {attention}{apart}"
+        f"{config['out_dir']}: {device}, {config['dtype']}{why}, "
+        f"{config['optimizer']}, attention: {attention}{apart}"
     )
     try:
         data.tokenizer.encode(config["sample_start"])

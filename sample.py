@@ -130,7 +130,7 @@ device = pick_device(device)
 directory = runs.model_directory(init_from)
 tokenizer = prepare.load_tokenizer(directory)
 model = GPT.from_pretrained(directory)
-dtype = pick_dtype(dtype, device, model)
+dtype, _ = pick_dtype(dtype, device, model)
 model.to(device, getattr(torch, dtype)).eval()
 window = model.config.max_positions  # tokens of context
 if compile:

@@ -117,7 +117,7 @@ import torch.distributed as dist
 
 import prepare
 import runs
-from model import (MemoryGuard, barrier, broadcast_weights, compile_pays, completion_loss,
+from model import (MemoryGuard, Threads, barrier, broadcast_weights, compile_pays, completion_loss,
                    completion_measures, documents, expected_seconds, group_advantages,
                    make_optimizers, over_processes, pair_loss, pick_attention, pick_dtype,
                    pick_micro_batch_size, pick_muon_dtype, plan, sample_completions,
@@ -169,7 +169,8 @@ data.check_vocabulary(model.config.vocab_size)
 
 config |= vars(model.config) | {"init_from": start.init_from}
 dtype = runs.began_with("dtype", config, setup, start)
-dtype = config["dtype"] = pick_dtype(dtype, device, model, batch_size)
+dtype, why_dtype = pick_dtype(dtype, device, model, batch_size)
+config["dtype"] = dtype
 attention = pick_attention(device, dtype, doc_mask, compile, model.config.dropout, model.is_causal)
 model.to(device)
 model.grad_checkpoint = grad_checkpoint
@@ -359,7 +360,7 @@ def save_last_step():
         checkpoints.save(model, tokenizer, trainer_state(), ends, hf_layout)
 
 
-memory = MemoryGuard(device)
+memory, threads = MemoryGuard(device), Threads(device)
 recorded = state["config"].get("micro_batch_size", 0) if state else 0
 if not run.micro_batch_size or micro_batch_size not in (0, recorded):
     run.micro_batch_size = micro_batch_size or pick_micro_batch_size(model, config)
@@ -385,7 +386,7 @@ hub = runs.start_mirrors(config, checkpoints, log)  # threads for Hub and backup
 pod = runs.Pod(config, log, stop) if runs.on_a_pod(config) else None
 meter = runs.Meter(run, model, gpu_cost_per_hour, device, world_size)
 runs.finish_on_crash(save_last_step, checkpoints, log, stop, pod, terminate_on_error)
-runs.headline(model, data, config, sequences, attention, say)
+runs.headline(model, data, config, sequences, attention, why_dtype, say)
 log.start_bar(max_iters, run.step)
 
 # -----------------------------------------------------------------------------
@@ -566,6 +567,8 @@ while True:
     run.step, steps_here = run.step + 1, steps_here + 1
     run.tokens += int(tokens)
     run.train_s += time.perf_counter() - begun
+    if not compile_tried and threads.adapt():  # compiled code has their number built in
+        log.warn_once("threads", "another program keeps a core busy: one thread less meanwhile")
 
     # log
     log.progress(run.step)

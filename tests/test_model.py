@@ -713,3 +713,36 @@ def test_gradients_of_1x8_and_4x2_micro_batches_agree(masked):
             (model(a, b)[1] * ((b >= 0).sum() / (y >= 0).sum())).backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert (grads[0] - grads[1]).abs().max() < 1e-6
+
+
+# --- threads
+
+
+def test_a_busy_core_takes_a_thread_away_until_it_is_free(monkeypatch):
+    """From there on all are tried again after 5 seconds, 10, 20, ..., and stay once it is free."""
+    clock, used = types.SimpleNamespace(now=0.0, preemptions=0), [4]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(model_module.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(model_module, "_preemptions", lambda: clock.preemptions)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: used[-1])
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    threads = model_module.Threads("cpu")
+
+    def steps(seconds, preempted_a_second):
+        """[(second of a change, threads from there on)]"""
+        changes = []
+        for _ in range(10 * seconds):
+            before = used[-1]
+            clock.now += 0.1
+            clock.preemptions += preempted_a_second / 10 if before == 4 else 0
+            assert threads.adapt() == (used[-1] < before)
+            if used[-1] != before:
+                changes.append((round(clock.now), used[-1]))
+        return changes
+
+    assert steps(10, 60) == []
+    assert steps(20, 300) == [(10, 3), (16, 4), (16, 3), (26, 4), (27, 3)]
+    assert steps(60, 60) == [(47, 4)]
+    assert not model_module.Threads("cuda").is_on
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert not model_module.Threads("cpu").is_on
