@@ -791,9 +791,12 @@ def sample_token(logits, draw, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
         probs = keep_first(probs, probs.argsort(dim=-1, descending=True), top_p)
     if min_p > 0:
         probs = probs.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0)
+    if logits.device.type == "mps":  # it has no float64
+        probs, draw = probs.cpu(), draw.cpu()
     total = probs.double().cumsum(dim=-1)
     target = draw[:, None].double() * total[:, -1:]
     token = torch.searchsorted(total, target, right=True).clamp(max=logits.shape[-1] - 1)  # (B, 1)
+    token = token.to(logits.device)
     if ids is not None:
         token = ids.gather(-1, token)
     return token[:, 0]

@@ -3212,12 +3212,12 @@ def toy_questions(seed=1337, count=4_000):
 
 
 def toy_problems(seed=1337, count=4_000):
-    """Yields toy_sums with a fact in place of every fourth: a model that is rewarded for sums alone
-    soon answers everything with a sum."""
+    """Yields toy_sums with a question about a fact or a story in place of every other: a model that
+    is rewarded for sums alone soon answers everything with a sum."""
     rng = random.Random(f"problems {seed}")
     for problem in toy_sums(seed, count):
-        if rng.random() < 0.25:
-            question, answer = turns(rng, ("fact",))[0]
+        if rng.random() < 0.5:
+            question, answer = turns(rng, ("fact", "reading"))[0]
             problem = dict(prompt=question, answer=answer)
         yield problem
 

@@ -119,6 +119,7 @@ if out_dir and init_from == "resume" and not os.path.isdir(out_dir):
 # -----------------------------------------------------------------------------
 # load the model and its tokenizer
 
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what a Mac's GPU lacks, its CPU does
 import torch  # noqa: E402
 
 import runs  # noqa: E402

@@ -66,7 +66,7 @@ decay_embeddings = False      # nanoGPT does
 beta1 = 0.9                   # (>= 0, < 1)
 beta2 = 0.95                  # (>= 0, < 1)
 grad_clip = 1.0               # 0: never (>= 0)
-max_iters = 700               # steps (>= 1)
+max_iters = 650               # steps (>= 1)
 decay_lr = True               # False: constant after warm-up
 schedule = "wsd"              # 'wsd' (warm-up, stable, decay) | 'cosine' | 'constant'
 warmup_iters = 20             # (>= 0)
@@ -112,6 +112,7 @@ survive_dead_stdout()         # training goes on if the terminal closes; log.jso
 
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # less of a GPU's memory is lost between pieces
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what a Mac's GPU lacks, its CPU does
 import torch  # this late, so that --help and mistyped keys are answered at once
 import torch.distributed as dist
 
