@@ -8,6 +8,7 @@ Generates text with a trained model.
     python sample.py --interactive                             chat, or write a text together
     python sample.py --prompts=in.jsonl --out_file=out.jsonl   many prompts, in batches
     python sample.py --web                                     a web page (pip install gradio)
+    python sample.py --gguf=model.gguf                         for llama.cpp (pip install gguf)
 
 A model trained on conversations answers `start` as its user's message, any other continues it;
 --chat overrides this. The text is the same for any batch size, to the letter with float32.
@@ -18,6 +19,7 @@ file of that name.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -53,6 +55,8 @@ batch_size = 8                # prompts that are answered in parallel (>= 1)
 web = False                   # a web page
 host = "127.0.0.1"            # of the page; 0.0.0.0 serves everyone who can reach this machine
 port = 7860                   # of the page (>= 1, <= 65535)
+gguf = ""                     # writes the model to this file, for llama.cpp, Ollama, LM Studio
+gguf_dtype = "float32"        # 'float32' | 'float16' | 'bfloat16' | 'q8_0'
 # machine
 device = "auto"               # 'auto' | 'cpu' | 'cuda' | 'cuda:...' (cuda:1, for example) | 'mps'
 dtype = "auto"                # 'auto' | 'float32' | 'bfloat16' | 'float16'
@@ -100,14 +104,17 @@ def without_surrogates(text):
 if os.environ.get("SPACE_ID"):  # on a Hugging Face Space, this script is the page
     web, host = True, "0.0.0.0"
     init_from = os.environ.get("MODEL") or read_text("MODEL", "MODEL").strip()
-if interactive + bool(prompts) + web > 1:
-    raise UserError("--interactive, --prompts and --web exclude each other: choose one")
+if interactive + bool(prompts) + web + bool(gguf) > 1:
+    raise UserError("--interactive, --prompts, --web and --gguf exclude each other: choose one")
 if out_file and not prompts:
     raise UserError(f"out_file={out_file}: only the answers to --prompts=FILE go to a file")
-if os.path.exists(out_file):
-    raise UserError(f"out_file={out_file}: it exists already; choose another name, or remove it")
-if not os.path.isdir(os.path.dirname(os.path.abspath(out_file))):
-    raise UserError(f"out_file={out_file}: its directory does not exist")
+for key, path in (("out_file", out_file), ("gguf", gguf)):
+    if os.path.exists(path):
+        raise UserError(f"{key}={path}: it exists already; choose another name, or remove it")
+    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise UserError(f"{key}={path}: its directory does not exist")
+if gguf and not importlib.util.find_spec("gguf"):
+    raise UserError(f"gguf={gguf}: it is written by a package: pip install gguf")
 stops = parse_stop(stop)
 if start.startswith("FILE:"):
     start = read_text(start[5:], "start")
@@ -122,10 +129,12 @@ if out_dir and init_from == "resume" and not os.path.isdir(out_dir):
 import torch  # noqa: E402
 
 import runs  # noqa: E402
-from model import GPT, pack_weights, pick_device, pick_dtype  # noqa: E402
+from model import GPT, pack_weights, pick_device, pick_dtype, save_gguf  # noqa: E402
 
 if init_from == "resume":
     init_from = out_dir or runs.newest_run("out")
+if gguf:
+    device, dtype = "cpu", "float32"  # nothing is computed
 device = pick_device(device)
 directory = runs.model_directory(init_from)
 tokenizer = prepare.load_tokenizer(directory)
@@ -135,7 +144,7 @@ model.to(device, getattr(torch, dtype)).eval()
 window = model.config.max_positions  # tokens of context
 if compile:
     model.hidden = torch.compile(model.hidden, dynamic=True)
-elif device == "cpu" and dtype != "float16":  # which most CPUs cannot pack
+elif device == "cpu" and dtype != "float16" and not gguf:  # most CPUs cannot pack float16
     pack_weights(model)
 im_end = tokenizer.encode_special(prepare.IM_END)
 sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
@@ -668,9 +677,30 @@ def serve():
 
 
 # -----------------------------------------------------------------------------
+# a file for llama.cpp
+
+
+def write_gguf():
+    """Writes the model to the file `gguf`; UserError if llama.cpp cannot run it."""
+    if prepare.read_json(os.path.join(directory, "config.json"))["model_type"] == "nanosmol":
+        reason = "its config.json says model_type nanosmol, a maths that llama.cpp does not know"
+        raise UserError(f"gguf={gguf}: {directory} cannot be written: {reason}")
+    vocabulary = tokenizer.gguf_vocabulary(model.config.vocab_size)
+    matrices = save_gguf(model, gguf, gguf_dtype, vocabulary)
+    kept = ""
+    if gguf_dtype == "q8_0" and "F16" in matrices:
+        kept = f" ({matrices['F16']} matrices float16: their rows are no multiple of 32)"
+    size = os.path.getsize(gguf) / 1e6
+    pre = vocabulary["tokenizer.ggml.pre"]
+    note(f"{gguf}: {gguf_dtype}{kept}, {size:,.1f} MB, llama.cpp's pre-tokenizer {pre}")
+
+
+# -----------------------------------------------------------------------------
 
 try:
-    if interactive:
+    if gguf:
+        write_gguf()
+    elif interactive:
         converse()
     elif prompts:
         answer_prompts()
