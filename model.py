@@ -1774,9 +1774,9 @@ _QWEN3_TENSORS = _LLAMA_TENSORS + [
     ("*attn.k_norm", "*self_attn.k_norm",                     "head",    "",        "w"),
 ]
 _GPT2_TENSORS = [
-    ("embed",      "transformer.wte",                         "vocab",     "width", "w"),
-    ("pos_embed",  "transformer.wpe",                         "positions", "width", "w"),
-    ("norm",       "transformer.ln_f",                        "width",     "",      "wb"),
+    ("embed",      "wte",                                     "vocab",     "width", "w"),
+    ("pos_embed",  "wpe",                                     "positions", "width", "w"),
+    ("norm",       "ln_f",                                    "width",     "",      "wb"),
     ("head",       "lm_head",                                 "vocab",     "width", "w"),
     ("*attn_norm", "*ln_1",                                   "width",     "",      "wb"),
     ("*attn.qkv",  "*attn.c_attn",                            "qkv",       "width", "wb"),
@@ -1795,13 +1795,13 @@ def _llama_extra(c):
 
 def _smollm3_extra(c):
     layers = [int((layer + 1) % c.nope_every != 0) for layer in range(c.n_layer)]
-    more = {"no_rope_layers": layers, "use_sliding_window": False, "pad_token_id": None}
-    return _llama_extra(c) | more
+    return _llama_extra(c) | {"no_rope_layers": layers, "use_sliding_window": False}
 
 
 def _gpt2_extra(c):
     dropout = {"resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout}
-    return dropout | {"activation_function": "gelu_new"}
+    # n_ctx: what n_positions was called once; llama.cpp's converter reads it
+    return dropout | {"activation_function": "gelu_new", "n_ctx": c.max_positions}
 
 
 ARCHITECTURES = {
@@ -1843,7 +1843,7 @@ ARCHITECTURES = {
         "GPT2LMHeadModel",
         dict(norm="layernorm", mlp="gelu", pos="learned", qk_norm=False, nope_every=0,
              n_kv_head=0, head_dim=0),
-        _GPT2_KEYS, _GPT2_ALLOWED, _gpt2_extra, "transformer.h.", _GPT2_TENSORS, conv1d=True),
+        _GPT2_KEYS, _GPT2_ALLOWED, _gpt2_extra, "h.", _GPT2_TENSORS, conv1d=True),
 }
 # fmt: on
 
@@ -1944,6 +1944,8 @@ def _to_hf_config(config, kind):
         return hf | {"nanosmol": values}
     arch = ARCHITECTURES[kind]
     hf |= {"architectures": [arch.model_class], "use_cache": True}
+    # without these, transformers takes ids of its own, beyond a small vocabulary
+    hf |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     hf |= {theirs: values[ours] for ours, theirs, _ in arch.keys}
     hf |= arch.extra(config)
     hf["tie_word_embeddings"] = config.tie_embeddings and not config.embed_scale
@@ -2021,6 +2023,10 @@ def save_hf(config, state, directory, hf_layout, generation):
         tensors.pop("head.weight", None)
     if kind != "nanosmol":
         tensors = _to_hf_tensors(config, kind, tensors)
+    if kind == "gpt2" and "lm_head.weight" in tensors:
+        # transformers 4 takes the names of the Hub's gpt2 only where there is no head beside them
+        head = {"lm_head.weight": tensors.pop("lm_head.weight")}
+        tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()} | head
     addresses = set()
     for name, tensor in tensors.items():  # a file can't hold one tensor under two names
         shared = tensor.data_ptr() in addresses
@@ -2072,8 +2078,8 @@ def load_hf(model_class, directory):
     except (AttributeError, TypeError, KeyError) as e:
         raise UserError(f"{path}: not a model's config: {e}") from None
     tensors = _read_safetensors(directory)
-    if kind == "gpt2" and "wte.weight" in tensors:  # the Hub's gpt2 leaves the prefix out
-        tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
+    if kind == "gpt2":  # with the prefix or, as the Hub's gpt2, without
+        tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     if kind == "nanosmol":
         tied = config.tie_embeddings and "head.weight" not in tensors
     else:

@@ -232,12 +232,25 @@ class Tokenizer:
             return False
         return all(others.get(token, i) == i for token, i in vocab.items())
 
+    def special_ids(self, ends):
+        """The ids in config.json and generation_config.json of a model whose texts end at one of
+        `ends`; None where there is none."""
+        eos = None if self.eos_id < 0 else self.eos_id
+        bos = eos if self.bos is None else self.encode_special(self.bos)
+        end = ends
+        if len(ends) < 2:
+            end = ends[0] if ends else None
+        return {"bos_token_id": bos, "eos_token_id": end, "pad_token_id": eos}
+
     def save(self, directory):
         """Writes tokenizer.json and tokenizer_config.json, as AutoTokenizer reads them."""
         settings = dict(
             tokenizer_class="PreTrainedTokenizerFast",
+            # without token_type_ids, which transformers 4 adds and generate() refuses
+            model_input_names=["input_ids", "attention_mask"],
             eos_token=self.eos,
             pad_token=self.eos,
+            unk_token=self.spec["model"].get("unk_token") or self.eos,  # CTranslate2 wants one
             clean_up_tokenization_spaces=False,
             nanosmol_name=self.name,
             bos_token=self.bos or self.eos,
@@ -270,7 +283,7 @@ class Tokenizer:
             "tokens": tokens,
             "token_type": types,
             "merges": merges or ["À Á"],  # GGUF has no empty list; no UTF-8 has these two bytes
-            "bos_token_id": self.encode_special(self.bos or self.eos),
+            "bos_token_id": self.special_ids([])["bos_token_id"],
             "eos_token_id": self.eos_id,
             "padding_token_id": self.eos_id,
             "add_bos_token": False,
@@ -279,7 +292,7 @@ class Tokenizer:
         keys = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
         if self.has_chat_tokens():
             keys["tokenizer.ggml.eot_token_id"] = self.encode_special(IM_END)
-            keys["tokenizer.chat_template"] = CHAT_TEMPLATE
+            keys["tokenizer.chat_template"] = UNMARKED_TEMPLATE
         return keys
 
     def _gguf_tokens(self, vocab_size):
@@ -745,13 +758,19 @@ def _words_pattern(spec):
 # -----------------------------------------------------------------------------
 # Chat: ChatML, one conversation after the other, each ended by the end-of-text token.
 
-# render_chat as transformers' apply_chat_template reads it from tokenizer_config.json
+# render_chat as transformers' apply_chat_template reads it from tokenizer_config.json, up to the
+# last <|im_end|>: what followed would count as a part of the answer in TRL. TRL and transformers
+# take what stands between the generation marks for the assistant's words; other programs do not
+# know these marks.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim "
-    "}}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% else %}{{ eos_token }}{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] | trim }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ message['content'] | trim }}<|im_end|>{% endif %}"
+    "{% if add_generation_prompt or not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+UNMARKED_TEMPLATE = re.sub(r"{% (end)?generation %}", "", CHAT_TEMPLATE)
 
 
 def render_chat(messages, tokenizer, add_generation_prompt=False, last_only=False):
