@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 import prepare
 from model import GPT, GPTConfig
 
-SHAPE = dict(block_size=64, n_layer=2, n_head=4, n_embd=64, qk_norm=False, unit_embed=False)
+SHAPE = dict(block_size=128, n_layer=2, n_head=4, n_embd=64, qk_norm=False, unit_embed=False)
+SHAPE |= dict(init_std=0.1)
 GPT2 = dict(norm="layernorm", mlp="gelu", pos="learned", bias=True)
 KINDS = {
     "llama": {},
@@ -42,9 +43,9 @@ def test_special_ids_are_ours(kind, here):
     for config in (AutoConfig.from_pretrained("m"), GenerationConfig.from_pretrained("m")):
         assert (config.bos_token_id, config.pad_token_id) == (0, 0)
         assert config.eos_token_id == [0, 2]
-    assert AutoConfig.from_pretrained("m").max_position_embeddings == 64
+    assert AutoConfig.from_pretrained("m").max_position_embeddings == 128
     if kind.startswith("gpt2"):
-        assert json.load(open("m/config.json"))["n_ctx"] == 64
+        assert json.load(open("m/config.json"))["n_ctx"] == 128
 
 
 def test_a_tokenizer_without_special_tokens_has_no_ids(here):
