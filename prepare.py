@@ -244,13 +244,14 @@ class Tokenizer:
 
     def save(self, directory):
         """Writes tokenizer.json and tokenizer_config.json, as AutoTokenizer reads them."""
+        unk = self.spec["model"].get("unk_token") or ""  # not in every vocabulary that names it
         settings = dict(
             tokenizer_class="PreTrainedTokenizerFast",
             # without token_type_ids, which transformers 4 adds and generate() refuses
             model_input_names=["input_ids", "attention_mask"],
             eos_token=self.eos,
             pad_token=self.eos,
-            unk_token=self.spec["model"].get("unk_token") or self.eos,  # CTranslate2 wants one
+            unk_token=self.eos if self.encode_special(unk) is None else unk,  # for CTranslate2
             clean_up_tokenization_spaces=False,
             nanosmol_name=self.name,
             bos_token=self.bos or self.eos,
