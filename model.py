@@ -1821,9 +1821,9 @@ _QWEN3_TENSORS = _LLAMA_TENSORS + [
     ("*attn.k_norm", "*self_attn.k_norm",                     "head",    "",        "w"),
 ]
 _GPT2_TENSORS = [
-    ("embed",      "transformer.wte",                         "vocab",     "width", "w"),
-    ("pos_embed",  "transformer.wpe",                         "positions", "width", "w"),
-    ("norm",       "transformer.ln_f",                        "width",     "",      "wb"),
+    ("embed",      "wte",                                     "vocab",     "width", "w"),
+    ("pos_embed",  "wpe",                                     "positions", "width", "w"),
+    ("norm",       "ln_f",                                    "width",     "",      "wb"),
     ("head",       "lm_head",                                 "vocab",     "width", "w"),
     ("*attn_norm", "*ln_1",                                   "width",     "",      "wb"),
     ("*attn.qkv",  "*attn.c_attn",                            "qkv",       "width", "wb"),
@@ -1842,13 +1842,13 @@ def _llama_extra(c):
 
 def _smollm3_extra(c):
     layers = [int((layer + 1) % c.nope_every != 0) for layer in range(c.n_layer)]
-    more = {"no_rope_layers": layers, "use_sliding_window": False, "pad_token_id": None}
-    return _llama_extra(c) | more
+    return _llama_extra(c) | {"no_rope_layers": layers, "use_sliding_window": False}
 
 
 def _gpt2_extra(c):
     dropout = {"resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout}
-    return dropout | {"activation_function": "gelu_new"}
+    # n_ctx: what n_positions was called once; llama.cpp's converter reads it
+    return dropout | {"activation_function": "gelu_new", "n_ctx": c.max_positions}
 
 
 ARCHITECTURES = {
@@ -1890,7 +1890,7 @@ ARCHITECTURES = {
         "GPT2LMHeadModel",
         dict(norm="layernorm", mlp="gelu", pos="learned", qk_norm=False, nope_every=0,
              n_kv_head=0, head_dim=0),
-        _GPT2_KEYS, _GPT2_ALLOWED, _gpt2_extra, "transformer.h.", _GPT2_TENSORS, conv1d=True),
+        _GPT2_KEYS, _GPT2_ALLOWED, _gpt2_extra, "h.", _GPT2_TENSORS, conv1d=True),
 }
 # fmt: on
 
@@ -1991,6 +1991,8 @@ def _to_hf_config(config, kind):
         return hf | {"nanosmol": values}
     arch = ARCHITECTURES[kind]
     hf |= {"architectures": [arch.model_class], "use_cache": True}
+    # without these, transformers takes ids of its own, beyond a small vocabulary
+    hf |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     hf |= {theirs: values[ours] for ours, theirs, _ in arch.keys}
     hf |= arch.extra(config)
     hf["tie_word_embeddings"] = config.tie_embeddings and not config.embed_scale
@@ -2068,6 +2070,10 @@ def save_hf(config, state, directory, hf_layout, generation):
         tensors.pop("head.weight", None)
     if kind != "nanosmol":
         tensors = _to_hf_tensors(config, kind, tensors)
+    if kind == "gpt2" and "lm_head.weight" in tensors:
+        # transformers 4 takes the names of the Hub's gpt2 only where there is no head beside them
+        head = {"lm_head.weight": tensors.pop("lm_head.weight")}
+        tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()} | head
     addresses = set()
     for name, tensor in tensors.items():  # a file can't hold one tensor under two names
         shared = tensor.data_ptr() in addresses
@@ -2119,8 +2125,8 @@ def load_hf(model_class, directory):
     except (AttributeError, TypeError, KeyError) as e:
         raise UserError(f"{path}: not a model's config: {e}") from None
     tensors = _read_safetensors(directory)
-    if kind == "gpt2" and "wte.weight" in tensors:  # the Hub's gpt2 leaves the prefix out
-        tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
+    if kind == "gpt2":  # with the prefix or, as the Hub's gpt2, without
+        tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     if kind == "nanosmol":
         tied = config.tie_embeddings and "head.weight" not in tensors
     else:
@@ -2252,3 +2258,117 @@ def _read_safetensors(directory):
         except SafetensorError as e:
             raise UserError(f"{path}: damaged or cut short, no safetensors file ({e})") from None
     return tensors
+
+
+# -----------------------------------------------------------------------------
+# GGUF, the file that llama.cpp, Ollama and LM Studio read: the tensors of the Hugging Face layout
+# under the names that the `gguf` package has for them
+
+GGUF_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+
+
+def gguf_obstacles(model):
+    """A sentence for each thing about `model` that llama.cpp does not compute."""
+    config = model.config
+    kind, obstacles = architecture(config, model.state_dict())
+    if kind == "smollm3" and config.nope_every != 4:
+        obstacles.append(f"its smollm3 has nope_every=4, not {config.nope_every}")
+    if kind == "smollm3" and config.bias:
+        obstacles.append("its smollm3 has bias=False, not True")
+    edits = {"visible": model.is_causal, "logits": model.has_plain_logits}
+    obstacles += [f"GPT.{name} was edited" for name, is_plain in edits.items() if not is_plain]
+    if not attend_is_plain():
+        obstacles.append("attend was edited")
+    return obstacles
+
+
+def save_gguf(model, path, dtype, vocabulary):
+    """Writes a GGUF file, whole or not at all. `vocabulary` holds the tokenizer's keys.
+
+    Vectors and learned positions stay float32. q8_0 packs 32 numbers of a row: matrices whose rows
+    are no multiple of that are float16. Returns {dtype: how many matrices}. UserError for what
+    llama.cpp does not compute.
+    """
+    import gguf
+
+    obstacles = gguf_obstacles(model)
+    if obstacles:
+        raise UserError(f"{path}: llama.cpp cannot run this model: {'; '.join(obstacles)}")
+    kind, counts = architecture(model.config)[0], {}
+    partial = f"{path}.tmp{os.getpid()}"
+    writer = gguf.GGUFWriter(partial, kind)
+    name = os.path.basename(path).removesuffix(".gguf")
+    for key, value in (
+        {"general.name": name} | _gguf_keys(model.config, kind) | vocabulary
+    ).items():
+        kinds = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
+        getattr(writer, f"add_{kinds[type(value)]}")(key, value)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for name, tensor in _gguf_tensors(model, kind):
+        stored = "F32"
+        if tensor.ndim == 2 and name != "position_embd.weight":
+            stored = GGUF_DTYPES[dtype]
+            if stored == "Q8_0" and tensor.shape[1] % 32:
+                stored = "F16"
+            counts[stored] = counts.get(stored, 0) + 1
+        stored = gguf.GGMLQuantizationType[stored]
+        writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), stored), raw_dtype=stored)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with open(partial, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            os.remove(partial)  # of an attempt that failed
+    return counts
+
+
+def _gguf_keys(config, kind):
+    """The keys of a GGUF file that give a model's shape."""
+    c = config
+    keys = {
+        "vocab_size": c.vocab_size,
+        "context_length": c.max_positions,
+        "embedding_length": c.n_embd,
+        "block_count": c.n_layer,
+        "feed_forward_length": c.ffn_dim,
+        "attention.head_count": c.n_head,
+        "attention.head_count_kv": c.n_kv_head,
+        "attention.key_length": c.head_dim,
+        "attention.value_length": c.head_dim,
+    }
+    if c.norm == "layernorm":
+        keys["attention.layer_norm_epsilon"] = c.norm_eps
+    else:
+        keys["attention.layer_norm_rms_epsilon"] = c.norm_eps
+    if c.pos == "rope":
+        keys |= {"rope.dimension_count": c.head_dim, "rope.freq_base": float(c.rope_theta)}
+    return {f"{kind}.{key}": value for key, value in keys.items()}
+
+
+def _gguf_tensors(model, kind):
+    """Yields (name, tensor), float32, matrices as (out, in)."""
+    import gguf
+
+    config = model.config
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
+    names = gguf.get_tensor_name_map(arch, config.n_layer)
+    state = {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()}
+    if _head_is_embedding(config, state):
+        del state["head.weight"]
+    rows = _tensor_rows(config, kind)
+    transposed = {name for row in rows if row.transposed for name, _ in row.pieces}
+    for name, tensor in _to_hf_tensors(config, kind, state).items():
+        if name in transposed:
+            tensor = tensor.T
+        if kind in ("llama", "smollm3") and re.search(r"\.[qk]_proj\.", name):
+            # where RoPE turns the i-th number with the one half a head later, llama.cpp turns
+            # neighbours, in these two architectures
+            halves = tensor.view(-1, 2, config.head_dim // 2, *tensor.shape[1:])
+            tensor = halves.transpose(1, 2).reshape(tensor.shape)
+        yield names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.contiguous()

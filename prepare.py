@@ -219,6 +219,9 @@ class Tokenizer:
         """The id of a special token such as <|im_end|>; None if this tokenizer does not have it."""
         return self.library.token_to_id(token)
 
+    def has_chat_tokens(self):
+        return all(self.encode_special(token) is not None for token in (IM_START, IM_END))
+
     def decode(self, ids):
         return self.library.decode([int(i) for i in ids], skip_special_tokens=False)
 
@@ -229,22 +232,85 @@ class Tokenizer:
             return False
         return all(others.get(token, i) == i for token, i in vocab.items())
 
+    def special_ids(self, ends):
+        """The ids in config.json and generation_config.json of a model whose texts end at one of
+        `ends`; None where there is none."""
+        eos = None if self.eos_id < 0 else self.eos_id
+        bos = eos if self.bos is None else self.encode_special(self.bos)
+        end = ends
+        if len(ends) < 2:
+            end = ends[0] if ends else None
+        return {"bos_token_id": bos, "eos_token_id": end, "pad_token_id": eos}
+
     def save(self, directory):
         """Writes tokenizer.json and tokenizer_config.json, as AutoTokenizer reads them."""
+        unk = self.spec["model"].get("unk_token") or ""  # not in every vocabulary that names it
         settings = dict(
             tokenizer_class="PreTrainedTokenizerFast",
+            # without token_type_ids, which transformers 4 adds and generate() refuses
+            model_input_names=["input_ids", "attention_mask"],
             eos_token=self.eos,
             pad_token=self.eos,
+            unk_token=self.eos if self.encode_special(unk) is None else unk,  # for CTranslate2
             clean_up_tokenization_spaces=False,
             nanosmol_name=self.name,
             bos_token=self.bos or self.eos,
         )
-        if self.encode_special(IM_START) is not None and self.encode_special(IM_END) is not None:
+        if self.has_chat_tokens():
             settings.update(chat_template=CHAT_TEMPLATE)
         os.makedirs(directory, exist_ok=True)
         # the settings first: they mark the directory as written by this program
         write_json(os.path.join(directory, "tokenizer_config.json"), settings)
         write_json(os.path.join(directory, "tokenizer.json"), self.spec, indent=None)
+
+    def gguf_vocabulary(self, vocab_size):
+        """The keys of a GGUF file that hold this tokenizer, for a model of `vocab_size` tokens;
+        UserError if llama.cpp can't encode as this one does."""
+        model = self.spec["model"]
+        if model["type"] != "BPE" or model.get("byte_fallback"):
+            raise UserError(
+                f"{self.name}: llama.cpp needs a byte-level BPE, this is no such tokenizer"
+            )
+        pre = "gpt-2"
+        if model["merges"]:  # without any, how a text is split into words makes no difference
+            pre = GGUF_WORDS.get((_words_pattern(self.spec), bool(model.get("ignore_merges"))))
+        if not pre or self.spec.get("normalizer"):
+            raise UserError(f"{self.name}: llama.cpp cannot split a text into words as it does")
+        tokens, types = self._gguf_tokens(vocab_size)
+        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+        keys = {
+            "model": "gpt2",
+            "pre": pre,
+            "tokens": tokens,
+            "token_type": types,
+            "merges": merges or ["À Á"],  # GGUF has no empty list; no UTF-8 has these two bytes
+            "bos_token_id": self.special_ids([])["bos_token_id"],
+            "eos_token_id": self.eos_id,
+            "padding_token_id": self.eos_id,
+            "add_bos_token": False,
+            "add_eos_token": False,
+        }
+        keys = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+        if self.has_chat_tokens():
+            keys["tokenizer.ggml.eot_token_id"] = self.encode_special(IM_END)
+            keys["tokenizer.chat_template"] = UNMARKED_TEMPLATE
+        return keys
+
+    def _gguf_tokens(self, vocab_size):
+        """(the tokens by id, their types); the ids without a token are marked as unused."""
+        from gguf import TokenType
+
+        if self.vocab_size > vocab_size:
+            both = f"{self.name} has {self.vocab_size} tokens, the model {vocab_size}"
+            raise UserError(f"{both}: they do not belong together")
+        tokens = [f"[unused {i}]" for i in range(vocab_size)]
+        types = [int(TokenType.UNUSED)] * vocab_size
+        for token, i in self.library.get_vocab(with_added_tokens=True).items():
+            tokens[i], types[i] = token, int(TokenType.NORMAL)
+        for token in self.spec["added_tokens"]:
+            kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+            types[token["id"]] = int(kind)
+        return tokens, types
 
 
 class Engine:
@@ -596,6 +662,22 @@ DIGIT_WORDS = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N}|$)|\s+(?!\S)|\s"
 )
 
+# the same for Llama 3's and Qwen2's tokenizers
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2_WORDS = LLAMA3_WORDS.replace("{1,3}", "")
+
+# llama.cpp's name of a rule for words; whether a word that is a token stays whole, whatever merges
+GGUF_WORDS = {
+    (GPT2_WORDS, False): "gpt-2",
+    (DIGIT_WORDS, False): "smollm",
+    (LLAMA3_WORDS, True): "llama-bpe",
+    (LLAMA3_WORDS, False): "dbrx",
+    (QWEN2_WORDS, False): "qwen2",
+}
+
 SAMPLE = (
     "It's 3:45pm, isn't it?  We'll\t\tpay $1,234.50!\n\n  def f(x):\n      return x**2 \r\n"
     "\r\n   \n xnaïve café Über straße e\u0301 ﬁ Ⅷ½²٣४ 12 34  5 \u00a0\u2003\u3000全角１２３　"
@@ -677,13 +759,19 @@ def _words_pattern(spec):
 # -----------------------------------------------------------------------------
 # Chat: ChatML, one conversation after the other, each ended by the end-of-text token.
 
-# render_chat as transformers' apply_chat_template reads it from tokenizer_config.json
+# render_chat as transformers' apply_chat_template reads it from tokenizer_config.json, up to the
+# last <|im_end|>: what followed would count as a part of the answer in TRL. TRL and transformers
+# take what stands between the generation marks for the assistant's words; other programs do not
+# know these marks.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim "
-    "}}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% else %}{{ eos_token }}{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] | trim }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ message['content'] | trim }}<|im_end|>{% endif %}"
+    "{% if add_generation_prompt or not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+UNMARKED_TEMPLATE = re.sub(r"{% (end)?generation %}", "", CHAT_TEMPLATE)
 
 
 def render_chat(messages, tokenizer, add_generation_prompt=False, last_only=False):

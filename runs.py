@@ -876,8 +876,7 @@ class Checkpoints:
         waited = time.perf_counter() - begun
 
         def write(directory):
-            generation = {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}
-            model.save_pretrained(directory, hf_layout, generation, weights)
+            model.save_pretrained(directory, hf_layout, tokenizer.special_ids(ends), weights)
             tokenizer.save(directory)
             torch.save(trainer, os.path.join(directory, "trainer.pt"))
 

@@ -8,6 +8,7 @@ Generates text with a trained model.
     python sample.py --interactive                             chat, or write a text together
     python sample.py --prompts=in.jsonl --out_file=out.jsonl   many prompts, in batches
     python sample.py --web                                     a web page (pip install gradio)
+    python sample.py --gguf=model.gguf                         for llama.cpp (pip install gguf)
 
 A model trained on conversations answers `start` as its user's message, any other continues it;
 --chat overrides this. The text is the same for any batch size, to the letter with float32.
@@ -18,10 +19,13 @@ file of that name.
 """
 
 import contextlib
+import html
+import importlib.util
 import json
 import os
 import re
 import sys
+import threading
 import time
 
 from configurator import UserError, configure, counted
@@ -53,6 +57,9 @@ batch_size = 8                # prompts that are answered in parallel (>= 1)
 web = False                   # a web page
 host = "127.0.0.1"            # of the page; 0.0.0.0 serves everyone who can reach this machine
 port = 7860                   # of the page (>= 1, <= 65535)
+max_seconds = 120.0           # an answer on the page ends after this time (> 0)
+gguf = ""                     # writes the model to this file, for llama.cpp, Ollama, LM Studio
+gguf_dtype = "float32"        # 'float32' | 'float16' | 'bfloat16' | 'q8_0'
 # machine
 device = "auto"               # 'auto' | 'cpu' | 'cuda' | 'cuda:...' (cuda:1, for example) | 'mps'
 dtype = "auto"                # 'auto' | 'float32' | 'bfloat16' | 'float16'
@@ -100,14 +107,17 @@ def without_surrogates(text):
 if os.environ.get("SPACE_ID"):  # on a Hugging Face Space, this script is the page
     web, host = True, "0.0.0.0"
     init_from = os.environ.get("MODEL") or read_text("MODEL", "MODEL").strip()
-if interactive + bool(prompts) + web > 1:
-    raise UserError("--interactive, --prompts and --web exclude each other: choose one")
+if interactive + bool(prompts) + web + bool(gguf) > 1:
+    raise UserError("--interactive, --prompts, --web and --gguf exclude each other: choose one")
 if out_file and not prompts:
     raise UserError(f"out_file={out_file}: only the answers to --prompts=FILE go to a file")
-if os.path.exists(out_file):
-    raise UserError(f"out_file={out_file}: it exists already; choose another name, or remove it")
-if not os.path.isdir(os.path.dirname(os.path.abspath(out_file))):
-    raise UserError(f"out_file={out_file}: its directory does not exist")
+for key, path in (("out_file", out_file), ("gguf", gguf)):
+    if os.path.exists(path):
+        raise UserError(f"{key}={path}: it exists already; choose another name, or remove it")
+    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise UserError(f"{key}={path}: its directory does not exist")
+if gguf and not importlib.util.find_spec("gguf"):
+    raise UserError(f"gguf={gguf}: it is written by a package: pip install gguf")
 stops = parse_stop(stop)
 if start.startswith("FILE:"):
     start = read_text(start[5:], "start")
@@ -123,10 +133,12 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what a Mac's GPU la
 import torch  # noqa: E402
 
 import runs  # noqa: E402
-from model import GPT, pack_weights, pick_device, pick_dtype  # noqa: E402
+from model import GPT, pack_weights, pick_device, pick_dtype, save_gguf  # noqa: E402
 
 if init_from == "resume":
     init_from = out_dir or runs.newest_run("out")
+if gguf:
+    device, dtype = "cpu", "float32"  # nothing is computed
 device = pick_device(device)
 directory = runs.model_directory(init_from)
 tokenizer = prepare.load_tokenizer(directory)
@@ -136,7 +148,7 @@ model.to(device, getattr(torch, dtype)).eval()
 window = model.config.max_positions  # tokens of context
 if compile:
     model.hidden = torch.compile(model.hidden, dynamic=True)
-elif device == "cpu" and dtype != "float16":  # which most CPUs cannot pack
+elif device == "cpu" and dtype != "float16" and not gguf:  # most CPUs cannot pack float16
     pack_weights(model)
 im_end = tokenizer.encode_special(prepare.IM_END)
 sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
@@ -469,11 +481,15 @@ def complete_batch(rows):
 # -----------------------------------------------------------------------------
 # in the terminal
 
-HELP = """/reset              start again
-/system TEXT        the system message
-/temperature 0.7    0 is greedy
-/save FILE          append this conversation to FILE, as one line of JSON
-/quit               or Ctrl-D; Ctrl-C stops an answer"""
+COMMANDS = {
+    "/reset": "start again",
+    "/system TEXT": "the system message",
+    "/temperature 0.7": "0 is greedy",
+    "/save FILE": "append this conversation to FILE, as one line of JSON",
+    "/quit": "or Ctrl-D; Ctrl-C stops an answer",
+}
+if not chatting:
+    del COMMANDS["/system TEXT"]
 
 
 class Conversation:
@@ -493,7 +509,8 @@ class Conversation:
         name, _, argument = line.partition(" ")
         argument = argument.strip()
         if name == "/help":
-            print(HELP)
+            for command, what in COMMANDS.items():
+                print(f"{command:18}  {what}")
         elif name == "/reset":
             self.reset()
         elif name == "/system" and chatting:
@@ -580,18 +597,23 @@ def converse():
 # a web page
 
 
+most_on_page = max(window, max_new_tokens)  # tokens of an answer, whatever a visitor asks for
+
+
 def generate_for_page(encode, prompt, settings):
-    """Yields the growing completion of a text or of messages; `settings` are the page's inputs."""
+    """Yields the growing completion of a text or of messages; `settings` are the page's inputs, of
+    which a visitor may send any."""
     import gradio as gr
 
     temperature, top_p, top_k, max_tokens, seed, *system = settings
+    deadline = time.monotonic() + max_seconds
     try:
         chosen = {
             "temperature": setup.check("temperature", float(temperature)),
             "top_p": setup.check("top_p", float(top_p)),
             "top_k": setup.check("top_k", int(top_k or 0)),
         }
-        max_tokens = setup.check("max_new_tokens", int(max_tokens))
+        max_tokens = min(setup.check("max_new_tokens", int(max_tokens)), most_on_page)
         seed = setup.check("seed", int(seed or 0))
         ids, max_tokens, *dropped = encode(prompt, max_tokens, *system)
         if any(dropped):
@@ -599,17 +621,24 @@ def generate_for_page(encode, prompt, settings):
         completion = Completion(ids)
         for _ in completion.stream(ids, max_tokens, seed, sampling | chosen):
             yield completion.text
-    except UserError as e:
-        raise gr.Error(str(e), print_exception=False) from None
+            if time.monotonic() > deadline:
+                gr.Info(f"Stopped after {max_seconds:g} seconds")
+                return
+    except UserError as e:  # it may quote what was typed, and is shown as HTML
+        raise gr.Error(html.escape(str(e)), print_exception=False) from None
 
 
 def page_chat(message, history, *settings):
+    """Yields the answer as HTML, which is what Gradio takes it for."""
     messages = []
     for m in history:  # since Gradio 6, the content of a message is a list of parts
         content = "".join(part.get("text", "") for part in m["content"])
+        if m["role"] == "assistant":
+            content = html.unescape(content)
         messages.append({"role": m["role"], "content": content})
     messages.append({"role": "user", "content": message})
-    yield from generate_for_page(encode_chat, messages, settings)
+    for completion in generate_for_page(encode_chat, messages, settings):
+        yield html.escape(completion)
 
 
 def page_text(text, *settings):
@@ -619,32 +648,46 @@ def page_text(text, *settings):
 
 def build_page(gr):
     name = os.path.basename(os.path.normpath(init_from))
+    limits = {"max_length": 32 * window}  # characters: more is not read
     with gr.Blocks(title=f"{name} · nanosmol") as page:
         size = f"{model.n_params() / 1e6:.1f}M parameters"
-        gr.Markdown(f"## {name}\n{size} · {window:,} tokens of context")
+        gr.Markdown(f"## {html.escape(name)}\n{size} · {window:,} tokens of context")
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
-                longest = max(window, max_new_tokens)
                 settings = [
                     gr.Slider(0, 2, temperature, step=0.05, label="Temperature", info="0: greedy"),
                     gr.Slider(0, 1, top_p, step=0.01, label="Top-p"),
                     gr.Slider(0, 1000, top_k, step=1, label="Top-k", info="0: all"),
-                    gr.Slider(1, longest, max_new_tokens, step=1, label="Length in tokens"),
+                    gr.Slider(1, most_on_page, max_new_tokens, step=1, label="Length in tokens"),
                     gr.Number(seed, label="Seed", precision=0),
                 ]
                 system_box = gr.Textbox(system, label="System message", visible=chatting)
             with gr.Column(scale=3):
                 if chatting:
                     with gr.Tab("Chat"):
-                        box = gr.Chatbot(height=460, show_label=False, render_markdown=False)
-                        inputs = [*settings, system_box]
-                        gr.ChatInterface(page_chat, chatbot=box, additional_inputs=inputs)
+                        chat_log = gr.Chatbot(height=460, show_label=False, render_markdown=False)
+                        message = gr.Textbox(placeholder="Enter sends", show_label=False, **limits)
+                        gr.ChatInterface(
+                            page_chat,
+                            chatbot=chat_log,
+                            textbox=message,
+                            additional_inputs=[*settings, system_box],
+                        )
                 with gr.Tab("Text"):
-                    text = gr.Textbox(start, lines=18, show_label=False, elem_id="text")
+                    # of one line: in a taller box, Gradio makes Enter a line break
+                    text = gr.Textbox(
+                        start,
+                        max_lines=18,
+                        placeholder="Once upon a time (Enter: write on, Shift+Enter: a new line)",
+                        show_label=False,
+                        elem_id="text",
+                        **limits,
+                    )
                     with gr.Row():
                         write_on = gr.Button("Write on", variant="primary")
                         stop_button = gr.Button("Stop")
-                    event = write_on.click(page_text, [text, *settings], text)
+                    triggers = [write_on.click, text.submit]
+                    event = gr.on(triggers, page_text, [text, *settings], text)
                     stop_button.click(None, cancels=event)
     return page
 
@@ -662,16 +705,43 @@ def serve():
     page = build_page(gr)
     theme = gr.themes.Default(font=["sans-serif"], font_mono=["monospace"])
     options = {"show_error": True, "footer_links": [], "ssr_mode": False, "theme": theme}
+    options |= {"quiet": True, "prevent_thread_lock": True}  # its hints are about other things
     try:
         page.launch(server_name=host, server_port=port, **options)
     except OSError as e:
         raise UserError(f"host={host}, port={port}: {e}") from None
+    note(f"http://{host}:{port} in a browser; Ctrl-C ends it")
+    try:
+        threading.Event().wait()
+    finally:
+        page.close(verbose=False)
+
+
+# -----------------------------------------------------------------------------
+# a file for llama.cpp
+
+
+def write_gguf():
+    """Writes the model to the file `gguf`; UserError if llama.cpp cannot run it."""
+    if prepare.read_json(os.path.join(directory, "config.json"))["model_type"] == "nanosmol":
+        reason = "its config.json says model_type nanosmol, a maths that llama.cpp does not know"
+        raise UserError(f"gguf={gguf}: {directory} cannot be written: {reason}")
+    vocabulary = tokenizer.gguf_vocabulary(model.config.vocab_size)
+    matrices = save_gguf(model, gguf, gguf_dtype, vocabulary)
+    kept = ""
+    if gguf_dtype == "q8_0" and "F16" in matrices:
+        kept = f" ({matrices['F16']} matrices float16: their rows are no multiple of 32)"
+    size = os.path.getsize(gguf) / 1e6
+    pre = vocabulary["tokenizer.ggml.pre"]
+    note(f"{gguf}: {gguf_dtype}{kept}, {size:,.1f} MB, llama.cpp's pre-tokenizer {pre}")
 
 
 # -----------------------------------------------------------------------------
 
 try:
-    if interactive:
+    if gguf:
+        write_gguf()
+    elif interactive:
         converse()
     elif prompts:
         answer_prompts()

@@ -1276,7 +1276,12 @@ def test_chat_is_what_the_template_renders(kind, tmp_path):
     ]
     for messages in [CHATS[0]["messages"], CHATS[1]["messages"], CHATS[2]["messages"]]:
         ids, mask = prepare.render_chat(messages, tok)
-        assert ids == theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+        rendered = theirs.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        n = len(rendered["input_ids"])  # up to the last <|im_end|>
+        assert ids[:n] == rendered["input_ids"] and mask[:n] == rendered["assistant_masks"]
+        assert ids[n:] == [*tok.encode("\n"), tok.eos_id]
         assert ids[-1] == tok.eos_id and mask[-1] == 0 and len(ids) == len(mask)
         begin, _ = prepare.render_chat(messages[:-1], tok, add_generation_prompt=True)
         assert ids[: len(begin)] == begin

@@ -505,7 +505,8 @@ def test_a_chat_in_a_terminal(place):
     chat.until(PROMPT)
     first = chat.ask("the cat")
     assert set(first.split()) & set(WORDS)
-    assert "0 is greedy" in chat.ask("/help")
+    commands = chat.ask("/help")
+    assert "0 is greedy" in commands and "/system" in commands
     assert "no such command" in chat.ask("/temperature hot") and "no such command" in chat.ask(
         "/jump"
     )
@@ -561,9 +562,10 @@ def test_a_base_model_goes_on_with_the_text(place):
         "--init_from=base",
         "--interactive",
         "--max_new_tokens=12",
-        stdin="the cat\n/system x\n",
+        stdin="/help\nthe cat\n/system x\n",
     )
     assert "/system x: no such command" in run.stdout and ", chat" not in run.stderr
+    assert "/save FILE" in run.stdout and "/system TEXT" not in run.stdout
     # Enter alone lets the model continue; a chat model continues a text with --chat=no
     sample(
         place,
@@ -633,7 +635,7 @@ def test_the_page_in_a_browser(page, place):
     with playwright.sync_playwright() as p:
         tab = p.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page()
         tab.goto(page)
-        box = tab.get_by_placeholder("Type a message...")
+        box = tab.get_by_placeholder("Enter sends")
         box.fill("the cat <|im_end|>")
         box.press("Enter")
         said = tab.get_by_test_id("bot")
