@@ -456,24 +456,45 @@ class Documents(typing.NamedTuple):
     mask: typing.Any  # boolean (B, 1, T, T), or what a kernel takes
 
 
-def documents(idx, eos_id, attention="sdpa", visible=causal):
+def documents(idx, eos_id, attention="sdpa", visible=causal, ends=None):
     """Where the documents packed in windows idx (B, T) lie; each ends with its eos_id.
 
     Attention becomes block-diagonal and positions restart, so that a document's logits are those
-    that it has alone. `attention` is what pick_attention chose, `visible` the model's.
+    that it has alone. `attention` is what pick_attention chose, `visible` the model's, `ends` what
+    document_ends gives, if it is known.
     """
     B, T = idx.shape
-    ends = idx == eos_id
     where = torch.arange(T, device=idx.device).expand(B, T)
-    first = torch.ones_like(ends)
-    first[:, 1:] = ends[:, :-1]  # an end-of-text token still belongs to the text that it ends
+    first = _first_tokens(idx, eos_id)
     positions = where - (where * first).cummax(dim=1).values  # (B, T)
     doc = first.cumsum(dim=1)  # (B, T)
+    if attention == "flex":
+        return Documents(positions, _block_mask(doc, visible))
     if attention != "sdpa":
-        return Documents(positions, _document_kernel(attention, doc, first, visible))
+        ends = document_ends(idx, eos_id) if ends is None else ends
+        return Documents(positions, _segments(ends, attention))
     same = doc[:, :, None] == doc[:, None, :]  # (B, T, T)
     mask = same & visible(positions[:, :, None], positions[:, None, :])
     return Documents(positions, mask[:, None])
+
+
+def document_ends(idx, eos_id):
+    """(documents + 1,) int32: 0, and where each document of the flattened windows idx (B, T) ends.
+
+    To be called on a CPU: the size of the result depends on the content of idx, and a GPU would be
+    waited for.
+    """
+    # the first token of a window begins a document, so that none crosses from row to row
+    starts = _first_tokens(idx, eos_id).flatten().nonzero()[:, 0].int()
+    return F.pad(starts, (0, 1), value=idx.numel())
+
+
+def _first_tokens(idx, eos_id):
+    """(B, T): True at the first token of each document of windows idx (B, T). An end-of-text token
+    still belongs to the text that it ends."""
+    first = torch.ones_like(idx, dtype=torch.bool)
+    first[:, 1:] = idx[:, :-1] == eos_id
+    return first
 
 
 # -----------------------------------------------------------------------------
@@ -1107,21 +1128,22 @@ class Segments(typing.NamedTuple):
     kernel: typing.Callable  # see _varlen
 
 
-def _document_kernel(attention, doc, first, visible):
-    """What a kernel takes in place of the mask of `documents`; doc and first (B, T)."""
+def _block_mask(doc, visible):
+    """FlexAttention's form of the mask of `documents`; doc (B, T) numbers the documents of each
+    window."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def same_document(b, h, query, key):
+        return visible(query, key) & (doc[b, query] == doc[b, key])
+
     B, T = doc.shape
-    if attention == "flex":
-        from torch.nn.attention.flex_attention import create_block_mask
+    return create_block_mask(same_document, B, None, T, T, device=doc.device)
 
-        def same_document(b, h, query, key):
-            return visible(query, key) & (doc[b, query] == doc[b, key])
 
-        return create_block_mask(same_document, B, None, T, T, device=doc.device)
+def _segments(ends, attention):
+    """What kernels for sequences of different lengths take in place of a mask."""
     import torch._dynamo
 
-    # the first token of a window begins a document, so that none crosses from row to row
-    starts = first.flatten().nonzero()[:, 0].int()
-    ends = F.pad(starts, (0, 1), value=B * T)
     torch._dynamo.maybe_mark_dynamic(ends, 0)  # one graph for any number of documents
     return Segments(ends, _varlen(attention))
 
@@ -1296,11 +1318,13 @@ def _distributed():
 
 
 def over_processes(*numbers):
-    """The sums of numbers over all processes of torch.distributed, a list of floats."""
+    """The sums of numbers over all processes of torch.distributed, a list of floats.
+
+    They are added up on the CPU, by gloo: with NCCL each sum would wait for the GPU.
+    """
     if not _distributed():
         return [float(number) for number in numbers]
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = torch.tensor(numbers, dtype=torch.float64, device=device)
+    total = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
 
@@ -1367,8 +1391,6 @@ def free_memory(device):
         free = _available_memory()
     if _distributed():
         least = torch.tensor(free, dtype=torch.float64)
-        if dist.get_backend() == "nccl":
-            least = least.to(device)
         dist.all_reduce(least, dist.ReduceOp.MIN)
         free = least.item()
     return free
