@@ -599,6 +599,7 @@ while True:
             "train/epoch": run.position / data.epoch,
             "train/skipped": run.skipped,
             "train/no_signal": run.no_signal,
+            "train/micro_batch_size": run.micro_batch_size,
             "time/train_s": run.train_s,
             **prepare.batch_means(batches, over_processes),
             **meter.row(run, max_iters - run.step),
