@@ -1353,10 +1353,17 @@ def sum_gradients(params):
 
 
 class MemoryGuard:
-    """`with guard:` ends quietly where memory runs out; guard.ran_out then tells."""
+    """`with guard:` ends quietly where memory runs out; guard.ran_out then tells.
 
-    def __init__(self, device):
-        self.device, self.ran_out = device, False
+    `key` is what there may be less of, `advice` what to do when it is down to 1.
+    """
+
+    def __init__(self, device, key="micro_batch_size", advice=""):
+        self.device, self.key, self.ran_out = device, key, False
+        self.advice = advice or (
+            "take a shorter block_size (rlvr: a smaller group_size), a smaller model, or set "
+            "grad_checkpoint=True"
+        )
 
     def __enter__(self):
         self.ran_out = False
@@ -1368,17 +1375,14 @@ class MemoryGuard:
         )
         return self.ran_out
 
-    def halve(self, micro_batch_size):
+    def halve(self, size):
         """Half of it, rounded up, after memory ran out. UserError where there is nothing to
         halve."""
-        if micro_batch_size == 1:
-            raise UserError(
-                "out of memory with micro_batch_size=1: take a shorter block_size (rlvr: a smaller "
-                "group_size), a smaller model, or set grad_checkpoint=True"
-            )
+        if size == 1:
+            raise UserError(f"out of memory with {self.key}=1: {self.advice}")
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
-        return (micro_batch_size + 1) // 2
+        return (size + 1) // 2
 
 
 def free_memory(device):

@@ -122,7 +122,7 @@ if out_dir and init_from == "resume" and not os.path.isdir(out_dir):
 import torch  # noqa: E402
 
 import runs  # noqa: E402
-from model import GPT, pack_weights, pick_device, pick_dtype  # noqa: E402
+from model import GPT, MemoryGuard, pack_weights, pick_device, pick_dtype  # noqa: E402
 
 if init_from == "resume":
     init_from = out_dir or runs.newest_run("out")
@@ -401,7 +401,7 @@ def answer_prompts():
             size += len(data)
             n_answers += len(completions)
             n_tokens += sum(completion.n_tokens for completion in completions.values())
-    except (KeyboardInterrupt, OSError) as e:
+    except (KeyboardInterrupt, OSError, UserError) as e:
         place = ""
         if not out_file:
             e.filename = "standard output"
@@ -419,21 +419,29 @@ def answer_prompts():
 
 def complete_all(requests):
     """Yields {i: Completion} of the next 16 batches of requests, until all are complete."""
+    memory = MemoryGuard(device, "batch_size", "set a smaller --max_new_tokens")
+    size = batch_size
     with prepare.progress(total=len(requests), unit=" prompts") as bar:
         for first in range(0, len(requests), 16 * batch_size):
             waiting = list(range(first, min(first + 16 * batch_size, len(requests))))
             waiting.sort(key=lambda i: len(requests[i][1]))  # similar lengths: little padding
             completions = {}
             while waiting:
-                batch = next_batch(requests, waiting)
+                batch = next_batch(requests, waiting, size)
+                with memory:
+                    completed = complete_batch({i: requests[i][1:] for i in batch})
+                if memory.ran_out:
+                    size = memory.halve(len(batch))
+                    note(f"out of memory: batch_size={size} from here on, for the same texts")
+                    continue
                 waiting = [i for i in waiting if i not in batch]
-                completions |= complete_batch({i: requests[i][1:] for i in batch})
+                completions |= completed
                 bar.update(len(batch))
             yield completions
 
 
-def next_batch(requests, waiting):
-    """The longest of the requests in `waiting`, at most batch_size.
+def next_batch(requests, waiting, size):
+    """The longest of the requests in `waiting`, at most `size`.
 
     Where the context slides depends on a row's length, padding included, so a row may only be
     padded if no row of the batch slides.
@@ -441,7 +449,7 @@ def next_batch(requests, waiting):
     longest = len(requests[waiting[-1]][1])
     most_tokens = max(requests[i][2] for i in waiting)
     fits = longest + most_tokens <= window
-    return [i for i in waiting[-batch_size:] if fits or len(requests[i][1]) == longest]
+    return [i for i in waiting[-size:] if fits or len(requests[i][1]) == longest]
 
 
 def complete_batch(rows):
@@ -600,6 +608,8 @@ def generate_for_page(encode, prompt, settings):
             yield completion.text
     except UserError as e:
         raise gr.Error(str(e), print_exception=False) from None
+    except torch.OutOfMemoryError:
+        raise gr.Error("Out of memory: ask for fewer tokens", print_exception=False) from None
 
 
 def page_chat(message, history, *settings):

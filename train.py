@@ -16,7 +16,7 @@ import sys
 import time
 import types
 
-from configurator import configure, survive_dead_stdout
+from configurator import UserError, configure, survive_dead_stdout
 
 # -----------------------------------------------------------------------------
 # The defaults are the toy run. Quoted values ('a' | 'b') and bounds (>= 1) in comments are checked.
@@ -373,6 +373,23 @@ def ran_out_of_memory():
     return True
 
 
+def undo_first_update():
+    """After memory ran out within the optimizers' steps, when some weights may be updated. In the
+    first update of a run, where the optimizers make their states, all is again as it was before;
+    later only a checkpoint is whole. Nor can one of several processes go back alone."""
+    if run.recent or state or ddp:
+        smaller = runs.command(f"--micro_batch_size={(run.micro_batch_size + 1) // 2}")
+        raise UserError(
+            f"out of memory in the update after step {run.step}, which is not saved: some of its "
+            f"weights are updated, some are not. From the last checkpoint: {smaller}"
+        )
+    model.load_state_dict(runs.open_model(start, config, setup, data, say).state_dict())
+    for opt in optimizers:
+        opt.state.clear()
+    scaler.update()  # only now gradients may be unscaled again
+    ran_out_of_memory()
+
+
 def save_last_step():
     """After a crash: saves the last good step, unless it came in the middle of an update."""
     if master_process and run.step not in (0, saved_at) and not updating:
@@ -540,8 +557,13 @@ while True:
         # float16 gradients that overflow are no update either; the scaler then lowers its scale
         if not why and not all_clipped and math.isfinite(grad_norm):
             updating = True  # a crash in here must not save half-updated weights
-            for opt in optimizers:
-                scaler.step(opt)
+            with memory:
+                for opt in optimizers:
+                    scaler.step(opt)
+            if memory.ran_out:
+                undo_first_update()
+                again = True
+                break
             run.recent = run.recent[-127:] + [(train_loss, math.log(grad_norm))]
         scaler.update()
         for opt in optimizers:
