@@ -125,7 +125,6 @@ model.why_harmful = patched
         ("pretrain", "--dropout=0.1", "", ""),
         ("pretrain", "--micro_batch_size=4", limit(2, first=5), "micro_batch_size=2 from here on"),
         ("pretrain", "--checkpoint_interval=2 --max_bad_steps=3", BAD, "3 bad steps in a row"),
-        ("sft", "", "", ""),
         ("dpo", "", "", ""),
     ],
 )
