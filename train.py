@@ -119,10 +119,10 @@ import prepare
 import runs
 from model import (MemoryGuard, barrier, broadcast_weights, compile_pays, completion_loss,
                    completion_measures, document_ends, documents, expected_seconds,
-                   group_advantages, make_optimizers, over_processes, pair_loss, pick_attention,
-                   pick_dtype, pick_micro_batch_size, pick_muon_dtype, plan, sample_completions,
-                   schedule_factor, set_up_device, sum_gradients, undo_compile, why_harmful,
-                   yes_probability)
+                   faster_attention, group_advantages, make_optimizers, over_processes, pair_loss,
+                   pick_attention, pick_dtype, pick_micro_batch_size, pick_muon_dtype, plan,
+                   sample_completions, schedule_factor, set_up_device, sum_gradients,
+                   undo_compile, why_harmful, yes_probability)
 # fmt: on
 
 prepare.read_secrets()
@@ -241,6 +241,14 @@ def autocast():
 
 if state:
     restore(state)
+
+# of two kernels for packed documents the faster one, where the run is worth the seconds that it
+# takes to compile one of them
+shown_attention = attention
+step_s = expected_seconds(model, sequences * model.config.block_size / world_size, device)
+is_worth_it = compile and compile_pays(device_type, max_iters - run.step, step_s)
+if stage in ("pretrain", "sft") and is_worth_it:
+    attention, shown_attention = faster_attention(attention, model, device)
 
 # -----------------------------------------------------------------------------
 # The stage: where a micro-batch comes from, its loss (a mean over batch.units: tokens, or pairs),
@@ -422,7 +430,7 @@ hub = runs.start_mirrors(config, checkpoints, log)  # threads for Hub and backup
 pod = runs.Pod(config, log, stop) if runs.on_a_pod(config) else None
 meter = runs.Meter(run, model, gpu_cost_per_hour, device, world_size)
 runs.finish_on_crash(save_last_step, checkpoints, log, stop, pod, terminate_on_error)
-runs.headline(model, data, config, sequences, attention, say)
+runs.headline(model, data, config, sequences, shown_attention, say)
 log.start_bar(max_iters, run.step)
 # a CPU has better to do during a step, and rollouts need the weights that the step before leaves
 batches_ahead = prepare.Ahead(make_batches, enabled=device_type == "cuda" and stage != "rlvr")
