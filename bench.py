@@ -78,8 +78,8 @@ PARTS = (
 HOUR = (
     ("environment", "smol_360m", 30),
     ("ceilings", "smol_360m", 30),
-    ("gradients", "smol_360m", 75),
-    ("gradients", "smol_600m", 75),
+    ("gradients", "smol_360m", 90),
+    ("gradients", "smol_600m", 90),
     ("attention", "smol_600m", 60),
     ("attention", "smol_360m", 60),
     ("steps", "smol_360m", 190),
@@ -137,8 +137,6 @@ SMALL = dict(
     batch_size=4, gradient_accumulation_steps=2,
 )  # fmt: skip
 
-ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}  # as train.py sets it
-
 
 def run_first_hour():
     """Runs the parts of HOUR until the time is up, then repeats what they found, the worst first.
@@ -177,10 +175,18 @@ def run_part(part, name, seconds, scratch, out):
     if part == "profile":  # what compiles fast, and fits
         small += ["--compile=False"] if small else ["--n_layer=4", "--batch_size=16"]
     own = [f"--measure=hour_{part}", f"--scratch={scratch}"]
+    environment = {
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # as train.py sets it
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        # a part that is killed while it compiles leaves half a library, which must not be found by
+        # the runs that come after
+        "TORCHINDUCTOR_CACHE_DIR": os.path.join(scratch, "inductor"),
+    }
     process = subprocess.Popen(
         [sys.executable, __file__, config, *small, *sys.argv[1:], *own],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        start_new_session=True, env={**ALLOCATOR, **os.environ, "PYTHONUNBUFFERED": "1"},
+        start_new_session=True, env=environment,
     )  # fmt: skip
     late = []
 
