@@ -211,6 +211,8 @@ def run_part(part, name, seconds, scratch, out):
 
 
 if first_hour and not measure:
+    # whatever ends this process ends the part that runs, too
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     run_first_hour()
     sys.exit()
 

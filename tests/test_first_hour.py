@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 from processes import ROOT, Processes
@@ -93,6 +94,25 @@ def test_the_worst_news_comes_first(program):
     kept = re.search(r"kept in (.*)", out)[1]
     with open(kept, encoding="utf-8") as f:
         assert f.read() == out
+
+
+def test_a_part_does_not_outlive_the_first_hour(program):
+    """It has a session of its own, so that a terminal's signals do not reach it."""
+    patch = (
+        STAND_INS
+        + """
+import os
+scripts["attention"] = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(60)"
+threading.Timer = lambda seconds, end: Timer(0.5, lambda: os.kill(os.getpid(), 15))
+"""
+    )
+    done = program.run("bench.py", "--first_hour --only=attention", patch=patch)
+    assert done.code == 143 and "Traceback" not in done.all
+    pid = int(re.search(r"pid (\d+)", done.out)[1])
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):  # until init has collected it
+            os.kill(pid, 0)
+            time.sleep(0.02)
 
 
 def test_an_unknown_part_of_the_first_hour(program):
