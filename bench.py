@@ -6,6 +6,7 @@ What is fast, and how fast: everything is measured beside a rival, in one run.
     python bench.py --only=train,generate --profile             some parts, a trace for Perfetto
     python bench.py --only=loop --run_iters=700                 where the toy run's time goes
     python bench.py config/smol_360m.py --batch_size=8 --json=bench.json     keep the figures
+    python bench.py --first_hour                                the first ten minutes on a new GPU
 
 The parts: train (speed and peak memory of a step), startup, loop, which take processes of their
 own; then data, documents, evaluation, checkpoint, generate, muon. The rivals: a plain GPT-2 in
@@ -13,9 +14,16 @@ float32 as people write it first and, where it is installed, transformers' own m
 weights in our dtype. They take turns, A B C A B C, so that a machine whose speed drifts slows all
 alike. A row shows medians, and as ratio ours over theirs turn by turn: of a rate more is better, of
 s and GB less.
+
+--first_hour asks of a rented GPU what would cost most to find out later: does it reach its rates,
+are gradients right when compiled, which attention is fastest, do smol_360m and smol_600m run,
+resume, and at which speed. It ends within ten minutes, with the worst news first, and keeps all
+that it printed in first_hour_<time>.txt. Without a GPU it does the same at small sizes.
 """
 
 import collections
+import contextlib
+import dataclasses
 import datetime
 import functools
 import importlib.metadata
@@ -26,11 +34,16 @@ import math
 import os
 import platform
 import runpy
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
+import threading
 import time
+import traceback
 
 from configurator import UserError, configure
 
@@ -43,6 +56,7 @@ profile = (
     False  # also write trace.json, for Perfetto, and print the ten operators that take longest
 )
 json = ""  # keep the figures in this file
+first_hour = False  # the first ten minutes on a rented GPU; --only=ceilings,steps: some parts of it
 measure = ""  # internal: what a process of its own measures ...
 scratch = ""  # ... and the directory that it shares with the one that started it
 # -----------------------------------------------------------------------------
@@ -60,11 +74,27 @@ PARTS = (
     "generate",
     "muon",
 )
-asked = only.split(",") if only else PARTS
+# of the first hour, in the order of what they are worth: (part, config, seconds at most)
+HOUR = (
+    ("environment", "smol_360m", 30),
+    ("ceilings", "smol_360m", 30),
+    ("gradients", "smol_360m", 90),
+    ("gradients", "smol_600m", 90),
+    ("attention", "smol_600m", 60),
+    ("attention", "smol_360m", 60),
+    ("steps", "smol_360m", 190),
+    ("resume", "smol_360m", 90),
+    ("steps", "smol_600m", 190),
+    ("whole_steps", "smol_360m", 120),
+    ("profile", "smol_600m", 90),
+)
+HOUR_SECONDS = 580  # in all
+known = list(dict.fromkeys(part for part, _, _ in HOUR)) if first_hour else PARTS
+asked = only.split(",") if only else known
 for part in asked:
-    if part not in PARTS:
+    if part not in known:
         raise UserError(
-            f"only={only}: there is no part {part!r}; expected some of {','.join(PARTS)}"
+            f"only={only}: there is no part {part!r}; expected some of {','.join(known)}"
         )
 if pairs < 1:
     raise UserError(f"pairs={pairs}: expected at least 1")
@@ -83,16 +113,108 @@ from model import (
     architecture,
     compile_pays,
     documents,
+    fast_attention,
     flops_per_token,
     gpu_named,
     keep_memory,
     make_optimizers,
+    memory_estimate,
     multiplies_bf16,
     pack_weights,
     pick_attention,
     pick_device,
     pick_dtype,
 )
+
+# -----------------------------------------------------------------------------
+# the first hour: each part is a process of its own, which may fail, hang or crash its GPU
+
+# how bad the news is, the worst first; a line that begins with one of these is in the summary
+VERDICTS = ("WRONG", "FAILED", "SLOW", "LEFT OUT", "ok")
+# what a machine without a GPU does instead of the configs' shapes
+SMALL = dict(
+    n_layer=2, n_head=6, n_kv_head=2, n_embd=96, ffn_dim=256, block_size=128, vocab_size=512,
+    batch_size=4, gradient_accumulation_steps=2,
+)  # fmt: skip
+
+
+def run_first_hour():
+    """Runs the parts of HOUR until the time is up, then repeats what they found, the worst first.
+    Everything is printed as it comes, and kept in a file."""
+    begun, found, path = time.monotonic(), [], f"first_hour_{datetime.datetime.now():%m%d_%H%M%S}"
+    with open(f"{path}.txt", "x", encoding="utf-8") as file:
+
+        def out(line):
+            print(line, flush=True)
+            print(line, file=file, flush=True)
+            if line.startswith(VERDICTS):
+                found.append(line)
+
+        with tempfile.TemporaryDirectory(prefix="nanosmol_bench_", ignore_cleanup_errors=True) as d:
+            for part, name, seconds in HOUR:
+                left = HOUR_SECONDS - (time.monotonic() - begun)
+                if part not in asked:
+                    continue
+                out(f"\n== {part}, {name} ({left:.0f} s left)")
+                if left < 15:
+                    out(f"LEFT OUT {part} of {name}: the {HOUR_SECONDS} s are over")
+                    continue
+                run_part(part, name, min(seconds, left), d, out)
+            if os.path.exists(os.path.join(d, "trace.json")):
+                shutil.move(os.path.join(d, "trace.json"), f"{path}_trace.json")
+        out(f"\n== what was found, the worst first ({time.monotonic() - begun:.0f} s)")
+        for line in sorted(found, key=lambda line: [line.startswith(v) for v in VERDICTS].index(1)):
+            out(line)
+        out(f"kept in {os.path.abspath(file.name)}")
+
+
+def run_part(part, name, seconds, scratch, out):
+    """A part in a process of its own: its lines, and one more if it fails or takes too long."""
+    config = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config", f"{name}.py")
+    small = [] if torch.cuda.is_available() else [f"--{k}={v}" for k, v in SMALL.items()]
+    if part == "profile":  # what compiles fast, and fits
+        small += ["--compile=False"] if small else ["--n_layer=4", "--batch_size=16"]
+    own = [f"--measure=hour_{part}", f"--scratch={scratch}"]
+    environment = {
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # as train.py sets it
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        # a part that is killed while it compiles leaves half a library, which must not be found by
+        # the runs that come after
+        "TORCHINDUCTOR_CACHE_DIR": os.path.join(scratch, "inductor"),
+    }
+    process = subprocess.Popen(
+        [sys.executable, __file__, config, *small, *sys.argv[1:], *own],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        start_new_session=True, env=environment,
+    )  # fmt: skip
+    late = []
+
+    def end():
+        late.append(part)
+        os.killpg(process.pid, signal.SIGKILL)  # train.py, too
+
+    timer, line = threading.Timer(seconds, end), ""
+    timer.start()
+    try:
+        for line in process.stdout:
+            out(line.rstrip())
+        code = process.wait()
+    finally:
+        timer.cancel()
+        with contextlib.suppress(ProcessLookupError):  # what it left behind
+            os.killpg(process.pid, signal.SIGKILL)
+    if late:
+        out(f"LEFT OUT the rest of {part} of {name}: it took longer than {seconds:.0f} s")
+    elif code:
+        out(f"FAILED   {part} of {name}, status {code}: {line.strip()[:200]}")
+
+
+if first_hour and not measure:
+    # whatever ends this process ends the part that runs, too
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    run_first_hour()
+    sys.exit()
 
 # -----------------------------------------------------------------------------
 # data, model and machine, as train.py sets them up
@@ -104,14 +226,12 @@ scratch = scratch or shared.name
 mixture = prepare.parse_mixture(dataset)
 if dataset == "toy" and not os.path.exists(os.path.join(data_dir, "toy", "train.bin")):
     prepare.prepare("toy", data_dir=data_dir)
-if not all(
+if first_hour or not all(
     os.path.exists(os.path.join(data_dir, name, "train.bin")) for name, _ in mixture
 ):  # random tokens will do
-    dataset, data_dir, mixture = "random", os.path.join(scratch, "data"), [("random", 1.0)]
-    directory, meta = (
-        os.path.join(data_dir, "random"),
-        dict(tokenizer="byte", vocab_size=vocab_size or 50304, eos_id=0),
-    )
+    meta = dict(tokenizer="byte", vocab_size=vocab_size or 50304, eos_id=256)
+    dataset, data_dir = f"random_{meta['vocab_size']}", os.path.join(scratch, "data")
+    directory, mixture = os.path.join(data_dir, dataset), [(dataset, 1.0)]
     meta["dtype"] = "uint16" if meta["vocab_size"] <= 2**16 else "uint32"
     if not os.path.exists(directory):
         os.makedirs(directory)
@@ -131,11 +251,13 @@ held_out = prepare.Bins(directories[0], "val", block_size, seed)
 vocab_size = vocab_size or meta["vocab_size"]
 config = GPTConfig(**{k: globals()[k] for k in GPTConfig.__dataclass_fields__})
 held_out.check_vocabulary(vocab_size)
+with torch.device("meta"):
+    shape = GPT(config)
 
 device = pick_device(device)
 device_type = device.split(":")[0]
 muon_dtype = torch.bfloat16 if dtype != "float32" and multiplies_bf16(device) else torch.float32
-dtype, _ = pick_dtype(dtype, device, GPT(config), batch_size)
+dtype, _ = pick_dtype(dtype, device, shape, batch_size)
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != "float32")
 attention = pick_attention(
     device, dtype, True, compile, dropout
@@ -408,7 +530,7 @@ def say(value):
 def train_py(**keys):
     """The command line of train.py with this very config: from scratch, in a directory of its own,
     and telling nobody."""
-    keys |= dict(
+    defaults = dict(
         out_dir=os.path.join(tempfile.mkdtemp(dir=scratch), "run"),
         dataset=dataset,
         data_dir=data_dir,
@@ -420,6 +542,7 @@ def train_py(**keys):
         backup_dir="",
         terminate_pod=False,
     )
+    keys = defaults | keys
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
     passed = [a for a in sys.argv[1:] if a.startswith("--") and a[2:].partition("=")[0] not in own]
     return [
@@ -772,7 +895,275 @@ def part_muon():
     )
 
 
-def trace(step):
+# -----------------------------------------------------------------------------
+# parts of the first hour, in processes of their own
+
+
+def config_name():
+    return os.path.splitext(os.path.basename(setup.files[0]))[0]
+
+
+def verdict(kind, text):
+    """A line that the summary repeats, see VERDICTS."""
+    print(f"{kind:8} {config_name()}: {text}", flush=True)
+
+
+def guarded(what, work):
+    """work(), or None with a line that says what went wrong."""
+    try:
+        return work()
+    except Exception as e:
+        traceback.print_exc(limit=-3, file=sys.stdout)
+        verdict("FAILED", f"{what}: {(str(e) or type(e).__name__).splitlines()[0][:200]}")
+
+
+def milliseconds(work, times=10):
+    """The median of so many calls, after three that warm up."""
+    for _ in range(3):
+        work()
+    return 1000 * statistics.median(timed(work)[""] for _ in range(times))
+
+
+def low_dtype():
+    """The dtype of products in training on a GPU, also where a CPU stands in for it."""
+    return torch.bfloat16 if device_type == "cpu" or multiplies_bf16(device) else torch.float16
+
+
+def gpu_peak():
+    """FLOP/s of the data sheet in bf16; None where there is no GPU or an unknown one."""
+    name = gpu_named(torch.cuda.get_device_name(device)) if device_type == "cuda" else None
+    return GPUS[name][0] if name else None
+
+
+def hour_environment():
+    """What this machine is, and what torch.compile needs of it."""
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print(f"{os.cpu_count()} cores, scratch files in {scratch}")
+    disk = shutil.disk_usage(scratch).free / 1e9
+    verdict("ok" if disk > 20 else "SLOW", f"{disk:.0f} GB of disk are free for checkpoints")
+    if device_type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        capability = f"capability {properties.major}.{properties.minor}"
+        print(f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, {capability}")
+        print(f"{properties.total_memory / 1e9:.1f} GB of memory")
+        name = torch.cuda.get_device_name(device)
+        verdict("ok" if gpu_peak() else "SLOW", f"{name} is {gpu_named(name)} of the table of GPUs")
+        free, total = torch.cuda.mem_get_info(device)
+        if free < 0.95 * total:
+            verdict("SLOW", f"another process has memory: {free / 1e9:.1f} GB of it are free")
+    else:
+        verdict("LEFT OUT", "there is no GPU: everything below is at small sizes, on the CPU")
+    header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        verdict("WRONG", "there is no C compiler, torch.compile needs one: apt install gcc")
+    if not os.path.exists(header):
+        verdict("WRONG", f"torch.compile needs {header}: apt install python3-dev")
+    for doc_mask in (False, True):
+        picked = pick_attention(device, dtype, doc_mask, True)
+        print(f"attention, documents apart {doc_mask}: {picked}")
+
+
+def hour_ceilings():
+    """The rates that nothing here can exceed: products of matrices, and memory."""
+    size = 8192 if device_type == "cuda" else 512
+    reached = {}
+    for kind in (low_dtype(), torch.float32):
+        a, b = torch.randn(2, size, size, device=device, dtype=kind)
+        reached[kind] = 2 * size**3 / milliseconds(lambda: a @ b) / 1e9
+        tf32 = " (TF32)" if kind == torch.float32 and device_type == "cuda" else ""
+        print(f"{size} x {size}, {kind}{tf32}: {reached[kind]:.3g} TFLOP/s")
+    a = torch.empty(2**31 if device_type == "cuda" else 2**25, dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    print(f"memory: {2 * a.numel() / milliseconds(lambda: b.copy_(a)) / 1e6:,.0f} GB/s of copying")
+    if gpu_peak():
+        share = reached[low_dtype()] * 1e12 / gpu_peak()
+        text = (
+            f"products reach {share:.0%} of the {gpu_peak() / 1e12:.0f} TFLOP/s of the data sheet"
+        )
+        verdict("ok" if share > 0.6 else "SLOW", text)
+
+
+def hour_gradients():
+    """Of two layers of a config, in low precision as it comes and compiled, against float32."""
+    torch.manual_seed(seed)
+    two = GPT(dataclasses.replace(config, n_layer=2, dropout=0.0)).to(device)
+    idx, targets = x[:4], y[:4].clone()
+    targets[:, ::5] = -1
+
+    def gradients(forward, low):
+        two.zero_grad(set_to_none=True)
+        docs = None
+        if doc_mask:
+            docs = documents(idx, meta["eos_id"], attention if low else "sdpa")
+        with torch.autocast(device_type, low_dtype(), enabled=low):
+            loss = forward(idx, targets, docs)[1]
+        (loss / 2).backward()
+        return loss.item(), {n: p.grad.double() for n, p in two.named_parameters()}
+
+    if device_type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
+    exact_loss, exact = gradients(two, low=False)
+    worst = {}
+    for how, forward in (("as it comes", two), ("compiled", torch.compile(two))):
+        begun = now()
+        loss, found = gradients(forward, low=True)
+        errors = {n: ((found[n] - exact[n]).norm() / exact[n].norm()).item() for n in exact}
+        name = max(errors, key=lambda n: (math.isnan(errors[n]), errors[n]))
+        worst[how] = errors[name]
+        print(
+            f"{how}: loss {loss:.5f} (float32 {exact_loss:.5f}), largest relative error of a "
+            f"gradient {errors[name]:.1e} ({name}), {now() - begun:.1f} s",
+            flush=True,
+        )
+    for how, error in worst.items():
+        good = error < 0.1 and error < 2 * worst["as it comes"] + 0.02  # False for NaN
+        text = f"gradients in {low_dtype()}, {how}, are within {error:.1e} of float32"
+        verdict("ok" if good else "WRONG", text)
+
+
+def hour_attention():
+    """Forward and backward of every kernel that is here, at the shape of a config: causal, and with
+    documents apart."""
+    batch, length = (8, block_size) if device_type == "cuda" else (2, 128)
+    heads = (config.n_head, config.n_kv_head, config.n_kv_head)
+    q, k, v = (
+        torch.randn(batch, n, length, config.head_dim, device=device, dtype=low_dtype())
+        .requires_grad_()
+        for n in heads
+    )  # fmt: skip
+    out, idx = torch.randn_like(q), torch.randint(1, 512, (batch, length), device=device)
+    idx[:, ::700] = 0
+    flops = 3.5 * 2 * batch * length**2 * config.n_head * config.head_dim  # of causal attention
+    compiled = torch.compile(fast_attention)
+
+    def kernel(name):
+        mask = None if name == "causal" else documents(idx, 0, name).mask
+        attend = compiled if name == "flex" and device_type == "cuda" else fast_attention
+        work = lambda: torch.autograd.grad(attend(q, k, v, mask), (q, k, v), out)
+        return milliseconds(work, 5), work()
+
+    found, names = {}, ["causal", "sdpa", "flex", "torch.nn.attention.varlen", "flash_attn", "FA3"]
+    picked = pick_attention(device, str(low_dtype())[6:], True, True)
+    for name in names:
+        package = {"FA3": "flash_attn_interface"}.get(name, name)
+        is_here = name in ("causal", "sdpa")
+        if device_type == "cuda" and not is_here:
+            is_here = name == "flex" or find_module(package)
+        if not is_here:
+            print(f"{name}: not here")
+            continue
+        result = guarded(f"attention by {name}", lambda: kernel(name))
+        if result:
+            ms, gradients = result
+            rate = f"{flops / ms / 1e9:.3g} TFLOP/s, counting all of the triangle"
+            print(f"{name:28} {ms:8.3f} ms, {rate}", flush=True)
+            found[name] = ms, gradients
+    check_attention(found, picked)
+
+
+def find_module(name):
+    with contextlib.suppress(ImportError):
+        return importlib.util.find_spec(name)
+
+
+def check_attention(found, picked):
+    """Verdicts on {kernel: (ms, gradients)}: are those with documents equal, is the fastest one
+    picked, does it cost less than plain causal attention."""
+    causal, apart = found.pop("causal", None), found
+    for name in apart:
+        if name == "sdpa" or "sdpa" not in apart:
+            continue
+        for ours, theirs in zip(apart[name][1], apart["sdpa"][1]):
+            error = (ours.float() - theirs.float()).norm() / theirs.float().norm()
+            if not error < 0.03:
+                verdict("WRONG", f"gradients of attention by {name} differ by {error:.1e}")
+    if not apart:
+        return
+    fastest = min(apart, key=lambda name: apart[name][0])
+    text = f"documents apart: train.py picks {picked}, {fastest} is fastest here"
+    slow = picked not in apart or apart[picked][0] > 1.1 * apart[fastest][0]
+    verdict("SLOW" if slow else "ok", text)
+    if causal and picked in apart and device_type == "cuda":
+        share = apart[picked][0] / causal[0]
+        text = f"documents apart by {picked} take {share:.2f} of the time of causal attention"
+        verdict("ok" if share <= 1.05 else "SLOW", text)
+
+
+def trained(steps, out_dir, kill, **keys):
+    """Runs train.py until it has done so many steps, ends it by the signal `kill`, and returns the
+    rows of its log. Its own max_iters stay, so that it decides about torch.compile as it would."""
+    keys |= dict(out_dir=out_dir, log_interval=1, eval_iters=1)
+    command = [sys.executable, *train_py(**keys)]
+    if os.path.exists(out_dir):
+        command.remove("--init_from=scratch")  # which would set the run aside
+    count = 0
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    with subprocess.Popen(command, **pipes) as run:
+        for line in run.stdout:
+            print("  " + line.rstrip(), flush=True)
+            count += "tok/s" in line
+            if count == steps:
+                run.send_signal(kill)
+        if count < steps:
+            raise UserError(f"train.py ended after {count} of {steps} steps; why stands above")
+    with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as f:
+        return [json_lib.loads(line) for line in f]
+
+
+def report_speed(rows, what, last):
+    """The median of the last steps: tokens a second, MFU, memory beside its estimate."""
+    rows = [row for row in rows if "train/tok_per_sec" in row]
+    median = lambda key: statistics.median(row[key] for row in rows[-last:])
+    speed, size = median("train/tok_per_sec"), rows[-1]["train/micro_batch_size"]
+    name = gpu_named(torch.cuda.get_device_name(device)) if device_type == "cuda" else "CPU"
+    text = f"{what}: {speed:,.0f} tok/s on {name}, {size} sequences at a time"
+    if "train/mfu" in rows[-1]:
+        text += f", MFU {median('train/mfu'):.1%} (aim 54%)"
+    verdict("ok" if rows[-1].get("train/mfu", 1) > 0.46 else "SLOW", text)
+    how = (optimizer, dtype, grad_checkpoint, device_type == "cuda")
+    expected = sum(memory_estimate(shape, size, *how).values()) / 1e9
+    text = f"{what}: memory_estimate says {expected:.2f} GB"
+    if "gpu/memory_allocated_gb" in rows[-1]:
+        peak = rows[-1]["gpu/memory_allocated_gb"]
+        off = abs(peak / expected - 1) > 0.15
+        verdict("SLOW" if off else "ok", f"{text}, the peak was {peak:.2f} GB")
+    else:
+        print(text)
+
+
+def hour_steps():
+    """Ten steps of batch_size sequences at the speed of a whole run, then it is told to stop."""
+    out_dir = os.path.join(scratch, config_name())
+    rows = trained(10, out_dir, signal.SIGTERM, gradient_accumulation_steps=1)
+    report_speed(rows, f"steps of {batch_size} x {block_size} tokens", last=5)
+
+
+def hour_resume():
+    """The run of hour_steps goes on where it was stopped."""
+    out_dir = os.path.join(scratch, config_name())
+    saved = max(map(prepare.step_of, prepare.checkpoints(out_dir)), default=0)
+    rows = trained(2, out_dir, signal.SIGKILL, gradient_accumulation_steps=1)
+    steps = [row["step"] for row in rows if "train/loss" in row]
+    after = steps[steps.index(saved) + 1 :] if saved in steps else []
+    good = saved >= 10 and after[:2] == [saved + 1, saved + 2]
+    text = f"a run that was stopped after step {saved} goes on with steps {after}"
+    verdict("ok" if good else "WRONG", text)
+
+
+def hour_whole_steps():
+    """Two steps as the config has them, all micro-batches."""
+    rows = trained(2, os.path.join(scratch, f"{config_name()}_whole"), signal.SIGKILL)
+    sequences = batch_size * gradient_accumulation_steps
+    # the first includes compilation
+    report_speed(rows, f"whole steps of {sequences} x {block_size} tokens", last=1)
+
+
+def hour_profile():
+    """Where the time of a step goes, with a few layers, that compile fast."""
+    trace(our_step(), os.path.join(scratch, "trace.json"))
+
+
+def trace(step, path="trace.json"):
     """Three training steps for Perfetto, and the operators that take longest."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -782,13 +1173,13 @@ def trace(step):
     ) as profiler:
         for _ in range(3):
             timed(step)
-    profiler.export_chrome_trace("trace.json")
+    profiler.export_chrome_trace(path)
     cost = lambda event: (
         event.self_device_time_total if device_type == "cuda" else event.self_cpu_time_total
     )
     events = sorted(profiler.key_averages(), key=cost, reverse=True)
     total = sum(map(cost, events))
-    print(f"\n{os.path.abspath('trace.json')}: open it in https://ui.perfetto.dev")
+    print(f"\n{os.path.abspath(path)}: open it in https://ui.perfetto.dev")
     print(f"three steps, {total / 1e6:.2f} s:")
     for event in events[:10]:
         share = f"{cost(event) / total:6.1%} {event.count:8,} x"
@@ -797,6 +1188,9 @@ def trace(step):
 
 # -----------------------------------------------------------------------------
 
+if measure.startswith("hour_"):
+    globals()[measure]()
+    sys.exit()
 if measure:
     instrumented_run() if measure == "loop" else take_steps(measure)
     sys.exit()
@@ -811,8 +1205,6 @@ elif os.path.exists("/proc/cpuinfo"):
         )
 found = filter(importlib.util.find_spec, ("torch", "numpy", "transformers"))
 versions = {name: importlib.metadata.version(name) for name in found}
-with torch.device("meta"):
-    shape = GPT(config)
 print(
     f"{shape.n_params():,} parameters ({kind}), {flops_per_token(shape):.3g} FLOPs a token, "
     f"{batch_size} x {block_size} tokens; {machine}, {torch.get_num_threads()} threads, {dtype}; "

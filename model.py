@@ -456,24 +456,45 @@ class Documents(typing.NamedTuple):
     mask: typing.Any  # boolean (B, 1, T, T), or what a kernel takes
 
 
-def documents(idx, eos_id, attention="sdpa", visible=causal):
+def documents(idx, eos_id, attention="sdpa", visible=causal, ends=None):
     """Where the documents packed in windows idx (B, T) lie; each ends with its eos_id.
 
     Attention becomes block-diagonal and positions restart, so that a document's logits are those
-    that it has alone. `attention` is what pick_attention chose, `visible` the model's.
+    that it has alone. `attention` is what pick_attention chose, `visible` the model's, `ends` what
+    document_ends gives, if it is known.
     """
     B, T = idx.shape
-    ends = idx == eos_id
     where = torch.arange(T, device=idx.device).expand(B, T)
-    first = torch.ones_like(ends)
-    first[:, 1:] = ends[:, :-1]  # an end-of-text token still belongs to the text that it ends
+    first = _first_tokens(idx, eos_id)
     positions = where - (where * first).cummax(dim=1).values  # (B, T)
     doc = first.cumsum(dim=1)  # (B, T)
+    if attention == "flex":
+        return Documents(positions, _block_mask(doc, visible))
     if attention != "sdpa":
-        return Documents(positions, _document_kernel(attention, doc, first, visible))
+        ends = document_ends(idx, eos_id) if ends is None else ends
+        return Documents(positions, _segments(ends, attention))
     same = doc[:, :, None] == doc[:, None, :]  # (B, T, T)
     mask = same & visible(positions[:, :, None], positions[:, None, :])
     return Documents(positions, mask[:, None])
+
+
+def document_ends(idx, eos_id):
+    """(documents + 1,) int32: 0, and where each document of the flattened windows idx (B, T) ends.
+
+    To be called on a CPU: the size of the result depends on the content of idx, and a GPU would be
+    waited for.
+    """
+    # the first token of a window begins a document, so that none crosses from row to row
+    starts = _first_tokens(idx, eos_id).flatten().nonzero()[:, 0].int()
+    return F.pad(starts, (0, 1), value=idx.numel())
+
+
+def _first_tokens(idx, eos_id):
+    """(B, T): True at the first token of each document of windows idx (B, T). An end-of-text token
+    still belongs to the text that it ends."""
+    first = torch.ones_like(idx, dtype=torch.bool)
+    first[:, 1:] = idx[:, :-1] == eos_id
+    return first
 
 
 # -----------------------------------------------------------------------------
@@ -1110,21 +1131,22 @@ class Segments(typing.NamedTuple):
     kernel: typing.Callable  # see _varlen
 
 
-def _document_kernel(attention, doc, first, visible):
-    """What a kernel takes in place of the mask of `documents`; doc and first (B, T)."""
+def _block_mask(doc, visible):
+    """FlexAttention's form of the mask of `documents`; doc (B, T) numbers the documents of each
+    window."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def same_document(b, h, query, key):
+        return visible(query, key) & (doc[b, query] == doc[b, key])
+
     B, T = doc.shape
-    if attention == "flex":
-        from torch.nn.attention.flex_attention import create_block_mask
+    return create_block_mask(same_document, B, None, T, T, device=doc.device)
 
-        def same_document(b, h, query, key):
-            return visible(query, key) & (doc[b, query] == doc[b, key])
 
-        return create_block_mask(same_document, B, None, T, T, device=doc.device)
+def _segments(ends, attention):
+    """What kernels for sequences of different lengths take in place of a mask."""
     import torch._dynamo
 
-    # the first token of a window begins a document, so that none crosses from row to row
-    starts = first.flatten().nonzero()[:, 0].int()
-    ends = F.pad(starts, (0, 1), value=B * T)
     torch._dynamo.maybe_mark_dynamic(ends, 0)  # one graph for any number of documents
     return Segments(ends, _varlen(attention))
 
@@ -1154,6 +1176,54 @@ def pick_attention(device, dtype, doc_mask, compiled, dropout=0.0, is_causal=Tru
         if _varlen_works(name):
             return name
     return "flex" if doc_mask and compiled else "sdpa"
+
+
+def faster_attention(attention, model, device, clock=None):
+    """(the faster of `attention` and FlexAttention for packed documents, the same with the times).
+
+    `attention` is what pick_attention chose: anything but a kernel for sequences of different
+    lengths stays, unmeasured. On several processes all choose the same. `clock` gives seconds.
+    """
+    if attention in ("sdpa", "flex"):
+        return attention, attention
+    if clock is None:
+
+        def clock():
+            torch.cuda.synchronize()
+            return time.perf_counter()
+
+    ms = {}
+    for name in (attention, "flex"):
+        seconds = math.inf
+        with contextlib.suppress(Exception):  # what does not run here is not chosen
+            seconds = _seconds_of_attention(name, model, device, clock)
+        ms[name] = 1000 * over_processes(seconds)[0]
+    fastest = min(ms, key=ms.get)  # the first of equal ones
+    times = ", ".join(f"{name} {ms[name]:.2f} ms" for name in ms)
+    return fastest, f"{fastest} ({times} a layer)"
+
+
+def _seconds_of_attention(name, model, device, clock):
+    """Forward and backward of a layer and its share of the mask, for four windows with documents of
+    about 700 tokens: the least of five, after one in which FlexAttention is compiled."""
+    c = model.config
+    shapes = [(4, n, c.block_size, c.head_dim) for n in (c.n_head, c.n_kv_head, c.n_kv_head)]
+    q, k, v = (torch.zeros(s, device=device, dtype=torch.bfloat16) for s in shapes)
+    qkv = [t.requires_grad_() for t in (q, k, v)]
+    idx = torch.ones(4, c.block_size, dtype=torch.long, device=device)
+    idx[:, ::700] = 0
+    ends = document_ends(idx.cpu(), 0).to(device)
+    attend = fast_attention
+    if name == "flex":
+        attend = torch.compile(fast_attention)
+    seconds = []
+    for _ in range(6):
+        begun = clock()
+        mask = documents(idx, 0, name, model.visible, ends).mask
+        made = clock()
+        torch.autograd.grad(attend(*qkv, mask), qkv, torch.zeros_like(q))
+        seconds.append((made - begun) / c.n_layer + clock() - made)
+    return min(seconds[1:])
 
 
 def _varlen_works(name):
@@ -1299,11 +1369,13 @@ def _distributed():
 
 
 def over_processes(*numbers):
-    """The sums of numbers over all processes of torch.distributed, a list of floats."""
+    """The sums of numbers over all processes of torch.distributed, a list of floats.
+
+    They are added up on the CPU, by gloo: with NCCL each sum would wait for the GPU.
+    """
     if not _distributed():
         return [float(number) for number in numbers]
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = torch.tensor(numbers, dtype=torch.float64, device=device)
+    total = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
 
@@ -1332,10 +1404,17 @@ def sum_gradients(params):
 
 
 class MemoryGuard:
-    """`with guard:` ends quietly where memory runs out; guard.ran_out then tells."""
+    """`with guard:` ends quietly where memory runs out; guard.ran_out then tells.
 
-    def __init__(self, device):
-        self.device, self.ran_out = device, False
+    `key` is what there may be less of, `advice` what to do when it is down to 1.
+    """
+
+    def __init__(self, device, key="micro_batch_size", advice=""):
+        self.device, self.key, self.ran_out = device, key, False
+        self.advice = advice or (
+            "take a shorter block_size (rlvr: a smaller group_size), a smaller model, or set "
+            "grad_checkpoint=True"
+        )
 
     def __enter__(self):
         self.ran_out = False
@@ -1347,17 +1426,14 @@ class MemoryGuard:
         )
         return self.ran_out
 
-    def halve(self, micro_batch_size):
+    def halve(self, size):
         """Half of it, rounded up, after memory ran out. UserError where there is nothing to
         halve."""
-        if micro_batch_size == 1:
-            raise UserError(
-                "out of memory with micro_batch_size=1: take a shorter block_size (rlvr: a smaller "
-                "group_size), a smaller model, or set grad_checkpoint=True"
-            )
+        if size == 1:
+            raise UserError(f"out of memory with {self.key}=1: {self.advice}")
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
-        return (micro_batch_size + 1) // 2
+        return (size + 1) // 2
 
 
 def free_memory(device):
@@ -1370,8 +1446,6 @@ def free_memory(device):
         free = _available_memory()
     if _distributed():
         least = torch.tensor(free, dtype=torch.float64)
-        if dist.get_backend() == "nccl":
-            least = least.to(device)
         dist.all_reduce(least, dist.ReduceOp.MIN)
         free = least.item()
     return free

@@ -2932,6 +2932,51 @@ def means(measured, shares, over_processes):
     return row
 
 
+class Ahead:
+    """Makes what is asked for next in a thread, if `enabled`: on a GPU the next step's batches are
+    ready when this step ends. What is made depends on what is asked for and on nothing else.
+
+    `make` is called by one thread at a time, and what it raises is raised by `take`.
+    """
+
+    def __init__(self, make, enabled):
+        self.make, self.asked, self.made = make, None, None
+        self.thread = concurrent.futures.ThreadPoolExecutor(1) if enabled else None
+
+    def begin(self, asked):
+        """Begins to make(asked) and does not wait for it."""
+        if self.thread:
+            self.asked, self.made = asked, self.thread.submit(self.make, asked)
+
+    def take(self, asked):
+        """make(asked), which may have begun; if something else has, that is thrown away."""
+        if not self.thread:
+            return self.make(asked)
+        if asked != self.asked:  # after bad steps, or if memory ran out
+            self.begin(asked)
+        self.asked = None
+        return self.made.result()
+
+
+def to_numbers(batches, *tensors):
+    """The numbers in tensors of one element; those that were measured on batches become numbers in
+    place.
+
+    It is one transfer from the device: each waits until the device has done all that it was given.
+    """
+    import torch
+
+    device, found = tensors[0].device, []
+    for batch in batches:
+        for name, value in batch.metrics.items():
+            if torch.is_tensor(value) and value.device == device:
+                found.append((batch.metrics, name))
+    numbers = torch.stack([*tensors, *(metrics[name] for metrics, name in found)]).tolist()
+    for (metrics, name), number in zip(found, numbers[len(tensors) :]):
+        metrics[name] = number
+    return numbers[: len(tensors)]
+
+
 def batch_means(batches, over_processes):
     """{name: mean} of what was measured on the micro-batches of a step, on all processes."""
     names = sorted({name for batch in batches for name in batch.metrics})

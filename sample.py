@@ -133,7 +133,14 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what a Mac's GPU la
 import torch  # noqa: E402
 
 import runs  # noqa: E402
-from model import GPT, pack_weights, pick_device, pick_dtype, save_gguf  # noqa: E402
+from model import (  # noqa: E402
+    GPT,
+    MemoryGuard,
+    pack_weights,
+    pick_device,
+    pick_dtype,
+    save_gguf,
+)
 
 if init_from == "resume":
     init_from = out_dir or runs.newest_run("out")
@@ -414,7 +421,7 @@ def answer_prompts():
             size += len(data)
             n_answers += len(completions)
             n_tokens += sum(completion.n_tokens for completion in completions.values())
-    except (KeyboardInterrupt, OSError) as e:
+    except (KeyboardInterrupt, OSError, UserError) as e:
         place = ""
         if not out_file:
             e.filename = "standard output"
@@ -432,21 +439,29 @@ def answer_prompts():
 
 def complete_all(requests):
     """Yields {i: Completion} of the next 16 batches of requests, until all are complete."""
+    memory = MemoryGuard(device, "batch_size", "set a smaller --max_new_tokens")
+    size = batch_size
     with prepare.progress(total=len(requests), unit=" prompts") as bar:
         for first in range(0, len(requests), 16 * batch_size):
             waiting = list(range(first, min(first + 16 * batch_size, len(requests))))
             waiting.sort(key=lambda i: len(requests[i][1]))  # similar lengths: little padding
             completions = {}
             while waiting:
-                batch = next_batch(requests, waiting)
+                batch = next_batch(requests, waiting, size)
+                with memory:
+                    completed = complete_batch({i: requests[i][1:] for i in batch})
+                if memory.ran_out:
+                    size = memory.halve(len(batch))
+                    note(f"out of memory: batch_size={size} from here on, for the same texts")
+                    continue
                 waiting = [i for i in waiting if i not in batch]
-                completions |= complete_batch({i: requests[i][1:] for i in batch})
+                completions |= completed
                 bar.update(len(batch))
             yield completions
 
 
-def next_batch(requests, waiting):
-    """The longest of the requests in `waiting`, at most batch_size.
+def next_batch(requests, waiting, size):
+    """The longest of the requests in `waiting`, at most `size`.
 
     Where the context slides depends on a row's length, padding included, so a row may only be
     padded if no row of the batch slides.
@@ -454,7 +469,7 @@ def next_batch(requests, waiting):
     longest = len(requests[waiting[-1]][1])
     most_tokens = max(requests[i][2] for i in waiting)
     fits = longest + most_tokens <= window
-    return [i for i in waiting[-batch_size:] if fits or len(requests[i][1]) == longest]
+    return [i for i in waiting[-size:] if fits or len(requests[i][1]) == longest]
 
 
 def complete_batch(rows):
@@ -626,6 +641,8 @@ def generate_for_page(encode, prompt, settings):
                 return
     except UserError as e:  # it may quote what was typed, and is shown as HTML
         raise gr.Error(html.escape(str(e)), print_exception=False) from None
+    except torch.OutOfMemoryError:
+        raise gr.Error("Out of memory: ask for fewer tokens", print_exception=False) from None
 
 
 def page_chat(message, history, *settings):

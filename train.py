@@ -16,7 +16,7 @@ import sys
 import time
 import types
 
-from configurator import configure, survive_dead_stdout
+from configurator import UserError, configure, survive_dead_stdout
 
 # -----------------------------------------------------------------------------
 # The defaults are the toy run. Quoted values ('a' | 'b') and bounds (>= 1) in comments are checked.
@@ -119,11 +119,11 @@ import torch.distributed as dist
 import prepare
 import runs
 from model import (MemoryGuard, Threads, barrier, broadcast_weights, compile_pays, completion_loss,
-                   completion_measures, documents, expected_seconds, group_advantages,
-                   make_optimizers, over_processes, pair_loss, pick_attention, pick_dtype,
-                   pick_micro_batch_size, pick_muon_dtype, plan, sample_completions,
-                   schedule_factor, set_up_device, sum_gradients, undo_compile, why_harmful,
-                   yes_probability)
+                   completion_measures, document_ends, documents, expected_seconds,
+                   faster_attention, group_advantages, make_optimizers, over_processes, pair_loss,
+                   pick_attention, pick_dtype, pick_micro_batch_size, pick_muon_dtype, plan,
+                   sample_completions, schedule_factor, set_up_device, sum_gradients,
+                   undo_compile, why_harmful, yes_probability)
 # fmt: on
 
 prepare.read_secrets()
@@ -149,7 +149,8 @@ sequences = batch_size * gradient_accumulation_steps  # in a step, over all proc
 device = set_up_device(device)
 device_type = device.split(":")[0]
 if ddp:
-    dist.init_process_group(backend if device_type == "cuda" else "gloo")
+    # numbers of the host go through gloo and wait for no GPU
+    dist.init_process_group(f"cpu:gloo,cuda:{backend}" if device_type == "cuda" else "gloo")
 
 
 # -----------------------------------------------------------------------------
@@ -243,6 +244,14 @@ def autocast():
 if state:
     restore(state)
 
+# of two kernels for packed documents the faster one, where the run is worth the seconds that it
+# takes to compile one of them
+shown_attention = attention
+step_s = expected_seconds(model, sequences * model.config.block_size / world_size, device)
+is_worth_it = compile and compile_pays(device_type, max_iters - run.step, step_s)
+if stage in ("pretrain", "sft") and is_worth_it:
+    attention, shown_attention = faster_attention(attention, model, device)
+
 # -----------------------------------------------------------------------------
 # The stage: where a micro-batch comes from, its loss (a mean over batch.units: tokens, or pairs),
 # and what is measured on a held-out batch. Nothing else differs. model.py has the arithmetic,
@@ -260,7 +269,7 @@ if stage in ("pretrain", "sft"):
     def loss_of(batch):
         docs = None
         if doc_mask:
-            docs = documents(batch.x, tokenizer.eos_id, attention, model.visible)
+            docs = documents(batch.x, tokenizer.eos_id, attention, model.visible, batch.ends)
         return model(batch.x, batch.y, docs)[1], {}
 
 elif stage == "dpo":
@@ -302,6 +311,25 @@ else:
         return completion_loss(model, reference, batch, rollout_temperature, clip_eps, kl_coef)
 
 
+def on_device(batch):
+    """The batch, moved without waiting, with where its documents end: the CPU knows it at once."""
+    batch.ends = None
+    if doc_mask and attention not in ("sdpa", "flex"):
+        batch.ends = document_ends(batch.x, tokenizer.eos_id)
+    return batch.to(device)
+
+
+def micro_batches_at(position):
+    """The positions in each micro-batch of this process's share of the step at `position`."""
+    share, size = sequences // world_size, run.micro_batch_size
+    first, end = position + rank * share, position + (rank + 1) * share
+    return [range(i, min(i + size, end)) for i in range(first, end, size)]
+
+
+def make_batches(micro_batches):
+    return [on_device(batch_of(positions)) for positions in micro_batches]
+
+
 def measure(batch):
     """{name: (mean, count)} of a held-out batch. RLVR answers each problem once greedily, and
     group_size times by sampling."""
@@ -309,9 +337,9 @@ def measure(batch):
         greedy = complete(batch, 1, 0.0, seed)
         sampled = complete(batch, group_size, rollout_temperature, seed)
         rates = prepare.pass_rates(greedy, sampled, group_size, 0.5 if verifier_model else 1.0)
-        batch = data.rollouts(sampled).to(device)
+        batch = on_device(data.rollouts(sampled))
         return rates | completion_measures(model, reference, batch, rollout_temperature)
-    loss, metrics = loss_of(batch.to(device))
+    loss, metrics = loss_of(on_device(batch))
     return {name: (mean, batch.units) for name, mean in {"loss": loss, **metrics}.items()}
 
 
@@ -355,6 +383,23 @@ def ran_out_of_memory():
     return True
 
 
+def undo_first_update():
+    """After memory ran out within the optimizers' steps, when some weights may be updated. In the
+    first update of a run, where the optimizers make their states, all is again as it was before;
+    later only a checkpoint is whole. Nor can one of several processes go back alone."""
+    if run.recent or state or ddp:
+        smaller = runs.command(f"--micro_batch_size={(run.micro_batch_size + 1) // 2}")
+        raise UserError(
+            f"out of memory in the update after step {run.step}, which is not saved: some of its "
+            f"weights are updated, some are not. From the last checkpoint: {smaller}"
+        )
+    model.load_state_dict(runs.open_model(start, config, setup, data, say).state_dict())
+    for opt in optimizers:
+        opt.state.clear()
+    scaler.update()  # only now gradients may be unscaled again
+    ran_out_of_memory()
+
+
 def save_last_step():
     """After a crash: saves the last good step, unless it came in the middle of an update."""
     if master_process and run.step not in (0, saved_at) and not updating:
@@ -387,8 +432,10 @@ hub = runs.start_mirrors(config, checkpoints, log)  # threads for Hub and backup
 pod = runs.Pod(config, log, stop) if runs.on_a_pod(config) else None
 meter = runs.Meter(run, model, gpu_cost_per_hour, device, world_size)
 runs.finish_on_crash(save_last_step, checkpoints, log, stop, pod, terminate_on_error)
-runs.headline(model, data, config, sequences, attention, why_dtype, say)
+runs.headline(model, data, config, sequences, shown_attention, why_dtype, say)
 log.start_bar(max_iters, run.step)
+# a CPU has better to do during a step, and rollouts need the weights that the step before leaves
+batches_ahead = prepare.Ahead(make_batches, enabled=device_type == "cuda" and stage != "rlvr")
 
 # -----------------------------------------------------------------------------
 # the loop
@@ -441,15 +488,13 @@ while True:
     if finished or stopping:
         break
 
-    # this process's share of the next sequences, in micro-batches
+    # this process's share of the next sequences, in micro-batches; then those of the step after it
     begun = time.perf_counter()
-    share = sequences // world_size
-    first, end = run.position + rank * share, run.position + (rank + 1) * share
-    size = run.micro_batch_size
     with memory:
-        batches = [batch_of(range(i, min(i + size, end))) for i in range(first, end, size)]
+        batches = batches_ahead.take(micro_batches_at(run.position))
     if ran_out_of_memory():  # in rollouts: the same step again
         continue
+    batches_ahead.begin(micro_batches_at(run.position + sequences))
     sums = [[batch.units, batch.with_signal, batch.tokens] for batch in batches]
     units, with_signal, tokens = over_processes(*map(sum, zip(*sums)))
     if stage == "rlvr":
@@ -468,7 +513,7 @@ while True:
             # one pass forward and backward, for nothing but compilation
             model.compile()
             with memory, autocast():  # if it runs out, so will the step below, which handles it
-                loss_of(batches[0].to(device))[0].backward()
+                loss_of(batches[0])[0].backward()
             torch._dynamo.config.suppress_errors = True  # what fails later runs uncompiled
         except Exception as e:
             undo_compile(model)
@@ -497,7 +542,7 @@ while True:
         with memory:
             for batch in batches:
                 with autocast():
-                    loss, metrics = loss_of(batch.to(device))
+                    loss, metrics = loss_of(batch)
                     loss = loss * (batch.units / units)
                 scaler.scale(loss).backward()
                 step_loss += loss.detach()
@@ -507,10 +552,12 @@ while True:
             again = inner == 0  # later updates on the same rollouts are left out
             break
         sum_gradients(params)
-        train_loss = over_processes(step_loss.item())[0]
         for opt in optimizers:
             scaler.unscale_(opt)
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+        # the only wait for the device in a step
+        step_loss, grad_norm = prepare.to_numbers(batches, step_loss, grad_norm)
+        train_loss = over_processes(step_loss)[0]
 
         # update, unless it would do harm: not finite, gradient 0, or a spike above the last 128
         why = why_harmful(train_loss, grad_norm, run.recent, spike_z, scaler.is_enabled())
@@ -520,8 +567,13 @@ while True:
         # float16 gradients that overflow are no update either; the scaler then lowers its scale
         if not why and not all_clipped and math.isfinite(grad_norm):
             updating = True  # a crash in here must not save half-updated weights
-            for opt in optimizers:
-                scaler.step(opt)
+            with memory:
+                for opt in optimizers:
+                    scaler.step(opt)
+            if memory.ran_out:
+                undo_first_update()
+                again = True
+                break
             run.recent = run.recent[-127:] + [(train_loss, math.log(grad_norm))]
         scaler.update()
         for opt in optimizers:
@@ -581,6 +633,7 @@ while True:
             "train/epoch": run.position / data.epoch,
             "train/skipped": run.skipped,
             "train/no_signal": run.no_signal,
+            "train/micro_batch_size": run.micro_batch_size,
             "time/train_s": run.train_s,
             **prepare.batch_means(batches, over_processes),
             **meter.row(run, max_iters - run.step),

@@ -199,6 +199,70 @@ def test_out_of_memory_on_one_of_two_processes(program):
     assert largest_difference(weights(program, "pair", 3), weights(program, "pair_two", 3)) == 0
 
 
+# the n-th stack of matrices of Muon has no room, when AdamW has updated its weights already
+NO_ROOM = """
+import torch, model
+step_stack, stacks = model.Muon._step_stack, []
+def full(self, group, shape, members):
+    stacks.append(shape)
+    if len(stacks) == {n}:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    return step_stack(self, group, shape, members)
+model.Muon._step_stack = full
+"""
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "dpo", "rlvr"])
+def test_out_of_memory_in_the_first_update(program, stage):
+    """Optimizers make their states in it. It is undone, and the step done again with half."""
+    name = f"{stage}_update"
+    more = "--dropout=0.1 --micro_batch_size=4"
+    shape = MODEL if stage == "pretrain" else ""
+    args = f"--max_iters=4 --device=cpu --compile=False --dtype=float32 {LOOP} {STAGES[stage]}"
+    patch = NO_ROOM.format(n=2)
+    done = program.finished("train.py", shape, args, more, f"--out_dir=out/{name}", patch=patch)
+    assert done.all.count("out of memory: micro_batch_size=2 from here on") == 1
+    train(program, f"{name}_two", stage, "--dropout=0.1 --micro_batch_size=2")
+    assert largest_difference(weights(program, name), weights(program, f"{name}_two")) == 0
+    steps = [row["step"] for row in log(program, name) if "train/loss" in row]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_out_of_memory_in_a_later_update_saves_nothing_half_done(program):
+    """It ends in a line that says how to go on; the checkpoint before is whole, and goes on as if
+    nothing had been."""
+    args = f"{MODEL} {LOOP} {STAGES['pretrain']} --max_iters=4 --checkpoint_interval=2"
+    args += " --micro_batch_size=4 --out_dir=out/half"
+    # the second stack of the third step: matrices have three shapes
+    done = program.run("train.py", args, patch=NO_ROOM.format(n=8))
+    assert done.code == 1 and "Traceback" not in done.err
+    last = done.err.strip().splitlines()[-1]
+    assert last.startswith("train.py: out of memory in the update after step 2, which is not saved")
+    assert "some are not" in last and last.endswith("--micro_batch_size=2")
+    kept = sorted(path.name for path in (program.cwd / "out" / "half").glob("step_*"))
+    assert kept == ["step_000002"]
+    program.finished("train.py", args)
+    train(program, "full", "pretrain", "--micro_batch_size=4")
+    assert largest_difference(weights(program, "half"), weights(program, "full")) == 0
+
+
+def test_out_of_memory_in_prompts_changes_no_text(program):
+    """The batch is halved; a single prompt that does not fit is an error with advice."""
+    prompts = [{"prompt": f"the {i} cat {'sat ' * (i % 3)}"} for i in range(9)]
+    (program.cwd / "in.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    args = "--prompts=in.jsonl --out_dir=out/base --max_new_tokens=8 --device=cpu"
+    patch = limit(2)
+    halved = program.finished("sample.py", args, "--out_file=halved.jsonl", patch=patch)
+    assert halved.err.count("out of memory: batch_size=") == 2
+    program.finished("sample.py", args, "--out_file=whole.jsonl")
+    texts = [(program.cwd / name).read_text() for name in ("halved.jsonl", "whole.jsonl")]
+    assert texts[0] == texts[1] and texts[0].count("\n") == 9
+    failed = program.run("sample.py", args, "--out_file=none.jsonl", patch=limit(0))
+    assert failed.code == 1 and not (program.cwd / "none.jsonl").exists()
+    last = failed.err.strip().splitlines()[-1]
+    assert last == "sample.py: out of memory with batch_size=1: set a smaller --max_new_tokens"
+
+
 def test_out_of_memory_of_a_cpu_is_recognized():
     guard = MemoryGuard("cpu")
     with guard:
