@@ -1490,9 +1490,8 @@ def headline(model, data, config, max_steps, sequences, attention, say):
         say(f"warning: warmup_iters={warmup_iters} is beyond max_iters and clamped to {max_iters}")
     length = counted(max_iters, "step")
     if config["time_budget"]:
-        length = f"{config['time_budget']:g} seconds of training, in steps"
-        if max_steps < math.inf:
-            length = f"{config['time_budget']:g} seconds of training or {length}"
+        unless = "in steps" if max_steps == math.inf else f"at most {length}"
+        length = f"{config['time_budget']:g} seconds of training, {unless}"
     say(
         f"{model.n_params() / 1e6:.2f}M parameters; {config['dataset']}: {data.amount}; "
         f"{length} of {sequences} {amount}"
@@ -1705,7 +1704,7 @@ def limit_of(config, run):
     """(key, value, a larger one) of what ended a run: its steps, or its time."""
     steps, seconds = config["max_iters"], config["time_budget"]
     if seconds and run.train_s >= seconds:
-        return "time_budget", seconds, seconds + max(seconds, math.ceil(run.train_s))
+        return "time_budget", seconds, seconds * (1 + run.train_s // seconds)
     return "max_iters", steps, max(2 * steps, run.step + steps)
 
 

@@ -121,12 +121,12 @@ def test_a_run_ends_on_time_and_resumes(place):
         return result.out, [row for row in rows if "train/lr" in row]
 
     out, rows = train("--time_budget=3 --max_iters=8 --warmup_iters=0")
-    assert "3 seconds of training or 8 steps of 1 x 64" in out and len(rows) == 8
+    assert "3 seconds of training, at most 8 steps of 1 x 64" in out and len(rows) == 8
     assert rows[-1]["train/lr"] < 0.01 * 0.3  # whichever ends it, the rate has fallen by then
     out, rows = train("--time_budget=3")
     assert "resuming out/timed/step_000008" in out and "3 seconds of training, in steps of" in out
     # a save in another thread may look at the clock, too: a few steps take longer
-    assert 24 <= len(rows) <= 30 and 3.0 <= rows[-1]["time/train_s"] < 3.3
+    assert 24 <= len(rows) <= 31 and 3.0 <= rows[-1]["time/train_s"] < 3.3
     assert f"steps: {len(rows)}\n" in out and "--time_budget=6" in out
     for before, row in zip(rows[8:], rows[9:]):
         at = before["time/train_s"] / 3 * 700
