@@ -209,8 +209,8 @@ def table_of(sides, found):
         steps = f"{statistics.mean(int(run['steps']) for run in values):,.0f}"
         yield " | ".join(["", side.name, each, mean, *verdict, steps, ""]).strip()
     yield "difference: the mean over the seeds, to the first side's run with the same seed. Its 95%"
-    yield "interval is Student's t. better, worse: the interval excludes 0, as it does by chance for"
-    yield "one in twenty sides that are no different."
+    yield "interval is Student's t. better, worse: the interval excludes 0, as it does by chance"
+    yield "for one in twenty sides that are no different."
 
 
 def train_sides(sides, scratch):
