@@ -560,18 +560,18 @@ def column(rows, key):
 
 
 def smoothed(points):
-    """[(step, mean)]: each value becomes the mean of the last fortieth of all."""
-    width, values = max(1, len(points) // 40), [value for _, value in points]
-    windows = [values[max(0, i + 1 - width) : i + 1] for i in range(len(values))]
+    """[(step, mean)]: each value becomes the mean of those around it, a tenth of all."""
+    reach, values = len(points) // 20, [value for _, value in points]
+    windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
     return [(step, sum(w) / len(w)) for (step, _), w in zip(points, windows)]
 
 
 def limits_of(*curves):
-    """The lowest and the highest value of a plot, without the fall of the first twentieth: it
-    would press the rest of the curve flat."""
+    """The lowest and the highest value of a plot, without the fall of the first tenth: it would
+    press the rest of the curve flat."""
     points = [point for curve in curves for point in curve]
     last = max([step for step, _ in points], default=0)
-    values = [value for step, value in points if step > last / 20]
+    values = [value for step, value in points if step > last / 10]
     if not values or min(values) == max(values):
         return None, None  # what matplotlib finds
     margin = 0.05 * (max(values) - min(values))
