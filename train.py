@@ -67,7 +67,7 @@ beta1 = 0.9                   # (>= 0, < 1)
 beta2 = 0.95                  # (>= 0, < 1)
 grad_clip = 1.0               # 0: never (>= 0)
 max_iters = 700               # steps (>= 1)
-time_budget = 0.0             # or seconds of training, for schedules, too; 0: none (>= 0)
+time_budget = 0.0             # seconds of training that run and schedule last; 0: steps (>= 0)
 decay_lr = True               # False: constant after warm-up
 schedule = "wsd"              # 'wsd' (warm-up, stable, decay) | 'cosine' | 'constant'
 warmup_iters = 20             # (>= 0)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import types
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from conftest import write
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import prepare
+import runs
 
 TEXT = (
     "It's 12:45, isn't it?  naïve café\n\n\tÜber 日本語、テスト。한국어 👍🏽 e\u0301 \U0001d54f x.\n"
@@ -176,3 +178,15 @@ def test_rows_beyond_the_tokenizer_have_no_bytes(here):
     table = windows(["text"]).token_bytes(320)
     assert table.shape == (321,) and table[256:].sum() == 0 and table[:256].eq(1).all()
     assert torch.equal(table[torch.tensor([-1, 97])], torch.tensor([0, 1]))
+
+
+def test_the_card_has_it(here):
+    config = {"stage": "pretrain", "hf_repo": "me/it", "dataset": "text", "init_from": "scratch"}
+    model = types.SimpleNamespace(n_params=lambda: 5)
+    run = types.SimpleNamespace(step=20, tokens=99)
+    rows = [{"step": 20, "val/loss": 1.0, "val/bpb": 0.25}]
+    assert "| val/bpb at the end | 20 | 0.2500 |\n| train" in runs.model_card(
+        config, [], model, True, run, rows
+    )
+    del rows[0]["val/bpb"]
+    assert "bpb" not in runs.model_card(config | {"stage": "dpo"}, [], model, True, run, rows)

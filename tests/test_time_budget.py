@@ -240,6 +240,18 @@ def test_a_first_loss_above_a_uniform_guess_is_explained():
         assert "(" not in runs.evaluation_line(step, {"val/loss": loss}, shape)
 
 
+def test_data_that_training_prepares_itself_advises_no_training(here, monkeypatch, capsys):
+    """'next: python train.py' was printed by a train.py that was about to train."""
+    monkeypatch.setattr(
+        prepare, "toy_stories", lambda seed: [f"Mum has {i} cats." for i in range(500)]
+    )
+    prepare.prepare_missing({"dataset": "toy", "data_dir": "data", "stage": "pretrain"}, print)
+    out = capsys.readouterr().out
+    assert "data/toy is missing; preparing it now" in out and "next:" not in out
+    prepare.prepare("toy", name="again")
+    assert "next: python train.py" in capsys.readouterr().out
+
+
 def test_the_plot_shows_the_curve(here, monkeypatch):
     """Its axis leaves the fall of the first steps out, every line is labelled, the raw loss is
     behind the smoothed one, and validation is points."""
