@@ -441,7 +441,7 @@ while True:
 
     # write a sample
     sample_due = sample_interval and run.step > 0 and run.step % sample_interval == 0
-    if master_process and sample_due and run.step != sampled_at:
+    if master_process and sample_due and run.step != sampled_at and not finished:
         sampled_at = run.step
         for text in runs.samples(model, data, config, 1, autocast, log):
             log.sample(run.step, text)
@@ -616,8 +616,9 @@ if hub and finished and is_saved:
 log.close_bar()
 if finished:
     if steps_here:
-        for text in runs.samples(model, data, config, 3, autocast, log):
-            log.sample(run.step, text)
+        texts = runs.samples(model, data, config, 3, autocast, log)
+        log.sample(run.step, "\n\n".join(texts))
+        for text in texts:
             say(f"--- a sample ---\n{prepare.for_terminal(text)}")
         result = runs.result(config, run, meter, model, log.rows(), code)
         say(runs.result_block(result))

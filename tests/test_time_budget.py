@@ -160,7 +160,7 @@ def test_a_run_ends_with_its_results(place):
     assert {key: value for key, value in row.items() if value} == values
     assert "mfu" not in values and "mfu" in row and "--seed=2" in row["command"]
     samples = (place.cwd / "out" / "s2" / "samples.txt").read_text()
-    assert samples.count("--- step 3 ---") == 3
+    assert samples.count("--- step 3 ---") == 1
     evaluated = place.finished("train.py", OPTIONS, options, "--eval_only").out
     assert f"val/bpb {last['val/bpb']:.4f}" in evaluated
 
