@@ -7,6 +7,7 @@ What is fast, and how fast: everything is measured beside a rival, in one run.
     python bench.py --only=loop --run_iters=700                 where the toy run's time goes
     python bench.py config/smol_360m.py --batch_size=8 --json=bench.json     keep the figures
     python bench.py --first_hour                                the first ten minutes on a new GPU
+    python bench.py --compare=@HEAD,. --time_budget=120         which trains better: see RESEARCH.md
 
 The parts: train (speed and peak memory of a step), startup, loop, which take processes of their
 own; then data, documents, evaluation, checkpoint, generate, muon. The rivals: a plain GPT-2 in
@@ -26,6 +27,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import glob
 import importlib.metadata
 import importlib.util
 import inspect
@@ -33,7 +35,9 @@ import json as json_lib
 import math
 import os
 import platform
+import re
 import runpy
+import shlex
 import shutil
 import signal
 import statistics
@@ -44,6 +48,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 
 from configurator import UserError, configure
 
@@ -57,11 +62,216 @@ profile = (
 )
 json = ""  # keep the figures in this file
 first_hour = False  # the first ten minutes on a rented GPU; --only=ceilings,steps: some parts of it
+# sides that train in turns, by comma: configs, @revisions, patches, options; .: as it stands
+compare = ""
+seeds = 3  # compare: runs of each side, with the seeds seed, seed + 1, ... (>= 1)
 measure = ""  # internal: what a process of its own measures ...
 scratch = ""  # ... and the directory that it shares with the one that started it
 # -----------------------------------------------------------------------------
 own = set(globals())
 setup = configure(globals(), also="train.py model.py:GPTConfig")  # all keys of a run are keys here
+
+
+# -----------------------------------------------------------------------------
+# --compare: which side trains to the lower val/bpb. Before torch is imported, since train.py does
+# the work, in processes of its own.
+
+HOME = os.path.dirname(os.path.abspath(__file__))
+# 97.5% quantile of Student's t for 2, 3, ... 10 seeds; the last one, for more, is a little careful
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+RESULT = re.compile(r"^---\n((?:[\w/@.]+: .*\n)+)---$", re.MULTILINE)  # the block that ends a run
+
+
+def git(*words, where=HOME):
+    command = ["git", "-C", where, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def side_of(text):
+    """What a side of --compare trains: a revision ("" for the files as they are), patches, and the
+    arguments of train.py. A patch brings the options of the train.py line in its head."""
+    side = types.SimpleNamespace(name=text.strip() or ".", revision="", code="")
+    side.patches, side.arguments = [], []
+    as_it_is = False
+    for word in shlex.split(text):
+        if word == ".":
+            as_it_is = True
+        elif word.startswith("--") or word.endswith(".py"):
+            side.arguments.append(word)
+        elif word.endswith(".patch"):
+            side.patches.append(os.path.abspath(word))
+            side.arguments = options_of_patch(word) + side.arguments
+        else:
+            side.revision = revision_of(word)
+    if side.patches and not side.revision and not as_it_is:
+        side.revision = revision_of("@HEAD")
+    return side
+
+
+def options_of_patch(path):
+    """The options that turn a patch on: of the line `python train.py ...` above the diff."""
+    if not os.path.exists(path):
+        raise UserError(f"compare: {path}: no such patch")
+    with open(path, encoding="utf-8") as f:
+        head = f.read().partition("\ndiff --git ")[0]
+    line = re.search(r"^ *python train\.py (.*)$", head, re.MULTILINE)
+    words = shlex.split(line[1]) if line else []
+    return [word for word in words if not word.startswith("--out_dir=")]
+
+
+def revision_of(word):
+    try:
+        return git("rev-parse", "--verify", "--quiet", f"{word.removeprefix('@')}^{{commit}}")
+    except (OSError, subprocess.CalledProcessError):
+        expected = (
+            "expected configs (*.py), --key=value, @revision, *.patch, or . for files as they are"
+        )
+        raise UserError(f"compare: {word!r} is no revision; {expected}") from None
+
+
+def make_code(side, scratch):
+    """Puts the code of a side into the directory side.code: a worktree of git, or a copy, so that
+    the files can be edited while this runs."""
+    name = "-".join([side.revision or "as_it_is", *side.patches])
+    side.code = os.path.join(scratch, re.sub(r"\W", "_", name)[-200:])
+    if os.path.exists(side.code):
+        return  # another side has the same code
+    if side.revision:
+        git("worktree", "add", "--detach", side.code, side.revision)
+    else:
+        shutil.copytree(os.path.join(HOME, "assets"), os.path.join(side.code, "assets"))
+        for path in glob.glob(os.path.join(glob.escape(HOME), "*.py")):
+            shutil.copy2(path, side.code)
+    for patch in side.patches:
+        try:
+            git("apply", patch, where=side.code)
+        except subprocess.CalledProcessError as e:
+            raise UserError(
+                f"compare: {patch} does not apply: {' '.join(e.stderr.split())}"
+            ) from None
+
+
+def command_of(side, seed, out_dir):
+    """The command line of train.py for a run of a side."""
+    typed = [word for word in sys.argv[1:] if word.startswith("--")]
+    typed = [word for word in typed if word[2:].partition("=")[0] not in own]
+    fixed = dict(seed=seed, out_dir=out_dir, data_dir=os.path.abspath(data_dir), keep_checkpoints=1)
+    fixed |= dict(hf_repo="", backup_dir="", wandb_log=False, tensorboard=False)
+    fixed |= dict(terminate_pod=False)
+    return [
+        *(sys.executable, os.path.join(side.code, "train.py"), *setup.files),
+        "--eval_interval=1000000000",  # those on the way change nothing; start and end stay
+        *(*typed, *side.arguments),
+        *(f"--{key}={value}" for key, value in fixed.items()),
+    ]
+
+
+def result_of(side, seed, scratch):
+    """{name: text} of the block that ends a run of train.py. Its directory is removed."""
+    out_dir, lines = os.path.join(scratch, "run"), []
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command_of(side, seed, out_dir), **pipes) as process:
+        try:
+            for line in process.stdout:
+                lines.append(line)
+                if sys.stderr.isatty():  # where the run is
+                    print(f"{line.rstrip()[:99]:99}", end="\r", file=sys.stderr)
+        finally:
+            process.kill()  # it has ended, unless this process is interrupted
+    shutil.rmtree(out_dir, ignore_errors=True)
+    found = RESULT.findall("".join(lines))
+    values = dict(line.split(": ", 1) for line in found[-1].splitlines()) if found else {}
+    if "val/bpb" not in values:
+        print("".join(lines[-20:]), file=sys.stderr)
+        raise UserError(f"compare: {side.name}: its run ended without a val/bpb; why stands above")
+    return values
+
+
+def spread_of(differences):
+    """(mean, half the width of its 95% interval) by Student's t; one alone has no interval."""
+    mean, count = statistics.mean(differences), len(differences)
+    if count == 1:
+        return mean, math.inf
+    quantile = T_QUANTILES[min(count - 2, len(T_QUANTILES) - 1)]
+    return mean, quantile * statistics.stdev(differences) / math.sqrt(count)
+
+
+def verdict_on(bpb, first):
+    """[mean difference, 95% interval, verdict] of a side whose runs have the same seeds as those of
+    the first side."""
+    mean, half = spread_of([a - b for a, b in zip(bpb, first)])
+    if half == math.inf:
+        return [f"{mean:+.4f}", "", "one seed tells nothing of noise"]
+    verdict = "within noise"
+    if abs(mean) > half:
+        verdict = "better" if mean < 0 else "worse"
+    return [f"{mean:+.4f}", f"{mean - half:+.4f} to {mean + half:+.4f}", verdict]
+
+
+def table_of(sides, found):
+    """Lines of Markdown: each side, and against the first."""
+    columns = ["side", "val/bpb", "mean", "difference", "95% interval", "verdict", "steps"]
+    yield " | ".join(["", *columns, ""]).strip()
+    yield "|---" * len(columns) + "|"
+    bpb = [[float(run["val/bpb"]) for run in values] for values in found]
+    for side, values, numbers in zip(sides, found, bpb):
+        verdict = [""] * 3 if side is sides[0] else verdict_on(numbers, bpb[0])
+        each, mean = ", ".join(f"{x:.4f}" for x in numbers), f"{statistics.mean(numbers):.4f}"
+        steps = f"{statistics.mean(int(run['steps']) for run in values):,.0f}"
+        yield " | ".join(["", side.name, each, mean, *verdict, steps, ""]).strip()
+    yield "difference: the mean over the seeds, to the first side's run with the same seed. Its 95%"
+    yield "interval is Student's t. better, worse: the interval excludes 0, as it does by chance"
+    yield "for one in twenty sides that are no different."
+
+
+def train_sides(sides, scratch):
+    """[the blocks of each side's runs], of every side with the first seed, then the second, every
+    other time in reverse, so that a machine whose speed drifts favours none."""
+    found, begun, total = [[] for _ in sides], time.monotonic(), len(sides) * seeds
+    for turn in range(seeds):
+        for i in list(range(len(sides)))[:: -1 if turn % 2 else 1]:
+            values = result_of(sides[i], seed + turn, scratch)
+            found[i].append(values)
+            done = sum(map(len, found))
+            left = (time.monotonic() - begun) / done * (total - done) / 60
+            print(
+                f"run {done} of {total}: {sides[i].name}, seed {seed + turn}: val/bpb "
+                f"{values['val/bpb']}, {values['steps']} steps in {values['train_s']} s; "
+                f"about {left:.0f} minutes left",
+                flush=True,
+            )
+    return found
+
+
+def compare_sides():
+    sides = [side_of(text) for text in compare.split(",")]
+    if len(sides) < 2 or seeds < 1:
+        raise UserError(
+            f"compare={compare!r}, seeds={seeds}: expected two sides or more, and seeds"
+        )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench.py: stopped"))  # after tidying up
+    with tempfile.TemporaryDirectory(prefix="nanosmol_compare_") as scratch:
+        try:
+            for side in sides:
+                make_code(side, scratch)
+                print(f"{side.name}: {shlex.join(['train.py', *side.arguments])}", flush=True)
+            found = train_sides(sides, scratch)
+        finally:
+            for side in sides:
+                if side.revision and os.path.exists(side.code):
+                    git("worktree", "remove", "--force", side.code)
+    print("", *table_of(sides, found), sep="\n")
+    if json:
+        rows = [dict(side=side.name, runs=runs) for side, runs in zip(sides, found)]
+        with open(json, "w", encoding="utf-8") as f:
+            json_lib.dump(rows, f, indent=1)
+
+
+if compare:
+    compare_sides()
+    sys.exit()
+
+# -----------------------------------------------------------------------------
 
 PARTS = (
     "train",
@@ -125,6 +335,7 @@ from model import (
     pick_device,
     pick_dtype,
 )
+from runs import peak_memory
 
 # -----------------------------------------------------------------------------
 # the first hour: each part is a process of its own, which may fail, hang or crash its GPU
@@ -656,16 +867,6 @@ def take_steps(side):
         say(timed(step) | {"peak": peak_memory()})
 
 
-def peak_memory():
-    """GB. Not ru_maxrss, which begins at the peak of the process that started this one."""
-    if device_type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    if not os.path.exists("/proc/self/status"):
-        return math.nan  # only Linux tells
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) * 1024 / 1e9
-
-
 def part_startup():
     """From the command to the line of the first step; of the evaluation before it one micro-batch
     is left."""
@@ -1089,7 +1290,7 @@ def check_attention(found, picked):
         verdict("ok" if share <= 1.05 else "SLOW", text)
 
 
-def trained(steps, out_dir, kill, **keys):
+def rows_of_run(steps, out_dir, kill, **keys):
     """Runs train.py until it has done so many steps, ends it by the signal `kill`, and returns the
     rows of its log. Its own max_iters stay, so that it decides about torch.compile as it would."""
     keys |= dict(out_dir=out_dir, log_interval=1, eval_iters=1)
@@ -1134,7 +1335,7 @@ def report_speed(rows, what, last):
 def hour_steps():
     """Ten steps of batch_size sequences at the speed of a whole run, then it is told to stop."""
     out_dir = os.path.join(scratch, config_name())
-    rows = trained(10, out_dir, signal.SIGTERM, gradient_accumulation_steps=1)
+    rows = rows_of_run(10, out_dir, signal.SIGTERM, gradient_accumulation_steps=1)
     report_speed(rows, f"steps of {batch_size} x {block_size} tokens", last=5)
 
 
@@ -1142,7 +1343,7 @@ def hour_resume():
     """The run of hour_steps goes on where it was stopped."""
     out_dir = os.path.join(scratch, config_name())
     saved = max(map(prepare.step_of, prepare.checkpoints(out_dir)), default=0)
-    rows = trained(2, out_dir, signal.SIGKILL, gradient_accumulation_steps=1)
+    rows = rows_of_run(2, out_dir, signal.SIGKILL, gradient_accumulation_steps=1)
     steps = [row["step"] for row in rows if "train/loss" in row]
     after = steps[steps.index(saved) + 1 :] if saved in steps else []
     good = saved >= 10 and after[:2] == [saved + 1, saved + 2]
@@ -1152,7 +1353,7 @@ def hour_resume():
 
 def hour_whole_steps():
     """Two steps as the config has them, all micro-batches."""
-    rows = trained(2, os.path.join(scratch, f"{config_name()}_whole"), signal.SIGKILL)
+    rows = rows_of_run(2, os.path.join(scratch, f"{config_name()}_whole"), signal.SIGKILL)
     sequences = batch_size * gradient_accumulation_steps
     # the first includes compilation
     report_speed(rows, f"whole steps of {sequences} x {block_size} tokens", last=1)

@@ -1011,6 +1011,16 @@ def schedule_factor(
     return floor + (1 - floor) * (1 - progress)
 
 
+def schedule_step(run, max_iters, max_steps, time_budget=0.0):
+    """Where a run is on a schedule of max_iters steps: at its step. With a time budget (seconds)
+    the schedule is stretched over the time that compilation leaves of it; if a limit of max_steps
+    is nearer than the end of the time, over these steps. The run ends at max_iters or beyond."""
+    if not time_budget:
+        return run.step
+    time = (run.train_s - run.compile_s) / max(time_budget - run.compile_s, 1e-9)
+    return max_iters * max(time, run.step / max_steps)
+
+
 def why_harmful(loss, grad_norm, recent, spike_z=12.0, scaled=False):
     """Why an update must not be taken: '' for a good one, else 'not finite', 'gradient is 0',
     'loss spike' or 'gradient spike'.
@@ -1760,10 +1770,10 @@ def pick_micro_batch_size(model, config):
     return largest_micro_batch(model, free_memory(device), config, compiled, processes)
 
 
-def plan(config, shape, gpu=""):
+def plan(config, shape, gpu="", max_steps=math.inf):
     """Prints what a run would take, for train.py --dry_run: parameters, FLOPs, tokens, memory, and
     on `gpu` (a name in GPUS) hours and dollars. `config` holds every key of train.py, `shape` is
-    the model's GPTConfig."""
+    the model's GPTConfig; max_steps is inf where only config["time_budget"] ends the run."""
     gpu, asked = gpu_named(gpu), gpu
     if asked and not gpu:
         raise UserError(f"gpu={asked!r}: expected one of {', '.join(GPUS)}")
@@ -1771,14 +1781,17 @@ def plan(config, shape, gpu=""):
         model = GPT(shape)
     flops = flops_per_token(model)
     size, gigabytes = config["micro_batch_size"] or config["batch_size"], math.inf
+    sequences = config["batch_size"] * config["gradient_accumulation_steps"]
+    tokens_per_step = sequences * config["block_size"]
     if gpu:
         peak, gigabytes, price = GPUS[gpu]
+        speed = peak * config["mfu"] / flops  # tokens a second
+        if config["time_budget"]:
+            max_steps = min(max_steps, int(config["time_budget"] * speed / tokens_per_step))
         if not config["micro_batch_size"]:
             free = gigabytes * 1e9 - 4 * model.n_params()
             size = largest_micro_batch(model, free, config, config["compile"])
-    steps = config["batch_size"] * config["gradient_accumulation_steps"]
-    tokens_per_step = steps * config["block_size"]
-    tokens = tokens_per_step * config["max_iters"]
+    tokens = tokens_per_step * max_steps
     memory = memory_estimate(
         model, size, config["optimizer"], config["dtype"], config["grad_checkpoint"],
         config["compile"],
@@ -1786,14 +1799,16 @@ def plan(config, shape, gpu=""):
     print(f"parameters        {model.n_params():,}")
     print(f"FLOPs a token     {flops:.4g}")
     print(f"tokens a step     {tokens_per_step:,}")
-    print(f"total tokens      {tokens:,} in {config['max_iters']:,} steps")
+    if max_steps < math.inf:
+        print(f"total tokens      {tokens:,} in {max_steps:,} steps")
+    else:
+        print(f"total tokens      of {config['time_budget']:g} seconds; --gpu= tells how many")
     print(f"micro_batch_size  {size}")
     for what, bytes_of_it in {**memory, "memory in all": sum(memory.values())}.items():
         print(f"{what:17} {bytes_of_it / 1e9:.2f} GB")
     if not gpu:
         return
     price = config["gpu_cost_per_hour"] or price
-    speed = peak * config["mfu"] / flops  # tokens a second
     hours = tokens / speed / 3600
     print(
         f"on one {gpu:10} {hours:,.1f} hours, ${hours * price:,.2f}, at {speed:,.0f} tok/s "

@@ -225,6 +225,31 @@ class Tokenizer:
     def decode(self, ids):
         return self.library.decode([int(i) for i in ids], skip_special_tokens=False)
 
+    def token_bytes(self):
+        """UTF-8 bytes that each id adds to a text, (vocab_size,); 0 for special tokens. Exact for a
+        tokenizer that only cuts a text up. The space that SentencePiece puts before a text counts.
+        """
+        decoder = self.spec.get("decoder") or {}
+        kinds = {part.get("type") for part in (decoder, *decoder.get("decoders", []))}
+        special = {token["content"] for token in self.spec["added_tokens"] if token["special"]}
+        vocab = self.library.get_vocab(with_added_tokens=True)
+        vocab = {token: i for token, i in vocab.items() if token not in special}
+        sizes, bytes_as_text = np.zeros(self.vocab_size, np.int64), set(_byte_characters())
+        if "ByteLevel" in kinds:  # a character of the token is a byte of the text
+            for token, i in vocab.items():
+                is_bytes = bytes_as_text.issuperset(token)
+                sizes[i] = len(token) if is_bytes else len(token.encode())
+            return sizes
+        # what a token adds between two others: it may bring the space before or after it
+        anchor = self.encode("a" if "a" in vocab else next(iter(vocab)))[-1:]
+        rows = [[*anchor, i, *anchor] for i in vocab.values()]
+        texts = self.library.decode_batch([anchor * 2, *rows], skip_special_tokens=False)
+        length, *lengths = [len(text.encode()) for text in texts]
+        for (token, i), longer in zip(vocab.items(), lengths):
+            is_byte = "ByteFallback" in kinds and re.fullmatch("<0x[0-9A-F]{2}>", token)
+            sizes[i] = 1 if is_byte else longer - length
+        return sizes
+
     def agrees(self, other):
         """Whether the tokens that both have, have equal ids; one may have more special tokens."""
         vocab, others = (t.library.get_vocab(with_added_tokens=True) for t in (self, other))
@@ -2609,6 +2634,16 @@ class Windows(_Data):
     def batch(self, positions):
         return self._batch(self.order.batch(positions))
 
+    def token_bytes(self, vocab_size):
+        """Bytes that each target decodes to, a table for a model of so many ids. Its last entry,
+        which the target -1 finds, is 0."""
+        import torch
+
+        sizes = torch.zeros(vocab_size + 1, dtype=torch.int64)
+        known = self.tokenizer.token_bytes()[:vocab_size]
+        sizes[: len(known)] = torch.from_numpy(known)
+        return sizes
+
     def _batch(self, windows):
         x, y = windows
         return Batch(x, y, units=(y >= 0).sum().item(), tokens=x.numel())
@@ -2911,7 +2946,9 @@ def vocab_size_of(config):
 def means(measured, shares, over_processes):
     """{'val/loss': mean, ...} from [(domain, {name: (mean, count)})] of all processes: each
     batch counts by its size, each domain of a mixture by its share. NaN where nothing was
-    counted. Losses have a perplexity beside them."""
+    counted. Losses have a perplexity beside them, and bits per byte where the bytes of the
+    targets were summed up: those of a mixture are the mean of its domains', too, so that they
+    don't depend on how many tokens a tokenizer makes of each."""
     sums = collections.Counter()
     for domain, measures in measured:
         for name, (mean, count) in measures.items():
@@ -2922,13 +2959,16 @@ def means(measured, shares, over_processes):
     row = {}
     for domain, name in dict.fromkeys(key[:2] for key in keys):
         total, count = sums[domain, name, 0], sums[domain, name, 1]
+        if name == "bytes":
+            name, total, count = "bpb", sums[domain, "loss", 0] / math.log(2), total
         mean = total / count if count else float("nan")
         row[f"val/{name}"] = row.get(f"val/{name}", 0.0) + shares[domain] * mean
         if len(shares) > 1:
             row[f"val/{domain}/{name}"] = mean
-    if {name for _, name, _ in keys} == {"loss"}:
+    if {name for _, name, _ in keys} <= {"loss", "bytes"}:
         for key, loss in list(row.items()):
-            row[f"{key.removesuffix('loss')}ppl"] = math.exp(min(loss, 700))
+            if key.endswith("loss"):
+                row[f"{key.removesuffix('loss')}ppl"] = math.exp(min(loss, 700))
     return row
 
 

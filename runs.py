@@ -16,6 +16,7 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -558,6 +559,25 @@ def column(rows, key):
     return [(row["step"], row[key]) for row in rows if isinstance(row.get(key), (int, float))]
 
 
+def smoothed(points):
+    """[(step, mean)]: each value becomes the mean of those around it, a tenth of all."""
+    reach, values = len(points) // 20, [value for _, value in points]
+    windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [(step, sum(w) / len(w)) for (step, _), w in zip(points, windows)]
+
+
+def limits_of(*curves):
+    """The lowest and the highest value of a plot, without the fall of the first tenth: it would
+    press the rest of the curve flat."""
+    points = [point for curve in curves for point in curve]
+    last = max([step for step, _ in points], default=0)
+    values = [value for step, value in points if step > last / 10]
+    if not values or min(values) == max(values):
+        return None, None  # what matplotlib finds
+    margin = 0.05 * (max(values) - min(values))
+    return min(values) - margin, max(values) + margin
+
+
 def replace_text(path, text):
     with open(path + ".part", "w", encoding="utf-8", errors="replace", newline="") as f:
         f.write(text)
@@ -752,19 +772,23 @@ class Log:
         with self.optional("plot", path):
             from matplotlib.figure import Figure
 
-            rows = self.rows()
+            rows, title = self.rows(), self.out_dir
+            if column(rows, "val/bpb"):
+                title += ": val/bpb {1:.4f} after {0:,} steps".format(*column(rows, "val/bpb")[-1])
+            train, val = column(rows, "train/loss"), column(rows, "val/loss")
             figure = Figure(figsize=(8, 4.5), layout="constrained")
-            loss = figure.add_subplot(xlabel="step", ylabel="loss", title=self.out_dir)
+            loss = figure.add_subplot(xlabel="step", ylabel="loss", title=title)
             lr = loss.twinx()
             lr.set_ylabel("learning rate")
-            for axes, key, style in (
-                (loss, "train/loss", {"alpha": 0.6}),
-                (loss, "val/loss", {"marker": "o"}),
-                (lr, "train/lr", {"color": "gray", "linewidth": 0.7}),
+            for axes, points, style in (
+                (lr, column(rows, "train/lr"), {"color": "gray", "label": "train/lr"}),
+                (loss, train, {"color": "C0", "alpha": 0.3}),
+                (loss, smoothed(train), {"color": "C0", "label": "train/loss, smoothed"}),
+                (loss, val, {"color": "C1", "marker": "o", "ls": "", "label": "val/loss"}),
             ):
-                points = column(rows, key)
-                axes.plot([x for x, _ in points], [y for _, y in points], label=key, **style)
-            loss.legend()
+                axes.plot([x for x, _ in points], [y for _, y in points], lw=1, **style)
+            loss.set_ylim(limits_of(train, val))
+            loss.legend(handles=[*loss.lines[1:], *lr.lines])
             figure.savefig(path, dpi=120)
 
     def close(self):
@@ -780,8 +804,9 @@ class Log:
 class Meter:
     """Speed, memory and cost of a run, for the log: since the last row, and in all."""
 
-    def __init__(self, run, model, cost_per_hour, device, world_size):
-        self.cost_per_hour, self.device = cost_per_hour, device
+    def __init__(self, run, model, config, max_steps, device, world_size):
+        self.cost_per_hour, self.device = config["gpu_cost_per_hour"], device
+        self.max_steps, self.time_budget = max_steps, config["time_budget"]
         self.flops, self.peak = flops_per_token(model), 0  # 0: not known, and no MFU
         if device.startswith("cuda"):
             gpu = gpu_named(torch.cuda.get_device_name(device))
@@ -791,10 +816,19 @@ class Meter:
     def mark(self, run):
         self.step, self.tokens, self.train_s = run.step, run.tokens, run.train_s
 
-    def row(self, run, steps_left):
+    def steps_left(self, run, step_s):
+        """Steps that are still to come, if each takes step_s seconds."""
+        steps = self.max_steps - run.step
+        if self.time_budget:
+            seconds = max(0.0, self.time_budget - run.train_s)
+            steps = min(steps, seconds / max(step_s, 1e-9))
+        return steps
+
+    def row(self, run):
         seconds = max(run.train_s - self.train_s, 1e-9)
         speed = (run.tokens - self.tokens) / seconds
-        hours_left = steps_left * seconds / max(run.step - self.step, 1) / 3600
+        step_s = seconds / max(run.step - self.step, 1)
+        hours_left = self.steps_left(run, step_s) * step_s / 3600
         self.mark(run)
         row = {"train/tok_per_sec": speed, "cost/eta_hours": hours_left}
         if self.peak:
@@ -811,12 +845,19 @@ class Meter:
         return row
 
 
-def evaluation_line(step, row):
-    """'step    100 | val loss 1.2345 | ...'"""
+def evaluation_line(step, row, shape=None):
+    """'step    100 | val loss 1.2345 | ...'. `shape`: the GPTConfig of a model whose first loss is
+    to be explained where it is above that of a uniform guess."""
     names = {"val/loss": "val loss"}
     shown = {key: value for key, value in row.items() if not key.endswith("ppl")}
     parts = [f"{names.get(k, k.removeprefix('val/'))} {value:.4f}" for k, value in shown.items()]
-    return " | ".join([f"step {step:6,d}", *parts])
+    line = " | ".join([f"step {step:6,d}", *parts])
+    if step == 0 and shape and shape.unit_embed and shape.tie_embeddings:
+        uniform = math.log(shape.vocab_size)
+        if row.get("val/loss", 0.0) > uniform + 0.5:
+            why = "untrained, a tied head with embeddings of std 1 expects each token again"
+            line += f" (a uniform guess has {uniform:.1f}; {why})"
+    return line
 
 
 def step_line(step, row):
@@ -1242,7 +1283,7 @@ state of their optimizers.
 |---|---|---|
 | {goal} at the end | {last[0]:,} | {last[1]:.4f} |
 | {goal} at its best | {best[0]:,} | {best[1]:.4f} |
-| train/loss at the end | {step:,} | {last_loss:.4f} |
+{bpb}| train/loss at the end | {step:,} | {last_loss:.4f} |
 
 ![loss](loss.png)
 
@@ -1270,7 +1311,9 @@ def model_card(config, keys, model, loads_in_transformers, run, rows):
     stage, repo, dataset, base = (config[k] for k in ("stage", "hf_repo", "dataset", "init_from"))
     goal, choose = ("val/pass@1", max) if stage == "rlvr" else ("val/loss", min)
     nothing = [(run.step, math.nan)]
-    measured = column(rows, goal) or nothing
+    measured, bpb = column(rows, goal) or nothing, ""
+    if column(rows, "val/bpb"):  # bits per byte: comparable whatever the tokenizer
+        bpb = "| val/bpb at the end | {:,} | {:.4f} |\n".format(*column(rows, "val/bpb")[-1])
     known = [prepare.KNOWN.get(name, {}) for name, _ in prepare.parse_mixture(dataset)]
     sources = [entry["hub"] for entry in known if "hub" in entry]
     if base == "scratch" or os.path.exists(base) or base.startswith((".", "/", "out/")):
@@ -1298,6 +1341,7 @@ def model_card(config, keys, model, loads_in_transformers, run, rows):
         goal=goal,
         last=measured[-1],
         best=choose(measured, key=lambda point: point[1]),
+        bpb=bpb,
         last_loss=(column(rows, "train/loss") or nothing)[-1][1],
         usage=usage,
         repo=repo,
@@ -1422,7 +1466,17 @@ def declares_architecture(model, hf_layout, say):
     return hf_layout and not obstacles
 
 
-def headline(model, data, config, sequences, attention, why_dtype, say):
+def most_steps(config, setup):
+    """The most steps that a run takes: max_iters. A time budget that is typed outranks a max_iters
+    of the config, and any that is set outranks the default: then it is without end."""
+    ranks = {"command line": 2, None: 0}  # else the name of a config file
+    time, steps = (ranks.get(setup.given.get(key), 1) for key in ("time_budget", "max_iters"))
+    if config["time_budget"] and steps < time:
+        return math.inf
+    return config["max_iters"]
+
+
+def headline(model, data, config, max_steps, sequences, attention, why_dtype, say):
     block_size, device = model.config.block_size, model.embed.weight.device
     amount = f"x {block_size} = {sequences * block_size:,} tokens"
     if config["stage"] == "dpo":
@@ -1433,9 +1487,13 @@ def headline(model, data, config, sequences, attention, why_dtype, say):
     warmup_iters, max_iters = config["warmup_iters"], config["max_iters"]
     if warmup_iters > max_iters:
         say(f"warning: warmup_iters={warmup_iters} is beyond max_iters and clamped to {max_iters}")
+    length = counted(max_iters, "step")
+    if config["time_budget"]:
+        unless = "in steps" if max_steps == math.inf else f"at most {length}"
+        length = f"{config['time_budget']:g} seconds of training, {unless}"
     say(
         f"{model.n_params() / 1e6:.2f}M parameters; {config['dataset']}: {data.amount}; "
-        f"{counted(max_iters, 'step')} of {sequences} {amount}"
+        f"{length} of {sequences} {amount}"
     )
     why = f" ({why_dtype})" if why_dtype else ""
     say(
@@ -1514,33 +1572,146 @@ def command(*changes):
     return command_line([a for a in sys.argv if not a.startswith(replaced)] + list(changes))
 
 
+RESULTS = "results.tsv"  # beside a run's directory: a row for each run that ended
+
+
+def revision():
+    """(commit, "yes" or "no": whether a file differs from it) of the code that runs; ("", "") where
+    there is no git."""
+    home = os.path.dirname(os.path.abspath(__file__))
+
+    def git(*words):
+        command = ["git", "-C", home, *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        return done.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--short", "HEAD")
+        return commit, "yes" if git("status", "--porcelain", "--untracked-files=no") else "no"
+    except (OSError, subprocess.SubprocessError):
+        return "", ""
+
+
+def peak_memory():
+    """GB: of the GPU where one is used, else of the process. Not ru_maxrss, which begins at the
+    peak of the process that started this one."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
+    if not os.path.exists("/proc/self/status"):
+        return math.nan  # only Linux tells
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) * 1024 / 1e9
+
+
+def result(config, run, meter, model, rows, code):
+    """{column: text} of a run that ended: for people, programs and results.tsv. Empty where a stage
+    or a machine has no such number. `code`: what revision() said at the start."""
+
+    def last(key):
+        points = column(rows, key)
+        return points[-1][1] if points and points[-1][0] == run.step else math.nan
+
+    speed = run.tokens / max(run.train_s, 1e-9)
+    values = {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "run": config["out_dir"],
+        **{key: last(key) for key in ("val/bpb", "val/loss", "val/pass@1")},
+        "best": abs(run.best[0]),
+        "steps": run.step,
+        "tokens": run.tokens,
+        "train_s": round(run.train_s, 1),
+        "tok_per_s": round(speed),
+        "parameters": model.n_params(),
+        "peak_memory_gb": round(peak_memory(), 2),
+        "mfu": round(speed * meter.flops / meter.peak, 3) if meter.peak else math.nan,
+        "commit": code[0],
+        "changed": code[1],
+        "command": prepare.without_secrets(command()),
+    }
+    return {key: _result_text(value) for key, value in values.items()}
+
+
+def _result_text(value):
+    if isinstance(value, float):
+        return f"{value:.6g}" if math.isfinite(value) else ""
+    return re.sub(r"\s", " ", str(value))
+
+
+def result_block(values):
+    """A result between two lines of ---, a line `key: value` for each number that there is."""
+    lines = [f"{key}: {value}" for key, value in values.items() if value]
+    return "\n".join(["---", *lines, "---"])
+
+
+def add_result(values, log):
+    """Appends a result to results.tsv and returns its path. A file whose columns are others, of
+    another version or a user's, is left alone: the row goes to results~1.tsv, results~2.tsv, ..."""
+    place = os.path.dirname(log.out_dir)
+    header, line = ("\t".join(part).encode() + b"\n" for part in (values, values.values()))
+    stem, number = os.path.splitext(RESULTS)[0], 0
+    path = os.path.join(place, RESULTS)
+    with log.optional("results", path):
+        while not _append_row(path, header, line):
+            number += 1
+            path = os.path.join(place, f"{stem}~{number}.tsv")
+    return path
+
+
+def _append_row(path, header, line):
+    """False if the file begins with another header. A row is one write under a lock, so that runs
+    that end together get a row each, below one header."""
+    with open(path, "a+b", buffering=0) as f:
+        with contextlib.suppress(ImportError, OSError):  # Windows and some network drives
+            import fcntl
+
+            fcntl.flock(f, fcntl.LOCK_EX)
+        f.seek(0)
+        text = f.read()
+        if text and not text.startswith(header):
+            return False
+        if text and not text.endswith(b"\n"):  # a full disk cut it short
+            line = b"\n" + line
+        f.write(line if text else header + line)
+        return True
+
+
 def summary(config, run, trained, is_saved, tokenizer):
-    """The end of a finished run, with what to type next. `trained`: whether this process did; a run
-    that was finished before is not trained again."""
+    """What to type after a finished run. `trained`: whether this process did; a run that was
+    finished before is not trained again."""
     out_dir, name = config["out_dir"], "pass@1" if config["stage"] == "rlvr" else "val loss"
-    best = "not evaluated"
-    if math.isfinite(run.best[0]):
-        best = f"best {name} {abs(run.best[0]):.4f}"
-    steps = counted(run.step, "step")
-    done = f"{steps}, {run.tokens:,} tokens in {run.train_s:.0f} s of training: {best}"
+    limit, most, longer = limit_of(config, run)
+    lines = [f"the loss, drawn      {os.path.join(out_dir, PLOT)}"]
     if not trained:
-        asked = f"max_iters={config['max_iters']} asks for no more"
-        done = f"nothing left to do: the run in {out_dir} has {steps}, and {asked}; {best}"
-    lines = [f"--- {done} ---", f"the loss, drawn      {os.path.join(out_dir, PLOT)}"]
+        best = f"best {name} {abs(run.best[0]):.4f}"
+        if not math.isfinite(run.best[0]):
+            best = "not evaluated"
+        done = f"the run in {out_dir} has {counted(run.step, 'step')}"
+        asked = f"{limit}={most:g} asks for no more"
+        lines.insert(0, f"--- nothing left to do: {done}, and {asked}; {best} ---")
     if is_saved:
         sample = ["sample.py", f"--out_dir={out_dir}", "--interactive"]
         if config["stage"] == "pretrain":
             start = encodable(config["sample_start"] or "Once upon a time", tokenizer)
             sample[2:] = [f"--start={start}"] if start else []
         lines.append(f"write more           python {shlex.join(sample)}")
-        longer = max(2 * config["max_iters"], run.step + config["max_iters"])
-        lines.append(f"train longer         {command(f'--max_iters={longer}')}")
+        lines.append(f"train longer         {command(f'--{limit}={longer:g}')}")
     if not trained:
         lines.append(f"train anew           {command(f'--out_dir={out_dir}_again')}")
     return "\n".join(lines)
 
 
-def how_to_resume(stopped_by, step, max_iters, is_saved):
+def limit_of(config, run):
+    """(key, value, a larger one) of what ended a run: its steps, or its time."""
+    steps, seconds = config["max_iters"], config["time_budget"]
+    if seconds and run.train_s >= seconds:
+        return "time_budget", seconds, seconds * (1 + run.train_s // seconds)
+    return "max_iters", steps, max(2 * steps, run.step + steps)
+
+
+def how_to_resume(stopped_by, run, max_steps, time_budget, is_saved):
     saved = "which is saved" if is_saved else "which is not saved"
-    stopped = f"{stopped_by or 'a signal'}: stopped after step {step:,} of {max_iters:,}, {saved}"
+    step = f"{run.step:,}" if max_steps == math.inf else f"{run.step:,} of {max_steps:,}"
+    if time_budget:
+        step += f", {run.train_s:.0f} of {time_budget:g} seconds"
+    stopped = f"{stopped_by or 'a signal'}: stopped after step {step}, {saved}"
     return f"{stopped}. To go on:\n  {command()}"

@@ -67,6 +67,7 @@ beta1 = 0.9                   # (>= 0, < 1)
 beta2 = 0.95                  # (>= 0, < 1)
 grad_clip = 1.0               # 0: never (>= 0)
 max_iters = 650               # steps (>= 1)
+time_budget = 0.0             # seconds of training that run and schedule last; 0: steps (>= 0)
 decay_lr = True               # False: constant after warm-up
 schedule = "wsd"              # 'wsd' (warm-up, stable, decay) | 'cosine' | 'constant'
 warmup_iters = 20             # (>= 0)
@@ -122,8 +123,8 @@ from model import (MemoryGuard, Threads, barrier, broadcast_weights, compile_pay
                    completion_measures, document_ends, documents, expected_seconds,
                    faster_attention, group_advantages, make_optimizers, over_processes, pair_loss,
                    pick_attention, pick_dtype, pick_micro_batch_size, pick_muon_dtype, plan,
-                   sample_completions, schedule_factor, set_up_device, sum_gradients,
-                   undo_compile, why_harmful, yes_probability)
+                   sample_completions, schedule_factor, schedule_step, set_up_device,
+                   sum_gradients, undo_compile, why_harmful, yes_probability)
 # fmt: on
 
 prepare.read_secrets()
@@ -137,7 +138,7 @@ if stage == "rlvr":  # a verifier that is missing is refused before anything is 
     verify = prepare.verifier(verifier)
 if dry_run:
     config["gpu_cost_per_hour"] = runs.price_of(gpu, config, setup)
-    plan(config, runs.shape_of(config, setup), gpu)
+    plan(config, runs.shape_of(config, setup), gpu, runs.most_steps(config, setup))
     sys.exit()
 
 # -----------------------------------------------------------------------------
@@ -190,6 +191,7 @@ scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 params = list(model.parameters())
 broadcast_weights(model)
 warmup_steps, decay_steps = min(warmup_iters, max_iters), lr_decay_iters or max_iters
+max_steps = runs.most_steps(config, setup)  # inf: only the time budget ends the run
 floor = min_lr / (learning_rate or 1)  # what the rate falls to, as a share of its peak
 if not decay_lr:
     schedule = "constant"
@@ -200,6 +202,7 @@ run = types.SimpleNamespace(
     position=0,        # sequences consumed: where the data goes on
     tokens=0,          # tokens seen
     train_s=0.0,       # seconds in steps, compilation included
+    compile_s=0.0,     # of these, in compilation
     wall_s=0.0,        # seconds in all: what a rented machine is paid for
     best=[-math.inf],  # the highest score_of an evaluation
     skipped=0,         # bad steps: not counted in step, their data is skipped
@@ -265,6 +268,7 @@ if stage in ("dpo", "rlvr"):
 if stage in ("pretrain", "sft"):
     # windows of text; the targets of sft are the assistant's words only
     batch_of = data.batch
+    token_bytes = data.token_bytes(model.config.vocab_size).to(device)
 
     def loss_of(batch):
         docs = None
@@ -340,7 +344,10 @@ def measure(batch):
         batch = on_device(data.rollouts(sampled))
         return rates | completion_measures(model, reference, batch, rollout_temperature)
     loss, metrics = loss_of(on_device(batch))
-    return {name: (mean, batch.units) for name, mean in {"loss": loss, **metrics}.items()}
+    means = {name: (mean, batch.units) for name, mean in {"loss": loss, **metrics}.items()}
+    if stage in ("pretrain", "sft"):
+        means["bytes"] = (token_bytes[batch.y].sum(), 1)  # of the text that the targets are
+    return means
 
 
 @torch.no_grad()
@@ -430,10 +437,11 @@ log.start(config, run.step, state is not None, data.notes)
 checkpoints = runs.Checkpoints(out_dir, keep_checkpoints, log, best_at) if master_process else None
 hub = runs.start_mirrors(config, checkpoints, log)  # threads for Hub and backup; None: no Hub
 pod = runs.Pod(config, log, stop) if runs.on_a_pod(config) else None
-meter = runs.Meter(run, model, gpu_cost_per_hour, device, world_size)
+meter = runs.Meter(run, model, config, max_steps, device, world_size)
+code = runs.revision()  # now: somebody may edit it while it runs
 runs.finish_on_crash(save_last_step, checkpoints, log, stop, pod, terminate_on_error)
-runs.headline(model, data, config, sequences, shown_attention, why_dtype, say)
-log.start_bar(max_iters, run.step)
+runs.headline(model, data, config, max_steps, sequences, shown_attention, why_dtype, say)
+log.start_bar(max_steps, run.step)
 # a CPU has better to do during a step, and rollouts need the weights that the step before leaves
 batches_ahead = prepare.Ahead(make_batches, enabled=device_type == "cuda" and stage != "rlvr")
 
@@ -449,7 +457,8 @@ while True:
     rng = runs.rng_state(device)
     now = time.perf_counter()
     run.wall_s, clock = run.wall_s + now - clock, now
-    finished, stopping = run.step >= max_iters, over_processes(bool(stop.signal))[0] > 0
+    at = schedule_step(run, max_iters, max_steps, time_budget)  # with a time budget, by time
+    finished, stopping = at >= max_iters, over_processes(bool(stop.signal))[0] > 0
     evaluation_due = run.step != evaluated_at and (finished or run.step % eval_interval == 0)
     save_due = finished or stopping or (evaluation_due and always_save_checkpoint)
     if checkpoint_interval and run.step % checkpoint_interval == 0:
@@ -468,7 +477,7 @@ while True:
         row = evaluate()
         evaluated_at = run.step
         log(run.step, row)
-        say(runs.evaluation_line(run.step, row))
+        say(runs.evaluation_line(run.step, row, model.config))
         if run.step > 0 and score_of(row) > run.best:  # a comparison with NaN is False
             run.best = score_of(row)
             if master_process:
@@ -481,7 +490,7 @@ while True:
 
     # write a sample
     sample_due = sample_interval and run.step > 0 and run.step % sample_interval == 0
-    if master_process and sample_due and run.step != sampled_at:
+    if master_process and sample_due and run.step != sampled_at and not finished:
         sampled_at = run.step
         for text in runs.samples(model, data, config, 1, autocast, log):
             log.sample(run.step, text)
@@ -506,9 +515,9 @@ while True:
     step_s = run.train_s / max(run.step, 1)
     if steps_here == 0:
         step_s = expected_seconds(model, updates * tokens / world_size, device)
-    if time_to_compile and compile_pays(device_type, max_iters - run.step, step_s):
+    if time_to_compile and compile_pays(device_type, meter.steps_left(run, step_s), step_s):
         say("torch.compile: pays back within this run")
-        compile_tried = True
+        compile_tried, compile_begun = True, time.perf_counter()
         try:
             # one pass forward and backward, for nothing but compilation
             model.compile()
@@ -521,10 +530,11 @@ while True:
         runs.set_rng_state(rng, device)
         for opt in optimizers:
             opt.zero_grad(set_to_none=True)
+        run.compile_s += time.perf_counter() - compile_begun
 
     # the learning rate: one factor for the peak of every group
     factor = schedule_factor(
-        run.step, schedule, warmup_steps, decay_steps, floor, decay_frac, decay_shape
+        at, schedule, warmup_steps, decay_steps, floor, decay_frac, decay_shape
     )
     for opt in optimizers:
         for group in opt.param_groups:
@@ -588,6 +598,10 @@ while True:
 
     # a bad step is not counted, its data is skipped; too many in a row: back to a checkpoint
     run.position += sequences
+    run.train_s += time.perf_counter() - begun
+    if time_budget:  # all processes have to end at the same step: they take the mean of their times
+        times = over_processes(run.train_s / world_size, run.compile_s / world_size)
+        run.train_s, run.compile_s = times
     if why:
         bad_in_a_row += 1
         run.skipped += 1
@@ -605,6 +619,7 @@ while True:
             restore(saved_state)
             # trainer.pt is older than the evaluation of its own step
             run.position, run.wall_s, run.best = before.position, before.wall_s, before.best
+            run.train_s, run.compile_s = before.train_s, before.compile_s
             run.micro_batch_size = before.micro_batch_size
             run.rollbacks = before.rollbacks + 1
             run.skipped = before.skipped + before.step - run.step
@@ -619,13 +634,13 @@ while True:
     bad_in_a_row = 0
     run.step, steps_here = run.step + 1, steps_here + 1
     run.tokens += int(tokens)
-    run.train_s += time.perf_counter() - begun
     if not compile_tried and threads.adapt():  # compiled code has their number built in
         log.warn_once("threads", "another program keeps a core busy: one thread less meanwhile")
 
     # log
     log.progress(run.step)
-    if run.step % log_interval == 0 or run.step == max_iters:
+    is_last = schedule_step(run, max_iters, max_steps, time_budget) >= max_iters
+    if run.step % log_interval == 0 or is_last:
         row = {
             "train/loss": train_loss,
             "train/lr": learning_rate * factor,
@@ -636,7 +651,7 @@ while True:
             "train/micro_batch_size": run.micro_batch_size,
             "time/train_s": run.train_s,
             **prepare.batch_means(batches, over_processes),
-            **meter.row(run, max_iters - run.step),
+            **meter.row(run),
         }
         log(run.step, row)
         log.progress(run.step, runs.step_line(run.step, row))
@@ -658,11 +673,16 @@ if hub and finished and is_saved:
 log.close_bar()
 if finished:
     if steps_here:
-        for text in runs.samples(model, data, config, 3, autocast, log):
+        texts = runs.samples(model, data, config, 3, autocast, log)
+        log.sample(run.step, "\n\n".join(texts))
+        for text in texts:
             say(f"--- a sample ---\n{prepare.for_terminal(text)}")
+        result = runs.result(config, run, meter, model, log.rows(), code)
+        say(runs.result_block(result))
+        say(f"all results          {runs.add_result(result, log)}")
     say(runs.summary(config, run, steps_here > 0, is_saved, tokenizer))
 else:
-    say(runs.how_to_resume(stop.signal, run.step, max_iters, is_saved))
+    say(runs.how_to_resume(stop.signal, run, max_steps, time_budget, is_saved))
 everything_is_sent = checkpoints.finish(tries=4 if finished else 1, stop=stop)
 if hub and finished:
     say(hub.report())

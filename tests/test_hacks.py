@@ -1,4 +1,4 @@
-"""Ten edits as people make them, each a patch in tests/hacks/ of at most 10 lines in 2 files.
+"""Edits as people make them, each a patch in tests/hacks/ of at most 10 lines in 2 files.
 
 Each is applied to a copy of the project, which trains 20 steps, resumes to 24, samples, and loads
 its checkpoint; and each is checked to do what its source says. A hack that no longer applies, needs
@@ -31,6 +31,7 @@ from test_signals import (
     write_problems,
 )
 
+import model
 import prepare
 
 HACKS = pathlib.Path(ROOT) / "tests" / "hacks"
@@ -59,6 +60,8 @@ RUNS = {
     "ipo": ("dpo", "--pref_loss=ipo"),
     "similarity_verifier": ("rlvr", "--verifier=similar"),
     "typical_sampling": ("pretrain", ""),
+    "normuon": ("pretrain", ""),
+    "tail_average": ("pretrain", "--tail_average=0.1"),
 }
 
 
@@ -312,6 +315,32 @@ def typical_sampling(hacked):
     assert texts[0] != texts[1]
 
 
+def normuon(hacked):
+    """All rows of the first update have one norm, and together that of Muon's update."""
+    assert hacked.losses[0] == hacked.before[0] and hacked.losses[2] != hacked.before[2]
+    weight = torch.nn.Parameter(torch.zeros(6, 4))
+    weight.grad = torch.randn(6, 4) * torch.arange(1, 7)[:, None]
+    plain = model.orthogonalize(weight.grad[None].clone(), torch.float32)[0]
+    muon = hacked.module.Muon([weight], lr=1.0, dtype=torch.float32)
+    muon.step()
+    norms = weight.detach().norm(dim=1)
+    assert (norms - norms.mean()).abs().max() < 1e-4 < plain.norm(dim=1).std()
+    assert weight.norm().item() == pytest.approx(plain.norm().item() * math.sqrt(6 / 4), rel=1e-4)
+    momenta = [v for state in optimizer_state(hacked.run, 24) for v in state.values()]
+    assert momenta  # what a checkpoint holds loads again: the run was resumed
+
+
+def tail_average(hacked):
+    """The last of 20 steps is the mean of the weights of the last two."""
+    options = f"{STAGES['pretrain']} --max_iters=20 --checkpoint_interval=1 --out_dir=out/each"
+    hacked.place.finished("train.py", options, root=hacked.place.original)
+    each = hacked.place.cwd / "out" / "each"
+    last = [load_file(each / f"step_{step:06d}" / "model.safetensors") for step in (19, 20)]
+    for name, tensor in hacked.tensors(20).items():
+        mean = (last[0][name] + last[1][name]) / 2
+        assert torch.allclose(tensor, mean, atol=1e-6) and not torch.equal(tensor, last[1][name])
+
+
 CHECKS = {
     "relu2_mlp": relu2_mlp,
     "sliding_window": sliding_window,
@@ -323,4 +352,6 @@ CHECKS = {
     "ipo": ipo,
     "similarity_verifier": similarity_verifier,
     "typical_sampling": typical_sampling,
+    "normuon": normuon,
+    "tail_average": tail_average,
 }

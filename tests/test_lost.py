@@ -394,7 +394,7 @@ def test_killed_between_two_names(scene):
     """best/ follows from the log where a kill left it missing or stale, and what rotation
     deletes has lost its name first."""
     assert scene["missing"] and scene["stale"] and scene["rotation"]
-    assert scene["end"] == ["best", "log.jsonl", "loss.png", "step_000012"]
+    assert scene["end"] == ["best", "log.jsonl", "loss.png", "samples.txt", "step_000012"]
 
 
 # --- nothing of the user's is removed or replaced

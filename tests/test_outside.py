@@ -378,7 +378,7 @@ def scene_a_machine_that_was_replaced(cwd):
 def test_a_machine_that_was_replaced(scene):
     cwd, listed, again, equal, scratch = scene
     # rotated like the original
-    assert listed == ["best", "log.jsonl", "loss.png", "step_000015", "step_000020"]
+    assert listed == ["best", "log.jsonl", "loss.png", "samples.txt", "step_000015", "step_000020"]
     assert "step_000020 is damaged and passed over" in again
     assert "out/toy held no run: drive/toy/step_000015 is copied back" in again
     assert "resuming out/toy/step_000015" in again

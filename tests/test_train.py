@@ -104,6 +104,7 @@ def test_a_run_ends_where_it_should(finished):
         "best",
         "log.jsonl",
         "loss.png",
+        "samples.txt",
         "step_000010",
         "step_000020",
     ]

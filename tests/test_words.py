@@ -184,7 +184,7 @@ def test_write_more_works_where_the_vocabulary_lacks_a_letter(monkeypatch):
     """The line that ends a run of character data, with sample_start and without."""
     monkeypatch.setattr(sys, "argv", ["train.py", "--max_iters=20"])
     run = types.SimpleNamespace(step=20, tokens=1000, train_s=3.2, best=[-1.5])
-    config = {"out_dir": "out/d", "stage": "pretrain", "max_iters": 20}
+    config = {"out_dir": "out/d", "stage": "pretrain", "max_iters": 20, "time_budget": 0.0}
 
     def sample_line(start, tokenizer):
         text = runs.summary(config | {"sample_start": start}, run, True, True, tokenizer)
@@ -201,7 +201,13 @@ def test_write_more_works_where_the_vocabulary_lacks_a_letter(monkeypatch):
 def test_a_finished_run_says_that_nothing_is_left(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--out_dir=out/d", "--learning_rate=0.5"])
     run = types.SimpleNamespace(step=20, tokens=1000, train_s=3.2, best=[-1.5])
-    config = {"out_dir": "out/d", "stage": "sft", "sample_start": "", "max_iters": 8}
+    config = {
+        "out_dir": "out/d",
+        "stage": "sft",
+        "sample_start": "",
+        "max_iters": 8,
+        "time_budget": 0.0,
+    }
     lines = runs.summary(config, run, False, True, digits()).splitlines()
     expected = "nothing left to do: the run in out/d has 20 steps, and max_iters=8 asks for no more"
     assert lines[0] == f"--- {expected}; best val loss 1.5000 ---"
