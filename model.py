@@ -512,6 +512,15 @@ def _chunks(x, targets, vocab_size):
     return zip(x.chunk(count), targets.chunk(count), strict=True)
 
 
+def rows_with_targets(targets):
+    """The indices of targets that are not -1, for a CPU: prompts and padding then cost no products
+    with the vocabulary. A GPU would have to be waited for: there, all rows."""
+    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+        return slice(None)
+    rows = (targets >= 0).nonzero()[:, 0]
+    return rows if 0 < len(rows) < len(targets) else slice(None)
+
+
 def token_log_probs(model, x, targets, temperature=1.0):
     """log softmax(model.logits(x) / temperature)[target] of each row, 0 where the target is -1.
 
@@ -523,8 +532,12 @@ def token_log_probs(model, x, targets, temperature=1.0):
         logits = model.logits(x) / temperature  # (rows, V)
         return -F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
 
-    chunks = _chunks(x, targets, model.config.vocab_size)
-    return torch.cat([checkpoint(chunk, *rows, use_reentrant=False) for rows in chunks])
+    rows = rows_with_targets(targets)
+    chunks = _chunks(x[rows], targets[rows], model.config.vocab_size)
+    found = torch.cat([checkpoint(chunk, *some, use_reentrant=False) for some in chunks])
+    log_probs = found.new_zeros(len(x))
+    log_probs[rows] = found
+    return log_probs
 
 
 def preference_loss(kind, chosen, rejected, beta=0.1, label_smoothing=0.0):
@@ -612,7 +625,8 @@ def pair_loss(policy, reference, batch, kind="sigmoid", beta=0.1, label_smoothin
 
 
 def completion_loss(policy, reference, batch, temperature=1.0, clip_eps=0.2, kl_coef=0.0):
-    """(mean loss over the tokens, metrics) of sampled completions with `batch.advantages` (B,).
+    """(mean loss over batch.units tokens, metrics) of sampled completions with `batch.advantages`
+    (B,).
 
     The log-probabilities under which they were sampled, and with kl_coef those under the reference,
     are computed at the first call and stay on the batch, for further updates on the same rollouts.
@@ -626,7 +640,7 @@ def completion_loss(policy, reference, batch, temperature=1.0, clip_eps=0.2, kl_
     advantages = batch.advantages[:, None].expand_as(log_probs)  # (B, T)
     old, before = batch.old_log_probs, batch.reference_log_probs
     losses = policy_loss(log_probs, old, advantages, clip_eps, before, kl_coef)
-    loss, _ = _token_mean(losses, batch)
+    loss = (losses * (batch.y >= 0)).sum() / max(batch.units, 1)
     return loss, {"policy/entropy": _token_mean(-old, batch)[0]}
 
 
@@ -1340,7 +1354,8 @@ def linear_cross_entropy(x, weight, targets):
     """
     if not torch.is_grad_enabled():  # an autograd.Function sees requires_grad, not no_grad
         x, weight = x.detach(), weight.detach()
-    total = _LinearCrossEntropy.apply(x, weight, targets, _compute_dtype(x))
+    rows = rows_with_targets(targets)
+    total = _LinearCrossEntropy.apply(x[rows], weight, targets[rows], _compute_dtype(x))
     return total / (targets >= 0).sum().clamp(min=1)
 
 

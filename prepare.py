@@ -2761,17 +2761,24 @@ class Problems(_Conversations):
         ids = render_chat(chat, self.tokenizer, add_generation_prompt=True)[0]
         return ids, self.tokenizer.encode("yes")[0], self.tokenizer.encode("no")[0]
 
-    def rollouts(self, completions, advantages=None):
+    def rollouts(self, completions, advantages=None, keep_all=True):
         """A Batch of completions with the advantage of each, a tensor. A truncated completion
         has no reward to speak of: it is left out of the loss, and counted. Without advantages
-        every token of every completion is a target."""
+        every token of every completion is a target. Unless keep_all, completions with an advantage
+        of 0, which have no gradient, are counted in `units` and then left out: it is the same step
+        in half of the time.
+        """
         rows = []
         for prompt, ids, ended, _ in completions:
             counts = int(ended or advantages is None)
             rows.append((prompt + ids, [0] * len(prompt) + [counts] * len(ids)))
-        x, y = padded(rows, self.tokenizer.eos_id)
+        units = sum(sum(mask) for _, mask in rows)
         tokens = sum(len(ids) for ids, _ in rows)
-        batch = Batch(x, y, (y >= 0).sum().item(), tokens, advantages=advantages)
+        if not keep_all:
+            kept = advantages.nonzero()[:, 0].tolist() or [0]  # no batch is empty
+            rows, advantages = [rows[i] for i in kept], advantages[kept]
+        x, y = padded(rows, self.tokenizer.eos_id)
+        batch = Batch(x, y, units, tokens, advantages=advantages)
         lengths = [len(ids) for _, ids, _, _ in completions]
         batch.metrics = {
             "completions/length": sum(lengths) / len(lengths),
@@ -3385,12 +3392,12 @@ def toy_questions(seed=1337, count=4_000):
 
 
 def toy_problems(seed=1337, count=4_000):
-    """Yields toy_sums with a question about a fact or a story in place of every other: a model that
-    is rewarded for sums alone soon answers everything with a sum."""
+    """Yields toy_sums with a fact in place of every other: a model that is rewarded for sums alone
+    soon answers everything with a sum."""
     rng = random.Random(f"problems {seed}")
     for problem in toy_sums(seed, count):
         if rng.random() < 0.5:
-            question, answer = turns(rng, ("fact", "reading"))[0]
+            question, answer = turns(rng, ("fact",))[0]
             problem = dict(prompt=question, answer=answer)
         yield problem
 

@@ -304,7 +304,8 @@ else:
     def batch_of(positions):
         completions = complete(data.batch(positions), group_size, rollout_temperature, seed + 1)
         rewards = torch.tensor([reward for *_, reward in completions]).view(-1, group_size)
-        batch = data.rollouts(completions, group_advantages(rewards, scale_rewards).flatten())
+        advantages = group_advantages(rewards, scale_rewards).flatten()
+        batch = data.rollouts(completions, advantages, keep_all=kl_coef > 0)
         equal_groups = (rewards == rewards[:, :1]).all(dim=1).float().mean()
         batch.metrics |= {"reward/mean": rewards.mean(), "reward/equal_groups": equal_groups}
         # a running total; metrics are averaged over processes, so this logs their sum

@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import prepare
 from model import (
     GPT,
     GPTConfig,
+    completion_loss,
     group_advantages,
     k3,
     policy_loss,
@@ -119,3 +121,27 @@ def test_equal_rewards_give_no_advantage_at_all(value, scale):
     rewards = torch.tensor([[value] * 8, [value] * 7 + [2 * value]])
     advantages = group_advantages(rewards, scale)
     assert not advantages[0].any() and advantages[1].all()
+
+
+def test_completions_without_an_advantage_are_left_out_of_the_products_only():
+    """The gradient of the step is the same with them and without; they count in its mean."""
+    problems = types.SimpleNamespace(tokenizer=types.SimpleNamespace(eos_id=0))
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=50, n_layer=2, n_head=2, n_embd=32, block_size=32))
+    completions = [
+        (list(range(3, 5 + n)), list(range(10, 14 + n)), n != 4, float(n % 2)) for n in range(8)
+    ]
+    for advantages in ([0.0, 0, 0.5, -0.5, 0, 1, -1, 0], [0.0] * 8):
+        seen = []
+        for keep_all in (True, False):
+            model.zero_grad()
+            batch = prepare.Problems.rollouts(
+                problems, completions, torch.tensor(advantages), keep_all
+            )
+            loss, _ = completion_loss(model, None, batch)
+            loss.backward()
+            gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+            seen.append((len(batch.x), batch.units, batch.with_signal, batch.tokens, gradients))
+        (_, *same, whole), (rows, *same_too, part) = seen
+        assert same == same_too and rows == max(1, sum(a != 0 for a in advantages))
+        assert torch.allclose(whole, part, atol=1e-7) and (part.abs().sum() > 0) == any(advantages)
