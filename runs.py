@@ -21,12 +21,13 @@ import tempfile
 import threading
 import time
 import types
+import zipfile
 
 import torch
 
 import prepare
 from configurator import UserError, command_line, counted
-from model import FOLLOWS, GPT, GPUS, GPTConfig, flops_per_token, gpu_named
+from model import FOLLOWS, GPT, GPUS, GPTConfig, flops_per_token, gpu_named, recorded_checksum
 from prepare import checkpoints, files_of, hidden, step_of
 
 # -----------------------------------------------------------------------------
@@ -197,6 +198,9 @@ def check(config, world_size=1):
     """UserError, before anything is loaded, for places that can't be right, and for a step that the
     processes can't share."""
     out_dir, hf_repo, backup_dir = config["out_dir"], config["hf_repo"], config["backup_dir"]
+    for key, value in config.items():  # a config is printed, logged, and kept in checkpoints
+        if isinstance(value, str) and prepare.without_secrets(value) != value:
+            raise UserError(f"{key}: its value is a secret of the environment; leave it out")
     sequences = config["batch_size"] * config["gradient_accumulation_steps"]
     if sequences % world_size:
         raise UserError(
@@ -224,16 +228,39 @@ def check(config, world_size=1):
 
 def load(checkpoint, say):
     """(model, trainer state) of a checkpoint; (None, None) if it is damaged, and says so."""
+    path = os.path.join(checkpoint, "trainer.pt")
     try:
+        with zipfile.ZipFile(path) as records:  # torch.load does not compare their checksums
+            damaged = records.testzip()
+        if damaged:
+            raise UserError(f"trainer.pt: the CRC-32 of {damaged} differs")
+        state = of_today(torch.load(path, map_location="cpu", weights_only=True))
+        check_files(checkpoint, state.get("crc32"), say)
         prepare.load_tokenizer(checkpoint)
-        model = GPT.from_pretrained(checkpoint)
-        path = os.path.join(checkpoint, "trainer.pt")
-        return model, of_today(torch.load(path, map_location="cpu", weights_only=True))
+        return GPT.from_pretrained(checkpoint), state
     except MemoryError:  # the checkpoint is not to blame
         raise
     except Exception as e:
         say(f"warning: {checkpoint} is damaged and passed over: {first_line(e)}")
         return None, None
+
+
+def checksums_of(checkpoint):
+    """{name: CRC-32} of what trainer.pt stands for: the tensors of the weights, and small files."""
+    small = files_of(checkpoint, skip=("trainer.pt", "model.safetensors"))
+    checksums = {name: prepare.checksum(path) for name, path in small.items()}
+    return checksums | {"model.safetensors": recorded_checksum(checkpoint)}
+
+
+def check_files(checkpoint, recorded, say):
+    """UserError where a file of a checkpoint is missing, or another than trainer.pt recorded.
+    GPT.from_pretrained compares the weights with the checksum in their file."""
+    if recorded is None:
+        return say(f"{checkpoint}: an older version wrote it, without checksums of its weights")
+    there = checksums_of(checkpoint)
+    for name, crc in recorded.items():
+        if there.get(name) != crc:
+            raise UserError(f"{name} is missing, or not the one that was written (CRC-32)")
 
 
 def of_today(state):
@@ -442,7 +469,8 @@ def refuse_another_run(start, config, setup, asked, fingerprint):
         if before.get(key, value) != value:
             differs = f"{key}={before[key]!r}, this one asks for {value!r}"
             raise UserError(f"{out_dir} holds a run with {differs}; {remedy(config, setup)}")
-    if start.state["fingerprint"] != fingerprint:
+    # an older run has recorded less
+    if any(old != new for old, new in zip(start.state["fingerprint"], fingerprint)):
         changed = f"{config['dataset']}: the data changed since the run in {out_dir} began"
         raise UserError(f"{changed}; put it back, or {remedy(config, setup)}")
 
@@ -879,6 +907,7 @@ class Checkpoints:
             generation = {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}
             model.save_pretrained(directory, hf_layout, generation, weights)
             tokenizer.save(directory)
+            trainer["crc32"] = checksums_of(directory)
             torch.save(trainer, os.path.join(directory, "trainer.pt"))
 
         self._submit(self._write, trainer["run"]["step"], write, waited)
