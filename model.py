@@ -2029,15 +2029,27 @@ def save_hf(config, state, directory, hf_layout, generation):
         addresses.add(tensor.data_ptr())
     os.makedirs(directory, exist_ok=True)
     metadata = {"format": "pt", "crc32": tensors_checksum(tensors)}
-    save_file(tensors, os.path.join(directory, "model.safetensors"), metadata=metadata)
+    path = os.path.join(directory, "model.safetensors")
+    save_file(tensors, path, metadata=metadata)
+    _sort_metadata(path)
     hf = _to_hf_config(config, kind) | generation
     for name, content in (("config.json", hf), ("generation_config.json", generation)):
         with open(os.path.join(directory, name), "w", encoding="utf-8") as f:
             json.dump(content, f, indent=2)
     with contextlib.suppress(OSError):  # save_file keeps its file from other users
-        shutil.copymode(
-            os.path.join(directory, "config.json"), os.path.join(directory, "model.safetensors")
-        )
+        shutil.copymode(os.path.join(directory, "config.json"), path)
+
+
+def _sort_metadata(path):
+    """save_file writes its metadata in a random order; equal weights are to be equal files."""
+    with open(path, "r+b") as f:
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:
+            f.seek(8)
+            f.write(text.ljust(size))
 
 
 def _to_hf_tensors(config, kind, state):
