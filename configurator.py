@@ -499,7 +499,7 @@ def _print_exception(kind, error, traceback):
     """sys.excepthook: one line for a UserError, disk error or Ctrl-C, a traceback for the rest."""
     script = os.path.basename(sys.argv[0])
     if issubclass(kind, UserError):
-        print(f"{script}: {error}", file=sys.stderr)
+        print(f"{script}: {error}".replace("\n", "\\n"), file=sys.stderr)  # of a name or value
     elif issubclass(kind, OSError) and error.filename == "standard output":
         sys.stdout.survive = True  # so that it is reported once
         if not _is_broken_pipe(error):

@@ -1216,7 +1216,7 @@ def read_secrets(path=".env"):
         secret = secret.strip()  # a line end that was pasted along
         if not re.fullmatch(r"[!#-&(-~]*", secret):
             raise UserError(
-                f"{key}: it holds a quote, a space or another character that no token has; copy it "
+                f"{key} of {path} or the environment: it holds a quote, a space or another character that no token has; copy it "
                 "again"
             )
         os.environ[key] = secret
@@ -3683,7 +3683,8 @@ def prepare(
     known = KNOWN.get(source, {})
     if known and os.path.exists(source):
         print(f"{source} is the known data set; ./{source} would be what lies here")
-    name = name or _name_of(source)
+    usual = _name_of(source)  # which refuses a source that is not there
+    name = name or usual
     _check_name(name, source)
     counts = dict(max_tokens=max_tokens, block_size=block_size, workers=workers, seed=seed)
     _check_ranges(val_fraction, max_unusable, as_, counts)

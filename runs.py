@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 import types
+import warnings
 import zipfile
 
 import torch
@@ -58,10 +59,12 @@ def model_directory(where):
     """The directory of the model that `where` names: a model directory, the newest checkpoint of a
     run's directory, or a Hub id, which is fetched."""
     if os.path.exists(os.path.join(where, "config.json")):
+        warn_of_changes(where)
         return where
     if os.path.isdir(where):
         if not checkpoints(where):
             raise UserError(f"{where}: neither a model directory (config.json) nor a run (step_*)")
+        warn_of_changes(checkpoints(where)[-1])
         return checkpoints(where)[-1]
     if where == directory_of([]):
         raise UserError(f"{where}: no such run yet; python train.py comes first, and makes it")
@@ -261,6 +264,19 @@ def check_files(checkpoint, recorded, say):
     for name, crc in recorded.items():
         if there.get(name) != crc:
             raise UserError(f"{name} is missing, or not the one that was written (CRC-32)")
+
+
+def warn_of_changes(directory):
+    """A warning where a checkpoint that is used as a model has files that were changed since, which
+    may be meant, or damage. Without a trainer.pt that can be read nothing is known."""
+    try:
+        path = os.path.join(directory, "trainer.pt")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        check_files(directory, state.get("crc32", {}), print)
+    except UserError as e:
+        warnings.warn(f"{directory}: {e}", stacklevel=3)
+    except Exception:  # no checkpoint; or trainer.pt is damaged, which only a resume reads
+        return
 
 
 def of_today(state):
@@ -1197,21 +1213,22 @@ class Backup:
         return os.path.join(self.directory, os.path.basename(item))
 
     def put(self, item):
-        """Copies a checkpoint, whole or not at all; the oldest ones go. False if it is there."""
-        if same_files(item, self.path_of(item)):
-            return False
-        copy_directory(item, self.path_of(item))
+        """Copies a checkpoint, whole or not at all; the oldest ones go, which a run that was killed
+        may have left. False if it is there."""
+        is_new = not same_files(item, self.path_of(item))
+        if is_new:
+            copy_directory(item, self.path_of(item))
         wanted = [os.path.basename(path) for path in self.wanted()]
         older = []
         for there in checkpoints(self.directory):
             if step_of(there) <= step_of(item):
                 older.append(there)
-            elif os.path.basename(there) not in wanted:  # the run went back to before it
+            elif is_new and os.path.basename(there) not in wanted:  # the run went back to before it
                 set_aside(there)
         for old in older[: -self.keep] if self.keep else []:
             if prepare.ours(old):
                 remove_checkpoint(old)
-        return True
+        return is_new
 
     def put_beside(self):
         """The log, samples and plot; best/ and start/ if they have changed."""
