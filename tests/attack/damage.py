@@ -126,7 +126,7 @@ class Scene:
         self.files, self.result, self.others = files, result, {}
         self.place = killer.cwd / name
 
-    def run(self, seconds=60):
+    def run(self, seconds=180):
         self.killer.cwd, home = self.place.parent / "case", self.killer.cwd
         try:
             script, *options = self.command
