@@ -902,6 +902,7 @@ class Checkpoints:
         self.out_dir, self.keep, self.log, self.mirrors = out_dir, keep, log, []
         self.best = os.path.join(out_dir, "best")
         self.thread, self.jobs = concurrent.futures.ThreadPoolExecutor(1), []
+        self.thread.submit(time.monotonic)  # starts it now: later there may be no memory for it
         best = self.path(best_step)
         if is_checkpoint(best) and not same_files(best, self.best):  # killed before it was linked
             self.link_best(best_step)

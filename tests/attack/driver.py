@@ -164,7 +164,7 @@ def differences(run, calm):
     found = []
     if tree(run) != tree(calm):
         found.append(f"files: {sorted(set(tree(run)) ^ set(tree(calm)))}")
-    for name in tree(calm):
+    for name in sorted(set(tree(calm)) & set(tree(run))):
         if name.endswith((".safetensors", "config.json", "tokenizer.json", "samples.txt")):
             with (
                 open(os.path.join(run, name), "rb") as a,

@@ -97,7 +97,7 @@ def full_disk(killer, rng):
     """A full disk may cost rows of the log, samples, and checkpoints that a later one replaces."""
     patch = FULL_DISK.format(target=rng.randint(1, 160), count=rng.choice((1, 3, 20, 10**6)))
     result, trouble = starve(killer, patch)
-    weights = [t for t in trouble if t.startswith("step_000008/model")]
+    weights = [t for t in trouble if "step_000008/" in t]
     assert not weights, (patch[:60], trouble, result.all)
 
 
@@ -118,7 +118,7 @@ def test_a_full_disk_at_every_kind_of_write(killer):
 def test_what_a_machine_withholds(killer, what):
     result, trouble = starve(killer, STARVED[what])
     if what == "out_dir removed":
-        trouble = [t for t in trouble if t.startswith("step_000008/model")]
+        trouble = [t for t in trouble if "step_000008/model" in t]
     assert not trouble, (trouble, result.all)
 
 
@@ -152,18 +152,19 @@ def test_preparation_with_few_descriptors(killer):
         killer.finished("prepare.py", source, f"--name={name}", patch=limit)
 
 
+@pytest.mark.slow
 def test_more_than_a_processor_has_memory_for(killer):
     """The allocator's failure is no traceback: the micro-batch is halved until it fits."""
     limit = """
 import resource
 with open("/proc/self/statm") as f:
     used = int(f.read().split()[0]) * 4096
-resource.setrlimit(resource.RLIMIT_AS, (used + (500 << 20), resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20), resource.RLIM_INFINITY))
 """
     options = (
-        "--batch_size=16384 --micro_batch_size=16384 --max_iters=1 --eval_interval=1 --n_embd=64"
+        "--batch_size=4096 --micro_batch_size=4096 --max_iters=1 --eval_interval=1 --n_embd=64"
     )
     run = ("train.py", *OPTIONS, options, "--out_dir=out/large")
     result = killer.run(*run, patch=limit)
     assert "Traceback" not in result.all, result.all[-3000:]
-    assert result.code == 0 and "out of memory: micro_batch_size=8192" in result.out, result.all
+    assert result.code == 0 and "out of memory: micro_batch_size=2048" in result.out, result.all
