@@ -204,6 +204,10 @@ COMPARE = {
 }
 
 
+# access tokens of the Hub and of RunPod: a config is printed, logged, and kept in checkpoints
+TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{24,}|rpa_[A-Za-z0-9]{24,})")
+
+
 class Key:
     """A key: its default, its comment, which holds the schema, and where it stands in a source."""
 
@@ -232,6 +236,9 @@ class Key:
     def check(self, value, place=""):
         """`value` with the type of the default, or UserError; `place` is where it was set."""
         kind = type(self.default)
+        if TOKEN.search(str(value)[:1000]):  # before a message quotes it
+            advice = "put it into the environment or .env, from where nothing records it"
+            raise UserError(f"{self.name}: its value is an access token; {advice}")
         if kind is float and type(value) is int and abs(value) < 2**63:
             value = float(value)
         if kind is int and type(value) is float and value.is_integer():
@@ -492,7 +499,7 @@ def _print_exception(kind, error, traceback):
     """sys.excepthook: one line for a UserError, disk error or Ctrl-C, a traceback for the rest."""
     script = os.path.basename(sys.argv[0])
     if issubclass(kind, UserError):
-        print(f"{script}: {error}", file=sys.stderr)
+        print(f"{script}: {error}".replace("\n", "\\n"), file=sys.stderr)  # of a name or value
     elif issubclass(kind, OSError) and error.filename == "standard output":
         sys.stdout.survive = True  # so that it is reported once
         if not _is_broken_pipe(error):

@@ -27,6 +27,7 @@ import shutil
 import time
 import typing
 import warnings
+import zlib
 
 import torch
 import torch.distributed as dist
@@ -2184,15 +2185,28 @@ def save_hf(config, state, directory, hf_layout, generation):
         tensors[name] = tensor.clone() if shared else tensor.contiguous()
         addresses.add(tensor.data_ptr())
     os.makedirs(directory, exist_ok=True)
-    save_file(tensors, os.path.join(directory, "model.safetensors"), metadata={"format": "pt"})
+    metadata = {"format": "pt", "crc32": tensors_checksum(tensors)}
+    path = os.path.join(directory, "model.safetensors")
+    save_file(tensors, path, metadata=metadata)
+    _sort_metadata(path)
     hf = _to_hf_config(config, kind) | generation
     for name, content in (("config.json", hf), ("generation_config.json", generation)):
         with open(os.path.join(directory, name), "w", encoding="utf-8") as f:
             json.dump(content, f, indent=2)
     with contextlib.suppress(OSError):  # save_file keeps its file from other users
-        shutil.copymode(
-            os.path.join(directory, "config.json"), os.path.join(directory, "model.safetensors")
-        )
+        shutil.copymode(os.path.join(directory, "config.json"), path)
+
+
+def _sort_metadata(path):
+    """save_file writes its metadata in a random order; equal weights are to be equal files."""
+    with open(path, "r+b") as f:
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:
+            f.seek(8)
+            f.write(text.ljust(size))
 
 
 def _to_hf_tensors(config, kind, state):
@@ -2217,18 +2231,17 @@ def _to_hf_tensors(config, kind, state):
 def load_hf(model_class, directory):
     """See GPT.from_pretrained."""
     path = os.path.join(directory, "config.json")
-    if not os.path.exists(path):
+    if not os.path.lexists(path):
         raise UserError(f"{directory}: not a model directory, it has no config.json")
-    try:
-        with open(path, encoding="utf-8") as f:
-            hf = json.load(f)
-    except ValueError as e:
-        raise UserError(f"{path}: not valid JSON: {e}") from None
+    hf = _read_json(path)
     try:
         config, kind = _from_hf_config(hf, path, model_class.config_class), hf["model_type"]
-    except (AttributeError, TypeError, KeyError) as e:
+    except (AttributeError, TypeError, KeyError, OverflowError, ZeroDivisionError) as e:
         raise UserError(f"{path}: not a model's config: {e}") from None
+    except UserError as e:
+        raise UserError(str(e) if path in str(e) else f"{path}: {e}") from None
     tensors = _read_safetensors(directory)
+    _check_size(config, tensors, path)
     if kind == "gpt2":  # with the prefix or, as the Hub's gpt2, without
         tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     if kind == "nanosmol":
@@ -2263,6 +2276,25 @@ def load_hf(model_class, directory):
         state["head.weight"] = state["embed.weight"]
     model.load_state_dict(state)
     return model
+
+
+def _read_json(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except (OSError, ValueError, RecursionError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"{path}: not valid JSON: {reason}") from None
+
+
+def _check_size(config, tensors, path):
+    """UserError for a config that is far larger than the weights: its model is not to be made."""
+    c, there = config, sum(tensor.numel() for tensor in tensors.values())
+    layer = c.n_embd * (2 * c.n_head * c.head_dim + 2 * c.ffn_dim)
+    claimed = c.vocab_size * c.n_embd + c.n_layer * layer + c.max_positions * c.head_dim
+    if claimed > 4 * there + 10**8 or c.n_layer > len(tensors):
+        sizes = f"{c.n_layer:,} layers and {claimed:,} parameters or more"
+        raise UserError(f"{path}: asks for {sizes}, the weights beside it are {there:,} numbers")
 
 
 def _stacked(row, tensors, shape, directory):
@@ -2341,27 +2373,56 @@ class _Uninitialized(torch.overrides.TorchFunctionMode):
 
 def _read_safetensors(directory):
     """{name: tensor} of a directory, from one file or from the shards that its index names."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     index = os.path.join(directory, "model.safetensors.index.json")
     files = ["model.safetensors"]
-    if os.path.exists(index):
+    if os.path.lexists(index):
         try:
-            with open(index, encoding="utf-8") as f:
-                files = sorted(set(json.load(f)["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            files = sorted(set(_read_json(index)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError) as e:
             raise UserError(f"{index}: not an index of shards: {e}") from None
     tensors = {}
     for file in files:
-        path = os.path.join(directory, file)
-        if not os.path.exists(path):
-            raise UserError(f"{path}: no such file; a model directory holds its weights there")
-        try:
-            tensors |= load_file(path)
-        except SafetensorError as e:
-            raise UserError(f"{path}: damaged or cut short, no safetensors file ({e})") from None
+        # the directory itself is all that a model may have read
+        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+            raise UserError(f"{index}: names {file!r}; expected *.safetensors beside it")
+        tensors |= _read_shard(os.path.join(directory, file))
     return tensors
+
+
+def _read_shard(path):
+    """{name: tensor} of a file, compared with the checksum in its metadata if it has one."""
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file; a model directory holds its weights there")
+    try:
+        tensors = load_file(path)
+        with safe_open(path, "pt") as f:
+            recorded = (f.metadata() or {}).get("crc32")
+    except (SafetensorError, OSError, ValueError, KeyError) as e:
+        raise UserError(f"{path}: damaged or cut short, no safetensors file ({e})") from None
+    if recorded not in (None, tensors_checksum(tensors)):
+        raise UserError(f"{path}: not the weights that were written (their CRC-32 differs)")
+    return tensors
+
+
+def tensors_checksum(tensors):
+    """The CRC-32 of {name: tensor}: names, dtypes, shapes and values. 1 to 4 GB a second."""
+    crc = 0
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
+
+
+def recorded_checksum(directory):
+    """The CRC-32 in the metadata of a checkpoint's weights; None in those of older versions."""
+    from safetensors import safe_open
+
+    with safe_open(os.path.join(directory, "model.safetensors"), "pt") as f:
+        return (f.metadata() or {}).get("crc32")
 
 
 # -----------------------------------------------------------------------------

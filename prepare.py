@@ -46,6 +46,7 @@ import textwrap
 import threading
 import time
 import types
+import zlib
 
 import numpy as np
 
@@ -1285,7 +1286,7 @@ def cache_dir():
 def write_json(path, value, indent=2, sync=True):
     """Writes a JSON file so that it is complete or not there; `sync`: even if power fails."""
     # "replace": a file name in it that is not UTF-8 must not end a preparation
-    with open(f"{path}.tmp{os.getpid()}", "w", encoding="utf-8", errors="replace") as f:
+    with open(f"{path}.tmp", "w", encoding="utf-8", errors="replace") as f:
         json.dump(value, f, ensure_ascii=False, indent=indent)
         f.flush()
         if sync:
@@ -1301,8 +1302,8 @@ def read_json(path):
         if not isinstance(value, dict):
             raise ValueError("no JSON object")
         return value
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path}: {e}") from None
+    except (OSError, ValueError, RecursionError) as e:  # UnicodeDecodeError is a ValueError
+        raise UserError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
 
 
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "RUNPOD_API_KEY")
@@ -1328,8 +1329,8 @@ def read_secrets(path=".env"):
         secret = secret.strip()  # a line end that was pasted along
         if not re.fullmatch(r"[!#-&(-~]*", secret):
             raise UserError(
-                f"{key}: it holds a quote, a space or another character that no token has; copy it "
-                "again"
+                f"{key} of {path} or the environment: it holds a quote, a space or another "
+                "character that no token has; copy it again"
             )
         os.environ[key] = secret
 
@@ -1361,6 +1362,16 @@ def hide(key, secret):
 def sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def checksum(path):
+    """The CRC-32 of a file, in which every flipped bit shows. It reads 1 to 4 GB a second, twice to
+    four times what cryptographic hashes do."""
+    crc = 0
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
 
 
 def weights_hash(directory):
@@ -2366,7 +2377,7 @@ class Bins:
         self.meta = read_meta(directory)
         self.path = os.path.join(directory, f"{split}.bin")
         dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
-        if not os.path.exists(self.path):
+        if not os.path.isfile(self.path):
             raise _unusable(self.path, "no such file")
         size = os.path.getsize(self.path)
         if size == 0:
@@ -2376,6 +2387,9 @@ class Bins:
             raise _unusable(self.path, problem)
         self.tokens = np.memmap(self.path, dtype=dtype, mode="r")
         count = len(self.tokens)
+        written = self.meta.get(f"{split}_tokens", count)
+        if count != written:
+            raise _unusable(self.path, f"{count:,} tokens, of {written:,} that meta.json counts")
         if count < (block_size + 1 if split == "train" else 2):
             raise UserError(
                 f"{self.path}: {counted(count, 'token')}, too few for one window of "
@@ -2383,10 +2397,11 @@ class Bins:
                 "or less, or prepare more text"
             )
         mask, self.mask = os.path.join(directory, f"{split}.mask"), None
-        if os.path.exists(mask):
+        if os.path.lexists(mask):
+            size = os.path.getsize(mask) if os.path.isfile(mask) else 0
+            if size != count:
+                raise _unusable(mask, f"{size:,} bytes for {count:,} tokens")
             self.mask = np.memmap(mask, dtype=np.uint8, mode="r")
-            if len(self.mask) != count:
-                raise _unusable(mask, f"{len(self.mask):,} bytes for {count:,} tokens")
         self.amount = counted(count, "token")
         # held-out windows that are read at a time: small ones in larger batches
         self.at_least = 4096 // block_size
@@ -2450,11 +2465,13 @@ class Bins:
                 f"tokenizer than {self.meta['tokenizer']!r}?",
             )
 
-    def fingerprint(self):
-        """Changes when the bin does: its size and 64 pieces of 64 KiB spread evenly over it."""
-        size = os.path.getsize(self.path)
+    def fingerprint(self, kind="bin"):
+        """Changes when the bin, or the mask, does: its size and 64 pieces of 64 KiB spread evenly
+        over it."""
+        path = f"{self.path.removesuffix('bin')}{kind}"
+        size = os.path.getsize(path)
         digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-        with open(self.path, "rb") as f:
+        with open(path, "rb") as f:
             for i in range(64):
                 f.seek(i * size // 64)
                 digest.update(f.read(2**16))
@@ -2512,19 +2529,24 @@ class Records:
     counted in `left_out`.
     """
 
-    at_least = 1  # see Bins
+    at_least, mask = 1, None  # see Bins
 
     def __init__(self, directory, split, encode, seed=1337):
         self.path, self.seed, self._epoch = os.path.join(directory, f"{split}.jsonl"), seed, None
-        if not os.path.exists(self.path):
+        if not os.path.isfile(self.path):
             raise _unusable(self.path, "no such file")
         self.rows, self.left_out = [], collections.Counter()
-        with open(self.path, encoding="utf-8", newline="\n") as f:  # U+2028 ends no record
+        with open(self.path, "rb") as f:
             for n, line in enumerate(f, 1):
                 try:
-                    row = encode(json.loads(line))
+                    row = encode(json.loads(line.decode()))
+                except UserError:
+                    raise
                 except json.JSONDecodeError as e:
                     raise _unusable(f"{self.path}, line {n}", f"not JSON ({e})") from None
+                except Exception as e:  # no UTF-8, nested too deep, or of another kind
+                    problem = f"not a record that prepare.py wrote ({type(e).__name__}: {e})"
+                    raise _unusable(f"{self.path}, line {n}", problem) from None
                 if isinstance(row, str):
                     self.left_out[row] += 1
                 else:
@@ -2569,7 +2591,10 @@ class _Data:
         self.ends = [tokenizer.eos_id] if tokenizer.eos else []
         self.amount = " + ".join(part.amount for part in train)
         self.epoch = sum(part.epoch for part in train)
-        self.fingerprint = [part.fingerprint() for part in train]
+        # in this order: of runs that began before the others were added, the first ones only
+        self.fingerprint = [part.fingerprint() for part in [*train, *val]]
+        masked = [part for part in [*train, *val] if part.mask is not None]
+        self.fingerprint += [part.fingerprint("mask") for part in masked]
 
     def held_out(self, sequences, rows, rank=0, world_size=1):
         """(domain, batch): batches of `rows` windows or records of this process's share of at most
@@ -2625,6 +2650,12 @@ class Windows(_Data):
             )
         own = os.path.exists(os.path.join(directories[0], "tokenizer.json"))
         tokenizer = load_tokenizer(directories[0] if own else first["tokenizer"])
+        if own and "stamp" in first:
+            for key, value in _ids_of(tokenizer).items():
+                if key != "tokenizer" and first.get(key, value) != value:
+                    path = os.path.join(directories[0], "meta.json")
+                    problem = f"{key} is {first[key]!r}, {value!r} in the tokenizer beside it"
+                    raise _unusable(path, problem)
         self.order = Mixture(train, weights, seed)
         shares = dict(zip(names, self.order.shares))
         super().__init__(config, train, val, shares, tokenizer, first["vocab_size"])
@@ -2926,6 +2957,8 @@ def open_data(config, model_directory, say, world_size=1):
     else:
         tokenizer = with_chat_tokens(load_tokenizer(model_directory))
         data = Pairs(config, tokenizer) if config["stage"] == "dpo" else Problems(config, tokenizer)
+    for name, _ in parse_mixture(config["dataset"]):
+        check_content(os.path.join(config["data_dir"], name), say)
     for note in data.notes:
         say(note)
     if data.held_out_count(config["eval_iters"] * config["batch_size"]) < world_size:
@@ -2934,6 +2967,43 @@ def open_data(config, model_directory, say, world_size=1):
             "records, there are fewer"
         )
     return data
+
+
+CHECKED_AT_START = 1 << 30  # bytes; a larger file is read while training goes on
+
+
+def check_content(directory, say):
+    """Compares the files of a data set with the checksums that meta.json records. UserError where
+    one differs; a warning if it is text, which may have been edited, and for a file of more than
+    CHECKED_AT_START, which a thread of the first process reads."""
+    meta, later = read_meta(directory), []
+    if "stamp" in meta and "crc32" not in meta:
+        say(
+            f"{directory} has no checksums, an older prepare.py made it: its content is not checked"
+        )
+    for name, crc in meta.get("crc32", {}).items():
+        path = os.path.join(directory, name)
+        if not os.path.isfile(path):
+            raise _unusable(path, "no such file")
+        if os.path.getsize(path) > CHECKED_AT_START:
+            later.append((path, crc))
+        elif checksum(path) == crc:
+            continue
+        elif name.endswith(".jsonl"):
+            say(f"warning: {path}: {ALTERED}; if nobody edited it, it is damaged")
+        else:
+            raise _unusable(path, ALTERED)
+
+    def check_large_files():
+        for path, crc in later:
+            if checksum(path) != crc:
+                say(f"warning: {path}: {ALTERED}; training goes on; {how_to_prepare(directory)}")
+
+    if later and os.environ.get("RANK", "0") == "0":
+        threading.Thread(target=check_large_files, daemon=True).start()
+
+
+ALTERED = "not the bytes that prepare.py wrote (the CRC-32 differs)"
 
 
 def vocab_size_of(config):
@@ -3038,7 +3108,7 @@ def prepare_missing(config, say, world_size=1):
     other processes, which are paid for, would wait."""
     for name, _ in parse_mixture(config["dataset"]):
         directory = os.path.join(config["data_dir"], name)
-        if os.path.exists(os.path.join(directory, "meta.json")):
+        if os.path.lexists(os.path.join(directory, "meta.json")):
             check_kind(directory, config["stage"])
         file = "train.bin" if config["stage"] in ("pretrain", "sft") else "meta.json"
         if os.path.exists(os.path.join(directory, file)):
@@ -3091,8 +3161,14 @@ def read_meta(directory):
     """meta.json of a data set. Bins without one are nanoGPT's, uint16: characters if there is a
     meta.pkl, else GPT-2 tokens."""
     path = os.path.join(directory, "meta.json")
-    if os.path.exists(path):
-        return read_json(path)
+    if os.path.lexists(path):
+        meta = read_json(path)
+        _check_meta(path, meta)
+        return meta
+    settings = os.path.join(directory, "tokenizer_config.json")
+    if os.path.isfile(settings) and "nanosmol_name" in read_json(settings):
+        how = how_to_prepare(directory)
+        raise UserError(f"{path}: no such file, although prepare.py made what is beside it; {how}")
     if os.path.exists(os.path.join(directory, "meta.pkl")):
         vocab_size = len(read_meta_pkl(directory))
         note = f"{directory}: nanoGPT's character data, {vocab_size} characters by its meta.pkl"
@@ -3100,6 +3176,34 @@ def read_meta(directory):
     # nanoGPT rounds 50,257 up to 50,304 rows, a multiple of 64, for speed
     note = f"{directory}: no meta.json, so its bins are read as GPT-2 tokens, as nanoGPT's are"
     return dict(tokenizer="gpt2", vocab_size=50304, dtype="uint16", eos_id=50256, note=note)
+
+
+# what the keys of meta.json hold, on which all else relies: in words, and as a test of a value
+META = {
+    "tokenizer": ("a text", lambda v: isinstance(v, str)),
+    "vocab_size": ("a whole number of at least 1", lambda v: type(v) is int and v > 0),
+    "dtype": ("'uint16' or 'uint32'", lambda v: v in ("uint16", "uint32")),
+    "eos_id": ("an id of the vocabulary, or -1", lambda v: type(v) is int and v >= -1),
+    "kind": ("text, chat, prefs or verify", lambda v: v in ("text", *SHAPES)),
+    "source": ("a text", lambda v: isinstance(v, str)),
+    "stamp": ("a text", lambda v: isinstance(v, str)),
+    "crc32": ("checksums of files", lambda v: isinstance(v, dict) and all(map(IS_FILE, v))),
+}
+IS_COUNT = re.compile(r"(train|val)_(tokens|records)|documents|bytes").fullmatch
+META_OF_BINS = ("tokenizer", "vocab_size", "dtype")
+
+
+def _check_meta(path, meta):
+    """UserError where a key of meta.json is missing, or can't be what it stands for."""
+    for key in META_OF_BINS if meta.get("kind") not in ("prefs", "verify") else ():
+        if key not in meta:
+            raise UserError(f"{path}: the key {key!r} is missing; expected {META[key][0]}")
+    for key, value in meta.items():
+        expected, is_right = META.get(key, ("", lambda value: True))
+        if IS_COUNT(key):
+            expected, is_right = "a whole number", lambda v: type(v) is int and v >= 0
+        if not is_right(value):
+            raise UserError(f"{path}: {key} is {str(value)[:60]!r}; expected {expected}")
 
 
 def check_kind(directory, stage):
@@ -3123,7 +3227,10 @@ def how_to_prepare(directory, stage=""):
     name = os.path.basename(os.path.normpath(directory))
     if name in KNOWN:
         return f"python prepare.py {name} makes it"
-    meta = read_meta(directory)
+    try:
+        meta = read_json(os.path.join(directory, "meta.json"))
+    except UserError:  # missing or damaged itself
+        meta = {}
     kind = {"": meta.get("kind"), "sft": "chat", "dpo": "prefs", "rlvr": "verify"}.get(stage)
     if kind in SHAPES:
         tokenizer = " --tokenizer=MODEL" if kind == "chat" else ""
@@ -3593,7 +3700,7 @@ def pack(files, encoder, partial, max_tokens, workers, max_unusable):
         pool.shutdown(cancel_futures=True)
         fetcher.shutdown()
         bar.close()
-    _join(total.pieces, partial)
+    total.crc32 = _join(total.pieces, partial)
     return total
 
 
@@ -3668,7 +3775,9 @@ def _fetch_next(fetcher, files, i, total):
 
 
 def _join(pieces, partial):
-    """Writes the output files from those of the parts, in order."""
+    """Writes the output files from those of the parts, in order. Returns their checksums, of what
+    was written: see checksum()."""
+    checksums = {}
     for name in OUTPUTS:
         output = os.path.join(partial, name)
         of_parts = [(f"{part}.{name}", taken[name]) for part, taken in pieces if taken[name]]
@@ -3676,10 +3785,15 @@ def _join(pieces, partial):
             if os.path.exists(output):
                 os.remove(output)
             continue
+        crc = 0
         with open(output, "wb") as out:
             for path, size in of_parts:
                 with open(path, "rb") as f:
-                    out.write(f.read(size))
+                    data = f.read(size)
+                out.write(data)
+                crc = zlib.crc32(data, crc)
+        checksums[name] = f"{crc:08x}"
+    return checksums
 
 
 def _encode_part(file, blocks, part, is_last):
@@ -3749,7 +3863,8 @@ def prepare(
     known = KNOWN.get(source, {})
     if known and os.path.exists(source):
         print(f"{source} is the known data set; ./{source} would be what lies here")
-    name = name or _name_of(source)
+    usual = _name_of(source)  # which refuses a source that is not there
+    name = name or usual
     _check_name(name, source)
     counts = dict(max_tokens=max_tokens, block_size=block_size, workers=workers, seed=seed)
     _check_ranges(val_fraction, max_unusable, as_, counts)
@@ -3926,6 +4041,7 @@ def _take_bins(known, partial, target):
     tokenizer.name = repo
     meta = dict(name=os.path.basename(target), source=repo, stamp=stamp, kind="text")
     meta |= _ids_of(tokenizer)
+    crc32 = meta["crc32"] = {}
     for split, path in bins.items():
         fetched = local_path(files[path])
         shutil.copyfile(fetched, os.path.join(partial, split + ".bin"))
@@ -3935,7 +4051,9 @@ def _take_bins(known, partial, target):
                 f"{repo}: {split}.bin holds ids beyond its tokenizer's {tokenizer.vocab_size}"
             )
         meta[split + "_tokens"] = len(ids)
+        crc32[split + ".bin"] = checksum(os.path.join(partial, split + ".bin"))
     tokenizer.save(partial)
+    crc32["tokenizer.json"] = checksum(os.path.join(partial, "tokenizer.json"))
     write_json(os.path.join(partial, "meta.json"), meta)
     return True
 
@@ -3979,6 +4097,9 @@ def _make(files, settings, partial, target, workers, max_unusable):
         remove_files(partial, "data set")
         raise UserError(f"{settings['source']}: {problem}")
     meta = _meta_of(settings, stamp, total.count, tokenizer)
+    meta["crc32"] = total.crc32
+    if tokenizer:
+        meta["crc32"]["tokenizer.json"] = checksum(os.path.join(partial, "tokenizer.json"))
     write_json(os.path.join(partial, "meta.json"), meta)
     return True
 
@@ -4079,15 +4200,24 @@ def _stamp(files, settings, partial):
 
 
 def _is_made(directory, stamp):
-    """Whether a directory holds the data set with this stamp, complete."""
+    """Whether a directory holds the data set with this stamp, complete, and as it was written."""
     try:
         meta = read_json(os.path.join(directory, "meta.json"))
+        if meta.get("stamp") != stamp:
+            return False
+        _check_meta(directory, meta)
         width = np.dtype(meta.get("dtype", "uint8")).itemsize
         for split in ("train", "val"):
             size = width * meta.get(split + "_tokens", 0)
             if size and os.path.getsize(os.path.join(directory, split + ".bin")) != size:
                 return False
-        return meta.get("stamp") == stamp
+        for name, crc in meta.get("crc32", {}).items():
+            if checksum(os.path.join(directory, name)) != crc:
+                print(f"{os.path.join(directory, name)}: {ALTERED}; it is made again")
+                return False
+        if "tokenizer" in meta:
+            load_tokenizer(directory)
+        return True
     except (OSError, UserError):
         return False
 
@@ -4261,6 +4391,7 @@ _TOKENIZER = r"tokenizer(_config)?\.json"
 _OUTPUT = r"(train|val)\.(bin|mask|jsonl)"
 _SOURCE = r"(toy|source)\.(txt|jsonl)"  # what is written first, and read as the source
 FINISHED = rf"{_OUTPUT}|meta\.json|{_TOKENIZER}"  # what is left of a data set when it is complete
+IS_FILE = re.compile(FINISHED).fullmatch
 WRITTEN = {  # kind of directory -> the names of the files that this program writes into it
     "data set": FINISHED + rf"|partial\.json|{_SOURCE}|part-\d+-\d+\.(json|{_OUTPUT})",
     "tokenizer": _TOKENIZER,
@@ -4270,7 +4401,7 @@ WRITTEN = {  # kind of directory -> the names of the files that this program wri
     + r"|(vocab|added_tokens|special_tokens_map)\.json|merges\.txt|tokenizer\.model",
 }
 # nobody's work: what file managers leave, and what write_json leaves when it is killed
-_PASSING = r"\.DS_Store|Thumbs\.db|desktop\.ini|[\w-]+\.json\.tmp\d+"
+_PASSING = r"\.DS_Store|Thumbs\.db|desktop\.ini|[\w-]+\.json\.tmp\d*"
 
 
 def kind_of_directory(directory):
@@ -4371,9 +4502,13 @@ def say_what_is_replaced(target):
         return
     what = "what was there"
     if kind_of_directory(target) == "data set":
-        meta = read_json(os.path.join(target, "meta.json"))
-        what = f"what was made there from {meta['source']} ({_amount(meta)})"
+        with contextlib.suppress(UserError, KeyError):
+            meta = read_meta(target)
+            what = f"what was made there from {meta['source']} ({_amount(meta)})"
     print(f"{target} replaces {what} as soon as it is complete")
+
+
+LONGEST_NAME = 200  # bytes: file systems take 255, and .partial and the like come behind it
 
 
 def _check_name(name, source):
@@ -4382,6 +4517,8 @@ def _check_name(name, source):
         raise UserError(
             f"--name={name}: letters, digits, '-', '_', '.' only, since it becomes a directory"
         )
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        raise UserError(f"--name={name[:40]}...: expected at most {LONGEST_NAME} bytes")
     if name.lower() in KNOWN and name != source:
         raise UserError(
             f"--name={name}: the name of a known data set (python prepare.py {name.lower()}), "

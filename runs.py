@@ -22,12 +22,14 @@ import tempfile
 import threading
 import time
 import types
+import warnings
+import zipfile
 
 import torch
 
 import prepare
 from configurator import UserError, command_line, counted
-from model import FOLLOWS, GPT, GPUS, GPTConfig, flops_per_token, gpu_named
+from model import FOLLOWS, GPT, GPUS, GPTConfig, flops_per_token, gpu_named, recorded_checksum
 from prepare import checkpoints, files_of, hidden, step_of
 
 # -----------------------------------------------------------------------------
@@ -58,10 +60,12 @@ def model_directory(where):
     """The directory of the model that `where` names: a model directory, the newest checkpoint of a
     run's directory, or a Hub id, which is fetched."""
     if os.path.exists(os.path.join(where, "config.json")):
+        warn_of_changes(where)
         return where
     if os.path.isdir(where):
         if not checkpoints(where):
             raise UserError(f"{where}: neither a model directory (config.json) nor a run (step_*)")
+        warn_of_changes(checkpoints(where)[-1])
         return checkpoints(where)[-1]
     if where == directory_of([]):
         raise UserError(f"{where}: no such run yet; python train.py comes first, and makes it")
@@ -198,6 +202,9 @@ def check(config, world_size=1):
     """UserError, before anything is loaded, for places that can't be right, and for a step that the
     processes can't share."""
     out_dir, hf_repo, backup_dir = config["out_dir"], config["hf_repo"], config["backup_dir"]
+    for key, value in config.items():  # a config is printed, logged, and kept in checkpoints
+        if isinstance(value, str) and prepare.without_secrets(value) != value:
+            raise UserError(f"{key}: its value is a secret of the environment; leave it out")
     sequences = config["batch_size"] * config["gradient_accumulation_steps"]
     if sequences % world_size:
         raise UserError(
@@ -225,16 +232,52 @@ def check(config, world_size=1):
 
 def load(checkpoint, say):
     """(model, trainer state) of a checkpoint; (None, None) if it is damaged, and says so."""
+    path = os.path.join(checkpoint, "trainer.pt")
     try:
+        with zipfile.ZipFile(path) as records:  # torch.load does not compare their checksums
+            damaged = records.testzip()
+        if damaged:
+            raise UserError(f"trainer.pt: the CRC-32 of {damaged} differs")
+        state = of_today(torch.load(path, map_location="cpu", weights_only=True))
+        check_files(checkpoint, state.get("crc32"), say)
         prepare.load_tokenizer(checkpoint)
-        model = GPT.from_pretrained(checkpoint)
-        path = os.path.join(checkpoint, "trainer.pt")
-        return model, of_today(torch.load(path, map_location="cpu", weights_only=True))
+        return GPT.from_pretrained(checkpoint), state
     except MemoryError:  # the checkpoint is not to blame
         raise
     except Exception as e:
         say(f"warning: {checkpoint} is damaged and passed over: {first_line(e)}")
         return None, None
+
+
+def checksums_of(checkpoint):
+    """{name: CRC-32} of what trainer.pt stands for: the tensors of the weights, and small files."""
+    small = files_of(checkpoint, skip=("trainer.pt", "model.safetensors"))
+    checksums = {name: prepare.checksum(path) for name, path in small.items()}
+    return checksums | {"model.safetensors": recorded_checksum(checkpoint)}
+
+
+def check_files(checkpoint, recorded, say):
+    """UserError where a file of a checkpoint is missing, or another than trainer.pt recorded.
+    GPT.from_pretrained compares the weights with the checksum in their file."""
+    if recorded is None:
+        return say(f"{checkpoint}: an older version wrote it, without checksums of its weights")
+    there = checksums_of(checkpoint)
+    for name, crc in recorded.items():
+        if there.get(name) != crc:
+            raise UserError(f"{name} is missing, or not the one that was written (CRC-32)")
+
+
+def warn_of_changes(directory):
+    """A warning where a checkpoint that is used as a model has files that were changed since, which
+    may be meant, or damage. Without a trainer.pt that can be read nothing is known."""
+    try:
+        path = os.path.join(directory, "trainer.pt")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        check_files(directory, state.get("crc32", {}), print)
+    except UserError as e:
+        warnings.warn(f"{directory}: {e}", stacklevel=3)
+    except Exception:  # no checkpoint; or trainer.pt is damaged, which only a resume reads
+        return
 
 
 def of_today(state):
@@ -443,7 +486,8 @@ def refuse_another_run(start, config, setup, asked, fingerprint):
         if before.get(key, value) != value:
             differs = f"{key}={before[key]!r}, this one asks for {value!r}"
             raise UserError(f"{out_dir} holds a run with {differs}; {remedy(config, setup)}")
-    if start.state["fingerprint"] != fingerprint:
+    # an older run has recorded less
+    if any(old != new for old, new in zip(start.state["fingerprint"], fingerprint)):
         changed = f"{config['dataset']}: the data changed since the run in {out_dir} began"
         raise UserError(f"{changed}; put it back, or {remedy(config, setup)}")
 
@@ -899,6 +943,7 @@ class Checkpoints:
         self.out_dir, self.keep, self.log, self.mirrors = out_dir, keep, log, []
         self.best = os.path.join(out_dir, "best")
         self.thread, self.jobs = concurrent.futures.ThreadPoolExecutor(1), []
+        self.thread.submit(time.monotonic)  # starts it now: later there may be no memory for it
         best = self.path(best_step)
         if is_checkpoint(best) and not same_files(best, self.best):  # killed before it was linked
             self.link_best(best_step)
@@ -919,6 +964,7 @@ class Checkpoints:
         def write(directory):
             model.save_pretrained(directory, hf_layout, tokenizer.special_ids(ends), weights)
             tokenizer.save(directory)
+            trainer["crc32"] = checksums_of(directory)
             torch.save(trainer, os.path.join(directory, "trainer.pt"))
 
         self._submit(self._write, trainer["run"]["step"], write, waited)
@@ -1208,21 +1254,22 @@ class Backup:
         return os.path.join(self.directory, os.path.basename(item))
 
     def put(self, item):
-        """Copies a checkpoint, whole or not at all; the oldest ones go. False if it is there."""
-        if same_files(item, self.path_of(item)):
-            return False
-        copy_directory(item, self.path_of(item))
+        """Copies a checkpoint, whole or not at all; the oldest ones go, which a run that was killed
+        may have left. False if it is there."""
+        is_new = not same_files(item, self.path_of(item))
+        if is_new:
+            copy_directory(item, self.path_of(item))
         wanted = [os.path.basename(path) for path in self.wanted()]
         older = []
         for there in checkpoints(self.directory):
             if step_of(there) <= step_of(item):
                 older.append(there)
-            elif os.path.basename(there) not in wanted:  # the run went back to before it
+            elif is_new and os.path.basename(there) not in wanted:  # the run went back to before it
                 set_aside(there)
         for old in older[: -self.keep] if self.keep else []:
             if prepare.ours(old):
                 remove_checkpoint(old)
-        return True
+        return is_new
 
     def put_beside(self):
         """The log, samples and plot; best/ and start/ if they have changed."""

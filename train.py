@@ -668,6 +668,8 @@ if not master_process:
 checkpoints.wait()
 stop.says = False  # no step is under way
 is_saved = runs.is_checkpoint(checkpoints.path(run.step))
+if finished and not steps_here:
+    log.plot()  # a run that was killed after its last evaluation has not drawn that
 if hub and finished and is_saved:
     card = runs.model_card(config, setup.keys, model, hf_layout, run, log.rows())
     hub.put_final(checkpoints.path(run.step), card)
