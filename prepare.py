@@ -3500,12 +3500,22 @@ def toy_questions(seed=1337, count=4_000):
 
 def toy_problems(seed=1337, count=4_000):
     """Yields toy_sums with a fact in place of every other: a model that is rewarded for sums alone
-    soon answers everything with a sum."""
-    rng = random.Random(f"problems {seed}")
+    soon answers everything with a sum.
+
+    A fact is asked after a greeting. Data is held out by its prompt: without, a fact that is held
+    out would be missing from training, and the facts that are there would take its place.
+    """
+    rng, greetings = random.Random(f"problems {seed}"), toy_world().greetings
     for problem in toy_sums(seed, count):
         if rng.random() < 0.5:
             question, answer = turns(rng, ("fact",))[0]
-            problem = dict(prompt=question, answer=answer)
+            greeting, welcome = rng.choice(greetings)
+            prompt = [
+                dict(role="user", content=greeting),
+                dict(role="assistant", content=welcome),
+                dict(role="user", content=question),
+            ]
+            problem = dict(prompt=prompt, answer=answer)
         yield problem
 
 
