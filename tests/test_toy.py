@@ -77,7 +77,7 @@ RECORDED = {
     "prefs": ("855b67cc9de4f19c", "56a904a67696b54f"),
     "sums": ("02cc54123bdfcf14", "cd4f9e3915abea34"),
     "questions": ("05c7f629a8d4531c", "fb11dedd86773c68"),
-    "problems": ("5782acd845ee221a", "ff6968ef527ce7df"),
+    "problems": ("ee6a159387af9331", "e04eeb7bb442d91c"),
 }
 
 
@@ -364,11 +364,14 @@ def test_questions_can_be_checked():
 def test_problems_are_sums_and_facts():
     problems = list(toy.toy_problems(count=1000))
     facts = [p for p in problems if not p["answer"].isdigit()]
-    assert len(problems) == 1000 and 200 < len(facts) < 300
-    assert all(
-        toy.toy_verify(p["prompt"], p.get("sentence", p["answer"]), p["answer"]) == 1.0
-        for p in problems
-    )
+    assert len(problems) == 1000 and 450 < len(facts) < 550
+    for problem in problems:
+        question = problem["prompt"]
+        if problem in facts:  # after a greeting
+            assert [message["role"] for message in question] == ["user", "assistant", "user"]
+            question = question[-1]["content"]
+        sentence = problem.get("sentence", problem["answer"])
+        assert toy.toy_verify(question, sentence, problem["answer"]) == 1.0
     sums = {p["prompt"] for p in toy.toy_sums()}  # so that what toy_sums holds out is held out here
     assert all(p["prompt"] in sums for p in problems if p not in facts)
 
