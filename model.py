@@ -505,12 +505,12 @@ def _first_tokens(idx, eos_id):
 LOGITS_IN_A_CHUNK = {"cuda": 2**29, "cpu": 2**26}
 
 
-def _chunks(x, targets, vocab_size):
-    """(x, targets) of the rows whose logits are made at a time: of equal size, so that none is a
+def _chunks(x, other, vocab_size):
+    """(x, other) of the rows whose logits are made at a time: of equal size, so that none is a
     few rows with a slow product of matrices of its own."""
     most = max(128, LOGITS_IN_A_CHUNK["cuda" if x.is_cuda else "cpu"] // vocab_size)
     count = -(-len(x) // most)
-    return zip(x.chunk(count), targets.chunk(count), strict=True)
+    return zip(x.chunk(count), other.chunk(count), strict=True)
 
 
 def rows_with_targets(targets):
@@ -643,6 +643,27 @@ def completion_loss(policy, reference, batch, temperature=1.0, clip_eps=0.2, kl_
     losses = policy_loss(log_probs, old, advantages, clip_eps, before, kl_coef)
     loss = (losses * (batch.y >= 0)).sum() / max(batch.units, 1)
     return loss, {"policy/entropy": _token_mean(-old, batch)[0]}
+
+
+def distillation_loss(policy, teacher, batch):
+    """(mean loss over the tokens, metrics) of sampled completions: KL(policy || teacher), summed
+    over the vocabulary (Agarwal et al. 2023, reverse KL on the student's own samples).
+
+    Its gradient is what a policy gradient with the advantages log p_teacher - log p_policy of the
+    sampled tokens has on average, without the variance. As in token_log_probs, the logits exist one
+    chunk of rows at a time.
+    """
+
+    def divergence(x, teacher_x):
+        log_p = policy.logits(x).log_softmax(dim=-1)  # (rows, V)
+        log_q = teacher.logits(teacher_x).log_softmax(dim=-1)
+        return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+    # (N, n_embd) of each model, of the N positions before the completions' tokens
+    x, teacher_x = (model.hidden(batch.x)[batch.y >= 0] for model in (policy, teacher))
+    chunks = _chunks(x, teacher_x, 2 * policy.config.vocab_size)
+    kl = torch.cat([checkpoint(divergence, *rows, use_reentrant=False) for rows in chunks])
+    return kl.mean(), {}
 
 
 def completion_measures(policy, reference, batch, temperature=1.0):
@@ -1763,8 +1784,9 @@ def largest_micro_batch(model, free, config, compiled, processes=1):
     to fit into `free` bytes beside the weights. If a number up to a half smaller divides the
     process's share of a step, that: all micro-batches then take one graph in a compiled model."""
     share = config["batch_size"] * config["gradient_accumulation_steps"] // processes
-    # a pair of preferences has two rows, a prompt of RLVR group_size completions
-    rows = {"dpo": 2, "rlvr": config["group_size"]}.get(config["stage"], 1)
+    # a pair of preferences has two rows, a prompt of a later stage group_size completions
+    group_size = config["group_size"]
+    rows = {"dpo": 2, "rlvr": group_size, "distill": group_size}.get(config["stage"], 1)
     how = (config["optimizer"], config["dtype"], config["grad_checkpoint"], compiled)
 
     def fits(size):

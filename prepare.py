@@ -3206,13 +3206,18 @@ def _check_meta(path, meta):
             raise UserError(f"{path}: {key} is {str(value)[:60]!r}; expected {expected}")
 
 
+# stage -> the kinds of data set that it learns from, the usual one first
+LEARNS_FROM = dict(pretrain=("text", "chat"), sft=("chat",), dpo=("prefs",), rlvr=("verify",))
+LEARNS_FROM["distill"] = LEARNS_FROM["rlvr"]
+
+
 def check_kind(directory, stage):
     """UserError where a prepared data set is not what a stage learns from. Bins without
     meta.json may be anything."""
     names = dict(
         text="text", chat="conversations", prefs="pairs of answers", verify="problems with answers"
     )
-    wanted = dict(pretrain=("text", "chat"), sft=("chat",), dpo=("prefs",), rlvr=("verify",))[stage]
+    wanted = LEARNS_FROM[stage]
     kind = read_meta(directory).get("kind", wanted[0])
     if kind not in wanted:
         raise UserError(
@@ -3231,7 +3236,7 @@ def how_to_prepare(directory, stage=""):
         meta = read_json(os.path.join(directory, "meta.json"))
     except UserError:  # missing or damaged itself
         meta = {}
-    kind = {"": meta.get("kind"), "sft": "chat", "dpo": "prefs", "rlvr": "verify"}.get(stage)
+    kind = LEARNS_FROM[stage][0] if stage else meta.get("kind")
     if kind in SHAPES:
         tokenizer = " --tokenizer=MODEL" if kind == "chat" else ""
         return f"python prepare.py YOUR_FILE.jsonl --as={kind} --name={name}{tokenizer} makes it"

@@ -217,6 +217,9 @@ def check(config, world_size=1):
     begun = checkpoints(out_dir) or checkpoints(backup_of(config))
     if later and not begun and not config["dry_run"] and not os.path.isdir(config["init_from"]):
         model_directory(config["init_from"])  # says what comes first, before data is prepared
+    if config["stage"] == "distill" and not config["teacher"]:
+        where = "--teacher=RUN, a model directory or a Hub id"
+        raise UserError(f"teacher='': stage='distill' learns from a model: {where}")
     if hf_repo and not re.fullmatch(r"[\w.-]+/[\w.-]+", hf_repo):
         raise UserError(f"hf_repo={hf_repo!r}: expected the id of a Hub repository, owner/name")
     if not backup_dir:
@@ -370,7 +373,7 @@ def find(config, setup, say):
         raise UserError(f"{out_dir}: no checkpoint is whole; {remedy(config, setup)}")
     if init_from == "resume":
         raise UserError(f"{out_dir}: no run to resume; leave out --init_from=resume to start one")
-    if config["stage"] in ("dpo", "rlvr") and init_from == "scratch":
+    if config["stage"] not in ("pretrain", "sft") and init_from == "scratch":
         where = "--init_from=RUN, a model directory or a Hub id"
         raise UserError(f"stage={config['stage']!r} starts from a model: {where}")
     if init_from != "scratch":
@@ -574,12 +577,32 @@ def frozen(key, where, data, device):
     chat tokens, and without gradients. UserError if it has another tokenizer than the data; `key`
     is the key that names it."""
     directory = model_directory(where)
-    if not data.tokenizer.agrees(prepare.load_tokenizer(directory)):
-        raise UserError(f"{key}={where!r} has another tokenizer than the model that is trained")
+    tokenizer = prepare.load_tokenizer(directory)
+    if not data.tokenizer.agrees(tokenizer):
+        differs = f"{key}={where!r} has another tokenizer ({tokenizer.name})"
+        raise UserError(f"{differs} than the model that is trained ({data.tokenizer.name})")
     model = GPT.from_pretrained(directory)
     if model.config.vocab_size < data.vocab_size:
         model.grow(data.vocab_size)
     return model.to(device).eval().requires_grad_(False)
+
+
+def frozen_teacher(config, model, data, device):
+    """The teacher of stage='distill'; UserError if `model` can't learn from it."""
+    where, student = f"teacher={config['teacher']!r}", f"init_from={config['init_from']!r}"
+    teacher = frozen("teacher", config["teacher"], data, device)
+    has, wants = teacher.config, model.config
+    if has.vocab_size != wants.vocab_size or has.max_positions < wants.block_size:
+        raise UserError(
+            f"{where} (vocab_size={has.vocab_size}, max_positions={has.max_positions}) does not "
+            f"fit {student} (vocab_size={wants.vocab_size}, block_size={wants.block_size}): "
+            "expected the same vocabulary, and as many positions"
+        )
+    weights, others = model.state_dict(), teacher.state_dict()
+    same = weights.keys() == others.keys() and not config["eval_only"]
+    if same and all(torch.equal(weights[name], others[name]) for name in weights):
+        raise UserError(f"{where} and {student} are the same model; name another teacher")
+    return teacher
 
 
 def rng_state(device):
@@ -1528,7 +1551,7 @@ def headline(model, data, config, max_steps, sequences, attention, why_dtype, sa
     amount = f"x {block_size} = {sequences * block_size:,} tokens"
     if config["stage"] == "dpo":
         amount = "pairs"
-    if config["stage"] == "rlvr":
+    if config["stage"] in ("rlvr", "distill"):
         amount = f"prompts x {config['group_size']} completions"
     apart = ", documents apart" if config["doc_mask"] else ""
     warmup_iters, max_iters = config["warmup_iters"], config["max_iters"]

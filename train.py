@@ -5,6 +5,7 @@ Trains a small language model: one flat loop, read from top to bottom.
     python train.py config/smol_360m.py --batch_size=32       a config; options override it
     python train.py config/smol_360m.py --dry_run --gpu=H100  what it takes: memory, hours, dollars
     python train.py config/toy_sft.py                         the next stage; then toy_dpo, toy_rlvr
+    python train.py config/toy_distill.py                     a small model learns from a larger one
     torchrun --nproc_per_node=8 train.py config/smol_360m.py  several GPUs, the same steps
 
 A run lives in out_dir. The same command again resumes it.
@@ -45,10 +46,10 @@ backup_dir = ""               # a slow mount (Google Drive): mirrors the newest 
 terminate_pod = False         # RunPod: terminate it once the Hub has the final model, else stop it
 terminate_on_error = "stop"   # the pod after a crash, if terminate_pod: 'stop' | 'never'
 # what is learned, and from what
-stage = "pretrain"            # 'pretrain' | 'sft' | 'dpo' | 'rlvr'
+stage = "pretrain"            # 'pretrain' | 'sft' | 'dpo' | 'rlvr' | 'distill'
 dataset = "toy"               # a directory in data/, or a mixture: web:0.87,code:0.13
 data_dir = "data"
-batch_size = 12               # sequences, whatever fits in memory; dpo: pairs; rlvr: prompts (>= 1)
+batch_size = 12               # sequences, whatever fits; dpo: pairs; rlvr, distill: prompts (>= 1)
 gradient_accumulation_steps = 1  # x batch_size sequences make a step, on all processes (>= 1)
 micro_batch_size = 0          # sequences on the device at a time; 0: as many as fit (>= 0)
 doc_mask = True               # documents packed into one window don't attend to each other
@@ -91,6 +92,8 @@ scale_rewards = False         # divide advantages by the standard deviation of t
 clip_eps = 0.2                # PPO's clipping range (> 0)
 inner_epochs = 1              # updates on the same rollouts (>= 1)
 kl_coef = 0.0                 # weight of the KL divergence from the reference model (>= 0)
+# distill; completions and val/pass@1 as in rlvr
+teacher = ""                  # a run, a model directory or a Hub id, with the same tokenizer
 # guards
 spike_z = 12.0                # skip steps so many deviations above the usual loss; 0: never (>= 0)
 max_bad_steps = 5             # so many in a row: roll back and skip their data (>= 1)
@@ -120,11 +123,11 @@ import torch.distributed as dist
 import prepare
 import runs
 from model import (MemoryGuard, Threads, barrier, broadcast_weights, compile_pays, completion_loss,
-                   completion_measures, document_ends, documents, expected_seconds,
-                   faster_attention, group_advantages, make_optimizers, over_processes, pair_loss,
-                   pick_attention, pick_dtype, pick_micro_batch_size, pick_muon_dtype, plan,
-                   sample_completions, schedule_factor, schedule_step, set_up_device,
-                   sum_gradients, undo_compile, why_harmful, yes_probability)
+                   completion_measures, distillation_loss, document_ends, documents,
+                   expected_seconds, faster_attention, group_advantages, make_optimizers,
+                   over_processes, pair_loss, pick_attention, pick_dtype, pick_micro_batch_size,
+                   pick_muon_dtype, plan, sample_completions, schedule_factor, schedule_step,
+                   set_up_device, sum_gradients, undo_compile, why_harmful, yes_probability)
 # fmt: on
 
 prepare.read_secrets()
@@ -134,7 +137,8 @@ ddp = "RANK" in os.environ  # set by torchrun
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 master_process = rank == 0  # prints, logs and saves
 runs.check(config, world_size)
-if stage == "rlvr":  # a verifier that is missing is refused before anything is loaded
+rolls_out = stage in ("rlvr", "distill")  # learns from the model's own completions
+if rolls_out:  # a verifier that is missing is refused before anything is loaded
     verify = prepare.verifier(verifier)
 if dry_run:
     config["gpu_cost_per_hour"] = runs.price_of(gpu, config, setup)
@@ -265,6 +269,25 @@ if stage in ("dpo", "rlvr"):
     directory = reference_model or runs.first_model(config, start)
     reference = runs.frozen("reference_model", directory, data, device)
 
+if rolls_out:
+    # completions: the model answers prompts, a verifier or a model grades the answers
+    if verifier_model:
+        judge = runs.frozen("verifier_model", verifier_model, data, device)
+
+        def verify(question, completion, answer):
+            return yes_probability(judge, *data.judge_prompt(question, completion))
+
+    limit = math.inf if verifier_model else verifier_timeout  # a model always answers
+    grade = prepare.Grader(verify, verifier_model or verifier, say, limit)
+
+    def complete(problems, copies, temperature, first_seed):
+        def generate(prompts, seeds):
+            with autocast():
+                return sample_completions(model, prompts, seeds, max_completion, temperature, ends)
+
+        return data.complete(problems, copies, first_seed, generate, grade)
+
+
 if stage in ("pretrain", "sft"):
     # windows of text; the targets of sft are the assistant's words only
     batch_of = data.batch
@@ -283,24 +306,8 @@ elif stage == "dpo":
     def loss_of(batch):
         return pair_loss(model, reference, batch, pref_loss, beta, label_smoothing)
 
-else:
-    # rlvr: the model's own completions; those that the verifier rewards become likelier
-    if verifier_model:
-        judge = runs.frozen("verifier_model", verifier_model, data, device)
-
-        def verify(question, completion, answer):
-            return yes_probability(judge, *data.judge_prompt(question, completion))
-
-    limit = math.inf if verifier_model else verifier_timeout  # a model always answers
-    grade = prepare.Grader(verify, verifier_model or verifier, say, limit)
-
-    def complete(problems, copies, temperature, first_seed):
-        def generate(prompts, seeds):
-            with autocast():
-                return sample_completions(model, prompts, seeds, max_completion, temperature, ends)
-
-        return data.complete(problems, copies, first_seed, generate, grade)
-
+elif stage == "rlvr":
+    # the model's own completions; those that the verifier rewards become likelier
     def batch_of(positions):
         completions = complete(data.batch(positions), group_size, rollout_temperature, seed + 1)
         rewards = torch.tensor([reward for *_, reward in completions]).view(-1, group_size)
@@ -314,6 +321,20 @@ else:
 
     def loss_of(batch):
         return completion_loss(model, reference, batch, rollout_temperature, clip_eps, kl_coef)
+
+else:
+    # distill: the model's own completions; at each token it is to predict what the teacher does
+    teacher_model = runs.frozen_teacher(config, model, data, device)
+    compile = False  # distillation_loss reads the hidden states, which compiled code doesn't give
+
+    def batch_of(positions):
+        completions = complete(data.batch(positions), group_size, rollout_temperature, seed + 1)
+        batch, rewards = data.rollouts(completions), [reward for *_, reward in completions]
+        batch.metrics["reward/mean"] = sum(rewards) / len(rewards)  # is shown, not learned from
+        return batch
+
+    def loss_of(batch):
+        return distillation_loss(model, teacher_model, batch)
 
 
 def on_device(batch):
@@ -336,19 +357,22 @@ def make_batches(micro_batches):
 
 
 def measure(batch):
-    """{name: (mean, count)} of a held-out batch. RLVR answers each problem once greedily, and
-    group_size times by sampling."""
-    if stage == "rlvr":
+    """{name: (mean, count)} of a held-out batch. RLVR and distillation answer each problem once
+    greedily, and group_size times by sampling."""
+    rates = {}
+    if rolls_out:
         greedy = complete(batch, 1, 0.0, seed)
         sampled = complete(batch, group_size, rollout_temperature, seed)
         rates = prepare.pass_rates(greedy, sampled, group_size, 0.5 if verifier_model else 1.0)
-        batch = on_device(data.rollouts(sampled))
+        batch = data.rollouts(sampled)
+    batch = on_device(batch)
+    if stage == "rlvr":
         return rates | completion_measures(model, reference, batch, rollout_temperature)
-    loss, metrics = loss_of(on_device(batch))
+    loss, metrics = loss_of(batch)
     means = {name: (mean, batch.units) for name, mean in {"loss": loss, **metrics}.items()}
     if stage in ("pretrain", "sft"):
         means["bytes"] = (token_bytes[batch.y].sum(), 1)  # of the text that the targets are
-    return means
+    return rates | means
 
 
 @torch.no_grad()
@@ -444,7 +468,7 @@ runs.finish_on_crash(save_last_step, checkpoints, log, stop, pod, terminate_on_e
 runs.headline(model, data, config, max_steps, sequences, shown_attention, why_dtype, say)
 log.start_bar(max_steps, run.step)
 # a CPU has better to do during a step, and rollouts need the weights that the step before leaves
-batches_ahead = prepare.Ahead(make_batches, enabled=device_type == "cuda" and stage != "rlvr")
+batches_ahead = prepare.Ahead(make_batches, enabled=device_type == "cuda" and not rolls_out)
 
 # -----------------------------------------------------------------------------
 # the loop
