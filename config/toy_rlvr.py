@@ -12,13 +12,13 @@ max_completion = 64
 rollout_temperature = 1.0
 muon_lr = 0.001
 learning_rate = 1e-4
-kl_coef = 0.2                 # what sums do not need stays as the DPO model had it
-max_iters = 80
+kl_coef = 0.1                 # what sums do not need stays as the DPO model had it
+max_iters = 100
 warmup_iters = 5
 decay_frac = 1.0              # the rate falls from the end of warm-up: less is forgotten
 spike_z = 0.0                 # off: the loss of a policy gradient has no usual level
 
-eval_interval = 40
+eval_interval = 50
 eval_iters = 4
 log_interval = 5
 sample_start = "Tom has 36 spoons. He finds 40 more. How many spoons does Tom have now?"
