@@ -236,7 +236,7 @@ class Key:
     def check(self, value, place=""):
         """`value` with the type of the default, or UserError; `place` is where it was set."""
         kind = type(self.default)
-        if TOKEN.search(str(value)[:1000]):  # before a message quotes it
+        if isinstance(value, str) and TOKEN.search(value):  # before a message quotes it
             advice = "put it into the environment or .env, from where nothing records it"
             raise UserError(f"{self.name}: its value is an access token; {advice}")
         if kind is float and type(value) is int and abs(value) < 2**63:

@@ -1329,8 +1329,8 @@ def read_secrets(path=".env"):
         secret = secret.strip()  # a line end that was pasted along
         if not re.fullmatch(r"[!#-&(-~]*", secret):
             raise UserError(
-                f"{key} of {path} or the environment: it holds a quote, a space or another "
-                "character that no token has; copy it again"
+                f"{key}: it holds a quote, a space or another character that no token has; copy it "
+                f"again, into the environment or {path}"
             )
         os.environ[key] = secret
 

@@ -34,7 +34,7 @@ def attack(scenes, seed, count):
 
 def test_damage(scenes):
     """The short version."""
-    attack(scenes, 0, 2 * len(scenes))
+    attack(scenes, 0, len(scenes))
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from configurator import UserError
 from model import sample_token
 
 few = settings(
-    max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", 60)),
+    max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", 30)),
     deadline=None,
     derandomize="HYPOTHESIS_EXAMPLES" not in os.environ,
     suppress_health_check=list(HealthCheck),

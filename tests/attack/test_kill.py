@@ -54,14 +54,14 @@ def kill(killer, hub, stage, rng, kills, more=""):
 
 @pytest.mark.parametrize("stage", driver.STAGES)
 def test_training(killer, hub, stage):
-    """The short version: each stage, killed up to five times."""
+    """The short version: each stage, killed up to three times."""
     more = {"pretrain": BACKUP, "sft": UPLOADS}.get(stage, "")
-    assert kill(killer, hub, stage, random.Random(0), 5, more) > 0
+    assert kill(killer, hub, stage, random.Random(0), 3, more) > 0
 
 
 @pytest.mark.parametrize("name", ("bpe", "chat"))
 def test_preparation(killer, name):
-    assert driver.kill_preparation(killer, name, random.Random(0), 5, over="text") > 0
+    assert driver.kill_preparation(killer, name, random.Random(0), 3, over="text") > 0
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ def full_disk(killer, rng):
 
 def test_a_full_disk(killer):
     rng = random.Random(0)
-    for _ in range(4):
+    for _ in range(2):
         full_disk(killer, rng)
 
 
