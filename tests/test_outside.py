@@ -251,7 +251,7 @@ def scene_training_does_not_wait(cwd):
     env = {"HF_HUB_DISABLE_XET": None, "RUNPOD_POD_ID": "p", "RUNPOD_API_KEY": "k"}
     args = [*UPLOADS, "--keep_checkpoints=1", "--checkpoint_interval=5"]
     process = start(cwd, hub, *args, **env)
-    until(process, "--- 20 steps")
+    until(process, "steps: 20")
     before = list(hub.seen)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -318,7 +318,7 @@ def scene_a_wrong_token(cwd):
 def test_a_wrong_token(scene):
     """One warning, after one request; training goes on; exit code 1."""
     cwd, hub, out, errors = scene
-    assert weights(cwd) and "--- 20 steps" in out and not errors
+    assert weights(cwd) and "steps: 20" in out and not errors
     told = warnings(out)
     assert len(told) == 1 and "the Hub refuses (401)" in told[0] and "HF_TOKEN" in told[0]
     assert len(hub.asked("repos/create -> 401")) == 1 and not hub.asked("preupload")
@@ -336,7 +336,7 @@ def scene_wandb_that_hangs(cwd):
 
 def test_wandb_that_hangs(scene):
     cwd, (out, errors) = scene
-    assert len(warnings(out)) == 1 and "so it logs offline" in out and "--- 20 steps" in out
+    assert len(warnings(out)) == 1 and "so it logs offline" in out and "steps: 20" in out
     assert SECRETS["WANDB_API_KEY"] not in out + errors
     assert any("offline-run" in d for d in os.listdir(cwd / "out" / "toy" / "wandb"))
 

@@ -184,6 +184,7 @@ def test_models_beside_share_the_tokenizer(place, tmp_path):
     vocab = spec["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "other" / "trainer.pt").unlink()  # it would tell that the file was changed
     for stage, key in (("dpo", "reference_model"), ("rlvr", "verifier_model")):
         said = train(
             place,

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -500,6 +501,15 @@ def test_bad_input_is_told_in_one_line(place, args, said):
     assert said in run.stderr and not os.path.exists(place / "out" / "bad")
 
 
+def replace_bin(directory, content):
+    """Another train.bin, with a meta.json that has neither its size nor its checksum."""
+    meta = json.loads((directory / "meta.json").read_text())
+    for key in ("crc32", "train_tokens"):
+        meta.pop(key, None)
+    (directory / "meta.json").write_text(json.dumps(meta))
+    (directory / "train.bin").write_bytes(content)
+
+
 @pytest.mark.parametrize(
     "content, said",
     [
@@ -509,25 +519,19 @@ def test_bad_input_is_told_in_one_line(place, args, said):
     ],
 )
 def test_bad_bins_are_told_in_one_line(place, tmp_path, content, said):
-    import shutil
-
     shutil.copytree(place / "data", tmp_path / "data")
-    (tmp_path / "data" / "tiny" / "train.bin").write_bytes(content)
+    replace_bin(tmp_path / "data" / "tiny", content)
     assert said in train(tmp_path, ok=False).stderr
 
 
-def test_data_that_changed_under_a_run(place):
-    train(place, "--out_dir=out/changed", "--max_iters=2")
-    path = place / "data" / "tiny" / "train.bin"
-    whole = path.read_bytes()
-    path.write_bytes(whole[2:] + whole[:2])
-    try:
-        assert (
-            "the data changed since the run in out/changed began"
-            in train(place, "--out_dir=out/changed", ok=False).stderr
-        )
-    finally:
-        path.write_bytes(whole)
+def test_data_that_changed_under_a_run(place, tmp_path):
+    shutil.copytree(place / "data", tmp_path / "data")
+    whole = (tmp_path / "data" / "tiny" / "train.bin").read_bytes()
+    replace_bin(tmp_path / "data" / "tiny", whole)
+    train(tmp_path, "--out_dir=out/changed", "--max_iters=2")
+    replace_bin(tmp_path / "data" / "tiny", whole[2:] + whole[:2])
+    said = train(tmp_path, "--out_dir=out/changed", ok=False).stderr
+    assert "the data changed since the run in out/changed began" in said
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_whole(place):
@@ -561,16 +565,13 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(place):
 def test_bad_steps_are_skipped_and_roll_back(place, tmp_path):
     """A text with a poisoned stretch: tokens that no model expects raise the loss; the steps are skipped, and
     enough of them in a row go back to the last checkpoint and past the data."""
-    import shutil
-
     shutil.copytree(place / "data", tmp_path / "data")
-    path = tmp_path / "data" / "tiny" / "train.bin"
     tokens = np.tile(np.frombuffer(b"the cat sat on a mat and ran. ", np.uint8).astype("<u2"), 700)
     rng = np.random.default_rng(0)
     per = 32
     for window in rng.choice(len(tokens) // per, len(tokens) // per // 20, replace=False):
         tokens[window * per : (window + 1) * per] = rng.integers(128, 256, per)
-    path.write_bytes(tokens.tobytes())
+    replace_bin(tmp_path / "data" / "tiny", tokens.tobytes())
     args = (
         "--batch_size=1",
         "--max_iters=300",
