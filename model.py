@@ -1656,8 +1656,8 @@ class Threads:
 
     The threads of a product wait for each other; where one shares its core, all of them run at a
     fraction of their speed. The system counts how often it took a core away from this process.
-    Weights were equal to the byte with 1, 2 and 3 threads; with 4 and more, float32 products may be
-    rounded otherwise. OMP_NUM_THREADS turns this off.
+    Weights were equal to the byte with 1 and 2 threads; with more, float32 products may be rounded
+    otherwise. OMP_NUM_THREADS turns this off.
     """
 
     def __init__(self, device):
